@@ -1,0 +1,33 @@
+# Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+
+.PHONY: help setup demo test lint ui
+
+help:
+	@echo "make demo   set up, run the whole pipeline on real images, show the results"
+	@echo "make test   set up, run the tests"
+	@echo "make lint   ruff and mypy"
+	@echo "make ui     MLflow on http://127.0.0.1:5000"
+
+setup: | $(UV)
+	@$(UV) sync --quiet || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
+
+demo: setup
+	$(UV) run dvc repro
+	@$(UV) run python -m pipelines.summary
+
+test: setup
+	$(UV) run pytest
+
+lint: setup
+	$(UV) run ruff check
+	$(UV) run ruff format --check
+	$(UV) run mypy
+
+ui: setup
+	$(UV) run mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+
+.tools/bin/uv:
+	@{ python3 -m venv .tools && .tools/bin/python -m pip install --quiet "uv>=0.13,<0.14"; } >/dev/null 2>&1 \
+	  || { rm -rf .tools; python3 -m pip install --quiet --target .tools "uv>=0.13,<0.14"; } \
+	  || { rm -rf .tools; echo "error: can't fetch uv with python3's venv or pip. Install uv, or python3-venv, and try again" >&2; exit 1; }

@@ -1,0 +1,234 @@
+"""Compiling the operator: `python -m ops.build --out build/op`.
+
+The result is a folder with `elsa_ops.so` and its record `build.json`. Neither holds a time or a
+path of this machine: the same sources, compiler and torch give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ops import library
+from ops.reference import elsa_attention_reference
+
+# No -march: every instruction set is compiled into its own file and chosen when the op runs.
+CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
+LINK_FLAGS = ("-fopenmp", "-Wl,--strip-all", "-Wl,--build-id=none")
+
+# Runs in a process of its own: `load` also loads what it built, which this process may not want.
+_COMPILE = """
+import json, sys
+from torch.utils.cpp_extension import load
+load(**json.loads(sys.argv[1]), is_python_module=False)
+"""
+
+
+class BuildError(RuntimeError):
+    """The operator could not be compiled; the message says what to install or what failed."""
+
+
+def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, Any]:
+    """Compile `ops/csrc` into `out_dir/elsa_ops.so` and write `out_dir/build.json`.
+
+    Args:
+        out_dir: made if missing; a library already there is replaced in one step.
+        verbose: show ninja's progress and the compiler's output.
+
+    Returns:
+        The record: compiler, flags, torch, Python and machine, digests of sources and library.
+
+    Raises:
+        BuildError: no compiler, no ninja, no Python headers, or the compiler's own error.
+    """
+    compiler = _compiler()
+    env = _tools_env()
+    out = Path(out_dir).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    sources = sorted(str(p) for p in library.SOURCE_DIR.rglob("*.cpp"))
+    flags = [*CXX_FLAGS, *_path_maps()]
+    with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as work:
+        request = {
+            "name": Path(library.LIBRARY_NAME).stem,
+            "sources": sources,
+            "extra_cflags": [*flags, f"-ffile-prefix-map={work}=build"],
+            "extra_ldflags": list(LINK_FLAGS),
+            "build_directory": work,
+            "with_cuda": False,
+            "verbose": True,
+        }
+        command = [sys.executable, "-c", _COMPILE, json.dumps(request)]
+        if verbose:
+            print(f"compiling {len(sources)} files with {compiler['version']}", flush=True)
+        done = subprocess.run(
+            command, env=env, text=True, stdout=None if verbose else subprocess.PIPE,
+            stderr=None if verbose else subprocess.STDOUT, check=False,
+        )
+        built = Path(work) / library.LIBRARY_NAME
+        if done.returncode != 0 or not built.is_file():
+            output = done.stdout or "see the compiler's output above"
+            raise BuildError(f"compiling the ELSA operator failed:\n{output[-6000:]}")
+        record = {
+            **library.environment(),
+            "compiler": compiler["version"],
+            "flags": list(CXX_FLAGS),
+            "link_flags": list(LINK_FLAGS),
+            "instruction_sets": _instruction_sets(),
+            "cuda": False,
+            "library_sha256": library.file_digest(built),
+        }
+        text = json.dumps(record, indent=2, sort_keys=True) + "\n"
+        (Path(work) / library.RECORD_NAME).write_text(text)
+        # The old record goes first: an interruption leaves "not built", never a wrong pair.
+        (out / library.RECORD_NAME).unlink(missing_ok=True)
+        for name in (library.LIBRARY_NAME, library.RECORD_NAME):
+            os.replace(Path(work) / name, out / name)
+    return record
+
+
+def _compiler() -> dict[str, str]:
+    name = os.environ.get("CXX", "c++")
+    path = shutil.which(name)
+    if path is None:
+        raise BuildError(
+            f"no C++ compiler: {name!r} is not on PATH. Install one (Debian, Ubuntu: "
+            "`apt install g++`; Fedora: `dnf install gcc-c++`) or set CXX."
+        )
+    shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+    first = (shown.stdout.splitlines() or [""])[0]
+    return {"path": path, "version": first.replace(path, name)}
+
+
+def _tools_env() -> dict[str, str]:
+    """This process's environment, with the virtual environment's own ninja on PATH."""
+    env = dict(os.environ)
+    scripts = sysconfig.get_path("scripts")
+    env["PATH"] = os.pathsep.join([env.get("PATH", ""), scripts])
+    if shutil.which("ninja", path=env["PATH"]) is None:
+        raise BuildError("ninja is missing. Install it: `pip install ninja` (or `uv sync`).")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        raise BuildError(
+            "Python's headers are missing. Install them (Debian, Ubuntu: `apt install "
+            "python3-dev`) or use a Python from uv, which has them."
+        )
+    env.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+    return env
+
+
+def _path_maps() -> list[str]:
+    """Keep this machine's folders out of __FILE__, hence out of the library."""
+    return [
+        f"-ffile-prefix-map={library.SOURCE_DIR}=ops/csrc",
+        f"-ffile-prefix-map={Path(torch.__file__).parent}=torch",
+    ]
+
+
+def _instruction_sets() -> list[str]:
+    x86 = library.environment()["machine"].endswith("x86_64")
+    return ["generic", "avx2", "avx512"] if x86 else ["generic"]
+
+
+# float32 sums of up to k*k or B*H*W terms; halves are compared on their own rounded inputs.
+TOLERANCES = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+
+def check(
+    shapes: tuple[tuple[int, int, int, int, int, int, int, int], ...] = (
+        # B, C, G, H, W, kernel_size, dilation, stride
+        (2, 96, 3, 19, 23, 7, 1, 1),
+        (2, 24, 2, 14, 14, 5, 2, 1),
+        (1, 12, 3, 17, 9, 3, 1, 2),
+        (2, 6, 6, 5, 4, 9, 1, 1),
+    ),
+) -> dict[str, float]:
+    """Compare the loaded library with the float64 reference, forward and backward.
+
+    Returns:
+        For each dtype and tensor the largest error, relative to the tensor's largest value.
+
+    Raises:
+        RuntimeError: an error beyond the tolerance of its dtype, or no library loaded.
+    """
+    if library.loaded_library() is None:
+        raise RuntimeError(f"no compiled operator is loaded. {library.HOW_TO_BUILD}.")
+    names = ("out", "grad_v", "grad_h_attn", "grad_ghost_mul", "grad_ghost_add")
+    worst: dict[str, float] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    for batch, channels, heads, height, width, k, dilation, stride in shapes:
+        out_h, out_w = height // stride, width // stride
+        exact = (
+            draw(batch, channels, height, width),
+            draw(batch, heads, k * k, out_h, out_w).softmax(2),
+            draw(channels, k, k),
+            draw(channels, k, k),
+        )
+        upstream = draw(batch, channels, out_h, out_w)
+        for dtype in TOLERANCES:
+            inputs = [t.to(dtype, copy=True).requires_grad_() for t in exact]
+            out = torch.ops.elsa.elsa_attention(*inputs, k, dilation, stride)
+            out.backward(upstream.to(dtype))
+            wide = [t.detach().to(torch.float64, copy=True).requires_grad_() for t in inputs]
+            expected = elsa_attention_reference(
+                *wide, kernel_size=k, dilation=dilation, stride=stride
+            )
+            expected.backward(upstream.to(dtype).double())
+            ours = (out.detach(), *(t.grad for t in inputs))
+            theirs = (expected.detach(), *(t.grad for t in wide))
+            for name, a, b in zip(names, ours, theirs, strict=True):
+                error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+                key = f"{str(dtype).removeprefix('torch.')} {name}"
+                worst[key] = max(worst.get(key, 0.0), error)
+                if not error <= TOLERANCES[dtype]:
+                    raise RuntimeError(
+                        f"the compiled operator is wrong: {key} differs from the float64 "
+                        f"reference by {error:.3g} (allowed {TOLERANCES[dtype]:.3g}) at "
+                        f"B, C, G, H, W, k, dilation, stride = "
+                        f"{(batch, channels, heads, height, width, k, dilation, stride)}"
+                    )
+    return worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build, load and check; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.build", description="Compile, load and check the ELSA operator."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=library.DEFAULT_DIR, help="folder to write (default: build/op)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    args = parser.parse_args(argv)
+    try:
+        record = build(args.out, verbose=not args.quiet)
+        library.load_library(args.out)
+        errors = check()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    name, error = max(errors.items(), key=lambda item: item[1])
+    print(f"built {args.out}/{library.LIBRARY_NAME} with {record['compiler']}")
+    print(f"checked against the float64 reference; largest relative error {error:.2g} ({name})")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

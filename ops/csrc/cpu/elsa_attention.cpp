@@ -1,0 +1,294 @@
+// The CPU ops: input checks, choice of instruction set, tasks for at::parallel_for.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <c10/core/CPUAllocator.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "kernels.h"
+
+namespace elsa {
+namespace {
+
+using at::Tensor;
+
+enum class Isa { generic, avx2, avx512 };
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+// ELSA_OPS_CPU lowers the choice (for tests and comparisons); it cannot raise it.
+Isa isa() {
+  static const Isa chosen = [] {
+    const char* wish = std::getenv("ELSA_OPS_CPU");
+    const std::string name = wish ? wish : "avx512";
+    TORCH_CHECK(name == "generic" || name == "avx2" || name == "avx512",
+                "ELSA_OPS_CPU must be generic, avx2 or avx512, got ", name);
+    const Isa limit = name == "generic" ? Isa::generic : name == "avx2" ? Isa::avx2 : Isa::avx512;
+    return std::min(limit, best_isa());
+  }();
+  return chosen;
+}
+
+std::string cpu_instruction_set() {
+  return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
+}
+
+#if defined(__x86_64__)
+#define ELSA_CHOOSE(NAME) \
+  (isa() == Isa::avx512 ? avx512::NAME : isa() == Isa::avx2 ? avx2::NAME : generic::NAME)
+#else
+#define ELSA_CHOOSE(NAME) generic::NAME
+#endif
+
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels<float>() {
+  return ELSA_CHOOSE(f32);
+}
+template <>
+const Kernels<double>& kernels<double>() {
+  return ELSA_CHOOSE(f64);
+}
+template <>
+const Kernels<BFloat16>& kernels<BFloat16>() {
+  return ELSA_CHOOSE(bf16);
+}
+template <>
+const Kernels<Float16>& kernels<Float16>() {
+  return ELSA_CHOOSE(f16);
+}
+
+Problem check(const Tensor& v, const Tensor& h_attn, const std::optional<Tensor>& ghost_mul,
+              const std::optional<Tensor>& ghost_add, int64_t kernel_size, int64_t dilation,
+              int64_t stride) {
+  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1,
+              "elsa_attention: kernel_size must be odd and positive, got ", kernel_size);
+  TORCH_CHECK(dilation > 0 && stride > 0,
+              "elsa_attention: dilation and stride must be at least 1, got dilation=", dilation,
+              ", stride=", stride);
+  TORCH_CHECK(v.dim() == 4 && h_attn.dim() == 5 && h_attn.size(1) > 0 &&
+                  v.size(1) % h_attn.size(1) == 0,
+              "elsa_attention: v must be (B, C, H, W) and h_attn (B, G, k*k, Ho, Wo) with G "
+              "dividing C, got ",
+              v.sizes(), " and ", h_attn.sizes());
+  const Problem p{v.size(0),          v.size(1),          h_attn.size(1), v.size(2), v.size(3),
+                  v.size(2) / stride, v.size(3) / stride, kernel_size,    dilation,  stride};
+  TORCH_CHECK(h_attn.size(0) == p.B && h_attn.size(2) == kernel_size * kernel_size &&
+                  h_attn.size(3) == p.Ho && h_attn.size(4) == p.Wo,
+              "elsa_attention: h_attn must be (B, G, k*k, H // stride, W // stride) for v ",
+              v.sizes(), ", kernel_size ", kernel_size, ", stride ", stride, "; got ",
+              h_attn.sizes());
+  TORCH_CHECK(v.scalar_type() == h_attn.scalar_type(),
+              "elsa_attention: v and h_attn must share a dtype, got ", v.scalar_type(), " and ",
+              h_attn.scalar_type());
+  TORCH_CHECK(v.device() == h_attn.device(), "elsa_attention: v is on ", v.device(),
+              " but h_attn on ", h_attn.device());
+  for (const auto* ghost : {&ghost_mul, &ghost_add}) {
+    if (!ghost->has_value()) continue;
+    const Tensor& t = **ghost;
+    TORCH_CHECK(t.dim() == 3 && t.size(0) == p.C && t.size(1) == kernel_size &&
+                    t.size(2) == kernel_size,
+                "elsa_attention: a ghost head must be (C, k, k) with k ", kernel_size, " for v ",
+                v.sizes(), ", got ", t.sizes());
+    TORCH_CHECK(t.device() == v.device(), "elsa_attention: v is on ", v.device(),
+                " but a ghost head on ", t.device());
+    TORCH_CHECK(t.is_floating_point(), "elsa_attention: a ghost head must be floating point, got ",
+                t.scalar_type());
+  }
+  return p;
+}
+
+// Rows per task. A function of the shapes alone, so that sums are split the same way whatever the
+// number of threads: small enough for the scratch to stay in a core's cache and for some dozens
+// of tasks, large enough that the halo of the window does not dominate.
+int64_t rows_per_task(const Problem& p, int64_t rows, int64_t (*scratch)(const Problem&, int64_t)) {
+  constexpr int64_t kCacheBytes = 1 << 20, kTasks = 32;
+  const int64_t smallest = std::max<int64_t>(8, p.dilation * (p.kernel_size - 1));
+  int64_t parts = 1;
+  const auto size = [&] { return (rows + parts - 1) / parts; };
+  while (size() > smallest &&
+         (scratch(p, size()) > kCacheBytes || p.B * p.G * parts < kTasks))
+    ++parts;
+  // Rows are done in pairs.
+  return (size() + 1) / 2 * 2;
+}
+
+// Runs body(b, g, y0, y1, part, scratch) over all images, heads and row ranges.
+template <class Body>
+void for_tasks(const Problem& p, int64_t rows, int64_t step,
+               int64_t (*scratch)(const Problem&, int64_t), const Body& body) {
+  const int64_t parts = (rows + step - 1) / step;
+  at::parallel_for(0, p.B * p.G * parts, 1, [&](int64_t begin, int64_t end) {
+    const auto buffer = c10::GetCPUAllocator()->allocate(scratch(p, std::min(step, rows)));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % parts, g = task / parts % p.G, b = task / parts / p.G;
+      body(b, g, part * step, std::min(rows, (part + 1) * step), part, buffer.get());
+    }
+  });
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
+}
+
+Tensor ghost_in(const std::optional<Tensor>& ghost, at::ScalarType dtype) {
+  return ghost.has_value() ? ghost->to(dtype).contiguous() : Tensor();
+}
+
+template <class F>
+void with_storage(const Tensor& v, const F& f) {
+  switch (v.scalar_type()) {
+    case at::kFloat:
+      return f(float{});
+    case at::kDouble:
+      return f(double{});
+    case at::kBFloat16:
+      return f(BFloat16{});
+    case at::kHalf:
+      return f(Float16{});
+    default:
+      TORCH_CHECK_TYPE(false, "elsa_attention: v must be float32, bfloat16, float16 or float64, got ",
+                       v.scalar_type());
+  }
+}
+
+at::ScalarType accumulation_type(const Tensor& v) {
+  return v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
+                      const std::optional<Tensor>& ghost_mul,
+                      const std::optional<Tensor>& ghost_add, int64_t kernel_size,
+                      int64_t dilation, int64_t stride) {
+  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
+  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo}, v_in.options().memory_format(at::MemoryFormat::Contiguous));
+  const Tensor v = v_in.contiguous(), h = h_in.contiguous();
+  const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
+  const Tensor add = ghost_in(ghost_add, accumulation_type(v));
+  with_storage(v, [&](auto storage) {
+    using T = decltype(storage);
+    using A = typename AccOf<T>::type;
+    if (out.numel() == 0) return;
+    const Kernels<T>& k = kernels<T>();
+    const int64_t step = rows_per_task(p, p.Ho, k.forward_scratch);
+    for_tasks(p, p.Ho, step, k.forward_scratch,
+              [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
+                k.forward(p, data<T>(v), data<T>(h), data<A>(mul), data<A>(add), data<T>(out), b,
+                          g, y0, y1, scratch);
+              });
+  });
+  return out;
+}
+
+// Sums the tasks' partial ghost gradients, (B, G, parts, C/G, k, k), in one fixed order.
+template <class A>
+Tensor sum_parts(const Problem& p, const Tensor& partial) {
+  Tensor total = at::empty({p.C, p.kernel_size, p.kernel_size}, partial.options());
+  const int64_t parts = partial.size(2), row = p.C / p.G * p.kernel_size * p.kernel_size;
+  const A* from = data<A>(partial);
+  A* to = data<A>(total);
+  at::parallel_for(0, p.G * row, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / row, at_row = i % row;
+      double sum = 0;
+      for (int64_t b = 0; b < p.B; ++b)
+        for (int64_t part = 0; part < parts; ++part)
+          sum += from[((b * p.G + g) * parts + part) * row + at_row];
+      to[i] = static_cast<A>(sum);
+    }
+  });
+  return total;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
+    const Tensor& grad_in, const Tensor& v_in, const Tensor& h_in,
+    const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
+    int64_t kernel_size, int64_t dilation, int64_t stride, std::array<bool, 4> output_mask) {
+  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
+  TORCH_CHECK(grad_in.sizes() == at::IntArrayRef({p.B, p.C, p.Ho, p.Wo}) &&
+                  grad_in.scalar_type() == v_in.scalar_type() && grad_in.device() == v_in.device(),
+              "elsa_attention_backward: grad_out must be ", v_in.scalar_type(), " of shape ",
+              at::IntArrayRef({p.B, p.C, p.Ho, p.Wo}), ", got ", grad_in.scalar_type(), " ",
+              grad_in.sizes());
+  output_mask[2] = output_mask[2] && ghost_mul.has_value();
+  output_mask[3] = output_mask[3] && ghost_add.has_value();
+  const auto options = v_in.options().memory_format(at::MemoryFormat::Contiguous);
+  const Tensor grad = grad_in.contiguous(), v = v_in.contiguous(), h = h_in.contiguous();
+  const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
+  const Tensor add = ghost_in(ghost_add, accumulation_type(v));
+  std::array<Tensor, 4> grads;
+  grads[0] = at::empty(output_mask[0] ? v.sizes() : at::IntArrayRef({0}), options);
+  grads[1] = at::empty(output_mask[1] ? h.sizes() : at::IntArrayRef({0}), options);
+
+  with_storage(v, [&](auto storage) {
+    using T = decltype(storage);
+    using A = typename AccOf<T>::type;
+    const Kernels<T>& k = kernels<T>();
+    const bool empty = grad.numel() == 0;
+    if (empty) {
+      grads[0].zero_();
+      grads[1].zero_();
+    }
+    if (output_mask[0] && !empty) {
+      const int64_t step = rows_per_task(p, p.H, k.grad_v_scratch);
+      for_tasks(p, p.H, step, k.grad_v_scratch,
+                [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
+                  k.grad_v(p, data<T>(grad), data<T>(h), data<A>(mul), data<A>(add),
+                           data<T>(grads[0]), b, g, y0, y1, scratch);
+                });
+    }
+    const int64_t step = empty ? 1 : rows_per_task(p, p.Ho, k.grad_h_scratch);
+    const int64_t parts = empty ? 0 : (p.Ho + step - 1) / step;
+    const int64_t row = p.C / p.G * kernel_size * kernel_size;
+    Tensor partial[2];
+    for (int i : {0, 1})
+      if (output_mask[2 + i])
+        partial[i] = at::empty({p.B, p.G, parts, row}, options.dtype(accumulation_type(v)));
+    if ((output_mask[1] || output_mask[2] || output_mask[3]) && !empty) {
+      for_tasks(p, p.Ho, step, k.grad_h_scratch,
+                [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t part, void* scratch) {
+                  const int64_t at = ((b * p.G + g) * parts + part) * row;
+                  A* grad_mul = output_mask[2] ? data<A>(partial[0]) + at : nullptr;
+                  A* grad_add = output_mask[3] ? data<A>(partial[1]) + at : nullptr;
+                  k.grad_h(p, data<T>(grad), data<T>(v), data<T>(h), data<A>(mul),
+                           output_mask[1] ? data<T>(grads[1]) : nullptr, grad_mul, grad_add, b, g,
+                           y0, y1, scratch);
+                });
+    }
+    for (int i : {0, 1}) {
+      const auto& ghost = i == 0 ? ghost_mul : ghost_add;
+      grads[2 + i] = output_mask[2 + i] ? sum_parts<A>(p, partial[i]).to(ghost->scalar_type())
+                                        : at::empty({0}, options);
+    }
+  });
+  return {grads[0], grads[1], grads[2], grads[3]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(elsa, CPU, m) {
+  m.impl("elsa_attention", elsa_attention);
+  m.impl("elsa_attention_backward", elsa_attention_backward);
+}
+
+TORCH_LIBRARY_IMPL(elsa, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", cpu_instruction_set);
+}
+
+}  // namespace elsa

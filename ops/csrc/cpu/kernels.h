@@ -1,0 +1,69 @@
+// What the kernels of one instruction set offer to elsa_attention.cpp. Nothing here or in
+// kernels_impl.h includes ATen or allocates: a file compiled for AVX-512 must emit no function
+// that the linker could share with code for an older processor.
+#pragma once
+
+#include <cstdint>
+
+namespace elsa {
+
+// B batch, C channels, G heads, H x W the size of v, Ho x Wo that of the output.
+struct Problem {
+  int64_t B, C, G, H, W, Ho, Wo, kernel_size, dilation, stride;
+};
+
+// Storage types; arithmetic on them is float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+
+// Each call does one image `b`, one head `g` and the rows [y0, y1), and touches no other output.
+// Tensors are contiguous; ghosts are (C, k, k) in the accumulation type; pointers to absent
+// tensors and unwanted outputs are null. `scratch` holds scratch_bytes(...) bytes, aligned to 64.
+template <class T>
+struct Kernels {
+  using A = typename AccOf<T>::type;
+
+  int64_t (*forward_scratch)(const Problem&, int64_t rows);
+  void (*forward)(const Problem&, const T* v, const T* h, const A* mul, const A* add, T* out,
+                  int64_t b, int64_t g, int64_t y0, int64_t y1, void* scratch);
+
+  // Rows of v: the gradient is gathered, so no two calls write one element.
+  int64_t (*grad_v_scratch)(const Problem&, int64_t rows);
+  void (*grad_v)(const Problem&, const T* grad, const T* h, const A* mul, const A* add,
+                 T* grad_v, int64_t b, int64_t g, int64_t y0, int64_t y1, void* scratch);
+
+  // Rows of the output. grad_mul and grad_add are this call's own (C/G, k, k) partial sums.
+  int64_t (*grad_h_scratch)(const Problem&, int64_t rows);
+  void (*grad_h)(const Problem&, const T* grad, const T* v, const T* h, const A* mul, T* grad_h,
+                 A* grad_mul, A* grad_add, int64_t b, int64_t g, int64_t y0, int64_t y1,
+                 void* scratch);
+};
+
+#define ELSA_DECLARE_KERNELS(ISA)            \
+  namespace ISA {                            \
+  extern const Kernels<float> f32;           \
+  extern const Kernels<double> f64;          \
+  extern const Kernels<BFloat16> bf16;       \
+  extern const Kernels<Float16> f16;         \
+  }
+
+ELSA_DECLARE_KERNELS(generic)
+#if defined(__x86_64__)
+ELSA_DECLARE_KERNELS(avx2)
+ELSA_DECLARE_KERNELS(avx512)
+#endif
+
+}  // namespace elsa

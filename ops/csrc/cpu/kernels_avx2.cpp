@@ -1,0 +1,21 @@
+#if defined(__x86_64__)
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#define ELSA_ISA avx2
+#define ELSA_VECTOR_BYTES 32
+#define ELSA_CHANNELS 2
+#define ELSA_TAPS 4
+#include "kernels_impl.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

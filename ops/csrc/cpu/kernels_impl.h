@@ -1,0 +1,663 @@
+// The kernels, written once in GCC/clang vector extensions and compiled per instruction set.
+// The including file defines ELSA_ISA, ELSA_VECTOR_BYTES, ELSA_CHANNELS (channels per register
+// tile of the forward) and ELSA_TAPS (window columns per register tile of grad_h).
+//
+// The plan: copy what a task needs into zero-padded rows in the accumulation type, so that
+// borders, odd widths, strides, dilations and halves are all settled by the copy and the inner
+// loops hold nothing but loads and multiply-adds. The copies cost one pass over the inputs; the
+// inner loops touch each element k*k times (v) or C/G times (h_attn).
+
+#define ELSA_INLINE inline __attribute__((always_inline))
+
+namespace elsa {
+namespace {
+
+constexpr int64_t kMaxVectors = 2;  // vectors along x per register tile
+
+template <class A>
+struct Vec {
+  static constexpr int64_t lanes = ELSA_VECTOR_BYTES / sizeof(A);
+  typedef A type __attribute__((vector_size(ELSA_VECTOR_BYTES)));
+  typedef A unaligned __attribute__((vector_size(ELSA_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+};
+template <class A>
+using V = typename Vec<A>::type;
+
+template <class A>
+ELSA_INLINE V<A> load(const A* p) {
+  return *reinterpret_cast<const typename Vec<A>::unaligned*>(p);
+}
+template <class A>
+ELSA_INLINE void store(A* p, V<A> x) {
+  *reinterpret_cast<typename Vec<A>::unaligned*>(p) = x;
+}
+
+template <class To, class From>
+ELSA_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From), "sizes differ");
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+ELSA_INLINE float widen(float x) { return x; }
+ELSA_INLINE double widen(double x) { return x; }
+ELSA_INLINE float widen(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+ELSA_INLINE float widen(Float16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  // Scaling by 2^112 moves the exponent bias from 15 to 127 and is exact for denormals too.
+  const float scaled = bit_cast<float>(magnitude) * bit_cast<float>(uint32_t(239) << 23);
+  const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+  return bit_cast<float>(bit_cast<uint32_t>(scaled) | special | sign);
+}
+
+// Rounding to the nearest, ties to even, as torch does.
+ELSA_INLINE void narrow(float x, float* y) { *y = x; }
+ELSA_INLINE void narrow(double x, double* y) { *y = x; }
+ELSA_INLINE void narrow(float x, BFloat16* y) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  y->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+ELSA_INLINE void narrow(float x, Float16* y) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal: rebias the exponent and round the 13 dropped bits; overflow carries into infinity.
+  const uint32_t normal = (magnitude - (uint32_t(112) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Denormal: adding 0.5 lets the float adder round to a multiple of 2^-24.
+  const uint32_t denormal =
+      bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
+  uint32_t half = magnitude < (uint32_t(113) << 23) ? denormal : normal;
+  half = magnitude >= (uint32_t(143) << 23) ? 0x7c00u : half;
+  half = x != x ? 0x7e00u : half;
+  y->bits = uint16_t(half | sign);
+}
+
+ELSA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+ELSA_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+ELSA_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+template <class A>
+ELSA_INLINE int64_t round_up(int64_t n) {
+  return divide_up(n, Vec<A>::lanes) * Vec<A>::lanes;
+}
+
+template <class T, class A>
+ELSA_INLINE void widen_row(A* dst, const T* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
+}
+template <class T, class A>
+ELSA_INLINE void narrow_row(T* dst, const A* src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) narrow(src[i], dst + i);
+}
+template <class A>
+ELSA_INLINE void zero(A* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = A(0);
+}
+
+// Writes the first n lanes of an accumulator.
+template <class A, class T>
+ELSA_INLINE void store_lanes(T* dst, V<A> x, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (n >= Vec<A>::lanes) return store<A>(dst, x);
+  }
+  A lanes[Vec<A>::lanes];
+  store(lanes, x);
+  narrow_row(dst, lanes, least(n, Vec<A>::lanes));
+}
+
+// dst[start + step * j] = src[j] where that lies in [0, length), zero elsewhere.
+template <class T, class A>
+void place_row(A* dst, int64_t length, const T* src, int64_t n, int64_t start, int64_t step) {
+  if (step == 1) {
+    const int64_t first = least(most(start, 0), length);
+    const int64_t last = most(least(start + n, length), first);
+    zero(dst, first);
+    widen_row(dst + first, src + (first - start), last - first);
+    zero(dst + last, length - last);
+    return;
+  }
+  zero(dst, length);
+  for (int64_t j = 0; j < n; ++j) {
+    const int64_t position = start + step * j;
+    if (position >= 0 && position < length) dst[position] = widen(src[j]);
+  }
+}
+
+// A task's rows of v (or of the gradient, in grad_v), padded: element (channel, row, window
+// column kx, x) of the padded image is at
+//   data + channel * channel_pitch + row * row_pitch + column[kx] + x
+// With a stride, columns of equal remainder lie together, so that x steps by one element.
+template <class A>
+struct Padded {
+  A* data;
+  int64_t channel_pitch, row_pitch, phase_pitch;
+  int64_t* column;
+};
+
+// Carves aligned pieces out of the scratch; with a null base it only counts.
+struct Arena {
+  char* base;
+  int64_t used;
+  template <class E>
+  E* take(int64_t n) {
+    E* piece = reinterpret_cast<E*>(base + used);
+    used += divide_up(n * int64_t(sizeof(E)), 64) * 64;
+    return piece;
+  }
+};
+
+ELSA_INLINE int64_t padding(const Problem& p) { return p.dilation * (p.kernel_size / 2); }
+ELSA_INLINE int64_t reach(const Problem& p) { return p.dilation * (p.kernel_size - 1); }
+
+// Room for `rows` output rows of `width` columns at this stride.
+template <class A>
+Padded<A> take_padded(Arena& arena, const Problem& p, int64_t rows, int64_t width, int64_t stride) {
+  Padded<A> out;
+  out.phase_pitch = round_up<A>(round_up<A>(width) + reach(p) / stride);
+  out.row_pitch = out.phase_pitch * stride;
+  out.channel_pitch = ((rows - 1) * stride + reach(p) + 1) * out.row_pitch;
+  out.column = arena.take<int64_t>(p.kernel_size);
+  out.data = arena.take<A>(p.C / p.G * out.channel_pitch);
+  return out;
+}
+
+template <class A>
+void set_columns(const Padded<A>& padded, const Problem& p, int64_t stride) {
+  for (int64_t kx = 0; kx < p.kernel_size; ++kx) {
+    const int64_t x = kx * p.dilation;
+    padded.column[kx] = x % stride * padded.phase_pitch + x / stride;
+  }
+}
+
+// v around the output rows [y0, y1).
+template <class T, class A>
+void fill_values(const Padded<A>& padded, const Problem& p, const T* v, int64_t b, int64_t g,
+                 int64_t y0, int64_t y1) {
+  const int64_t channels = p.C / p.G, pad = padding(p), s = p.stride;
+  const int64_t rows = (y1 - y0 - 1) * s + reach(p) + 1;
+  set_columns(padded, p, s);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* plane = v + (b * p.C + g * channels + c) * p.H * p.W;
+    for (int64_t r = 0; r < rows; ++r) {
+      A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
+      const int64_t y = y0 * s - pad + r;
+      if (y < 0 || y >= p.H) {
+        zero(dst, padded.row_pitch);
+      } else if (s == 1) {
+        place_row(dst, padded.row_pitch, plane + y * p.W, p.W, pad, 1);
+      } else {
+        zero(dst, padded.row_pitch);
+        for (int64_t x = 0; x < p.W; ++x) {
+          // The last columns may lie beyond every window.
+          const int64_t at = (x + pad) / s;
+          if (at < padded.phase_pitch) {
+            dst[(x + pad) % s * padded.phase_pitch + at] = widen(plane[y * p.W + x]);
+          }
+        }
+      }
+    }
+  }
+}
+
+// out[r][c][n] += (h * mul + add) * v for R output rows, CB channels and NV vectors.
+// R is 2 only where stride equals dilation: then window row ky of the first output row is
+// window row ky - 1 of the second, and each load of v serves both.
+template <class A, int R, int CB, int NV, bool Mul, bool Add, bool First, bool Second>
+ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* v, const Padded<A>& padded,
+                            const A* h, int64_t h_pitch, int64_t h_row, const A* mul,
+                            const A* add, int64_t k, int64_t ky) {
+  const int64_t taps = k * k;
+  for (int64_t kx = 0; kx < k; ++kx) {
+    const A* at = v + padded.column[kx];
+    const int64_t i0 = ky * k + kx, i1 = i0 - k;
+    V<A> h0[NV], h1[NV];
+    for (int n = 0; n < NV; ++n) {
+      if (First) h0[n] = load(h + i0 * h_pitch + n * Vec<A>::lanes);
+      if (Second) h1[n] = load(h + h_row + i1 * h_pitch + n * Vec<A>::lanes);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < CB; ++c) {
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) {
+        const V<A> value = load(at + c * padded.channel_pitch + n * Vec<A>::lanes);
+        if (First) {
+          V<A> weight = h0[n];
+          if (Mul) weight = weight * mul[c * taps + i0];
+          if (Add) weight = weight + add[c * taps + i0];
+          out[0][c][n] += weight * value;
+        }
+        if (Second) {
+          V<A> weight = h1[n];
+          if (Mul) weight = weight * mul[c * taps + i1];
+          if (Add) weight = weight + add[c * taps + i1];
+          out[R - 1][c][n] += weight * value;
+        }
+      }
+    }
+  }
+}
+
+template <class T, class A, int R, int CB, int NV, bool Mul, bool Add>
+void window_tile(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
+                 int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
+                 int64_t out_row, int64_t lanes) {
+  const int64_t k = p.kernel_size, step = p.dilation * padded.row_pitch, h_row = k * k * h_pitch;
+  V<A> acc[R][CB][NV];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < CB; ++c)
+      for (int n = 0; n < NV; ++n) acc[r][c][n] = V<A>{};
+  if (R == 1) {
+    for (int64_t ky = 0; ky < k; ++ky)
+      window_row<A, R, CB, NV, Mul, Add, true, false>(acc, v + ky * step, padded, h, h_pitch,
+                                                      h_row, mul, add, k, ky);
+  } else {
+    window_row<A, R, CB, NV, Mul, Add, true, false>(acc, v, padded, h, h_pitch, h_row, mul, add,
+                                                    k, 0);
+    for (int64_t ky = 1; ky < k; ++ky)
+      window_row<A, R, CB, NV, Mul, Add, true, true>(acc, v + ky * step, padded, h, h_pitch,
+                                                     h_row, mul, add, k, ky);
+    window_row<A, R, CB, NV, Mul, Add, false, true>(acc, v + k * step, padded, h, h_pitch, h_row,
+                                                    mul, add, k, k);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < CB; ++c)
+      for (int n = 0; n < NV; ++n) {
+        const int64_t left = lanes - n * Vec<A>::lanes;
+        if (left > 0)
+          store_lanes<A>(out + c * out_plane + r * out_row + n * Vec<A>::lanes, acc[r][c][n], left);
+      }
+}
+
+template <class T, class A, int R, int CB, bool Mul, bool Add>
+void window_channels(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
+                     int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
+                     int64_t width) {
+  constexpr int64_t L = Vec<A>::lanes;
+  for (int64_t x = 0; x < width; x += kMaxVectors * L) {
+    const int64_t lanes = least(width - x, kMaxVectors * L);
+    if (lanes > L)
+      window_tile<T, A, R, CB, 2, Mul, Add>(p, padded, v + x, h + x, h_pitch, mul, add, out + x,
+                                            out_plane, width, lanes);
+    else
+      window_tile<T, A, R, CB, 1, Mul, Add>(p, padded, v + x, h + x, h_pitch, mul, add, out + x,
+                                            out_plane, width, lanes);
+  }
+}
+
+// All channels of a head over R output rows whose weights are staged in h.
+template <class T, class A, int R, bool Mul, bool Add>
+void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
+                 int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
+                 int64_t width) {
+  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
+  int64_t c = 0;
+  for (; c + ELSA_CHANNELS <= channels; c += ELSA_CHANNELS)
+    window_channels<T, A, R, ELSA_CHANNELS, Mul, Add>(
+        p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
+        out + c * out_plane, out_plane, width);
+  for (; c < channels; ++c)
+    window_channels<T, A, R, 1, Mul, Add>(p, padded, v + c * padded.channel_pitch, h, h_pitch,
+                                          mul + c * taps, add + c * taps, out + c * out_plane,
+                                          out_plane, width);
+}
+
+template <class T, class A, int R>
+void window_rows_any(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
+                     int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
+                     int64_t width) {
+  auto run = &window_rows<T, A, R, false, false>;
+  if (mul && add) run = &window_rows<T, A, R, true, true>;
+  else if (mul) run = &window_rows<T, A, R, true, false>;
+  else if (add) run = &window_rows<T, A, R, false, true>;
+  run(p, padded, v, h, h_pitch, mul, add, out, out_plane, width);
+}
+
+template <class T>
+int64_t forward_layout(const Problem& p, int64_t rows, Arena& arena,
+                       Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h) {
+  using A = typename AccOf<T>::type;
+  *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
+  *h = arena.take<A>(2 * p.kernel_size * p.kernel_size * round_up<A>(p.Wo));
+  return arena.used;
+}
+
+template <class T>
+int64_t forward_scratch(const Problem& p, int64_t rows) {
+  using A = typename AccOf<T>::type;
+  Arena arena{nullptr, 0};
+  Padded<A> padded;
+  A* h;
+  return forward_layout<T>(p, rows, arena, &padded, &h);
+}
+
+template <class T>
+void forward(const Problem& p, const T* v, const T* h, const typename AccOf<T>::type* mul,
+             const typename AccOf<T>::type* add, T* out, int64_t b, int64_t g, int64_t y0,
+             int64_t y1, void* scratch) {
+  using A = typename AccOf<T>::type;
+  Arena arena{static_cast<char*>(scratch), 0};
+  Padded<A> padded;
+  A* staged;
+  forward_layout<T>(p, y1 - y0, arena, &padded, &staged);
+  fill_values(padded, p, v, b, g, y0, y1);
+
+  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
+  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
+  const A* head_mul = mul ? mul + g * channels * taps : nullptr;
+  const A* head_add = add ? add + g * channels * taps : nullptr;
+  for (int64_t y = y0; y < y1;) {
+    const int64_t rows = p.stride == p.dilation && y + 1 < y1 ? 2 : 1;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < taps; ++i)
+        place_row(staged + (r * taps + i) * pitch, pitch,
+                  h + ((b * p.G + g) * taps + i) * plane + (y + r) * p.Wo, p.Wo, 0, 1);
+    const A* at = padded.data + (y - y0) * p.stride * padded.row_pitch;
+    T* to = out + (b * p.C + g * channels) * plane + y * p.Wo;
+    if (rows == 2)
+      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo);
+    else
+      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo);
+    y += rows;
+  }
+}
+
+// The gradient of v is the same sum with the window turned round: over the gradient spread onto
+// the grid of v (zeros between where stride > 1), with the weights shifted to where they act.
+template <class T>
+int64_t grad_v_layout(const Problem& p, int64_t rows, Arena& arena,
+                      Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h,
+                      typename AccOf<T>::type** mul, typename AccOf<T>::type** add) {
+  using A = typename AccOf<T>::type;
+  const int64_t taps = p.kernel_size * p.kernel_size;
+  *padded = take_padded<A>(arena, p, rows, p.W, 1);
+  *h = arena.take<A>(2 * taps * round_up<A>(p.W));
+  *mul = arena.take<A>(p.C / p.G * taps);
+  *add = arena.take<A>(p.C / p.G * taps);
+  return arena.used;
+}
+
+template <class T>
+int64_t grad_v_scratch(const Problem& p, int64_t rows) {
+  using A = typename AccOf<T>::type;
+  Arena arena{nullptr, 0};
+  Padded<A> padded;
+  A *h, *mul, *add;
+  return grad_v_layout<T>(p, rows, arena, &padded, &h, &mul, &add);
+}
+
+template <class T>
+void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>::type* mul,
+            const typename AccOf<T>::type* add, T* out, int64_t b, int64_t g, int64_t y0,
+            int64_t y1, void* scratch) {
+  using A = typename AccOf<T>::type;
+  Arena arena{static_cast<char*>(scratch), 0};
+  Padded<A> padded;
+  A *staged, *turned_mul, *turned_add;
+  grad_v_layout<T>(p, y1 - y0, arena, &padded, &staged, &turned_mul, &turned_add);
+
+  const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, s = p.stride;
+  const int64_t pad = padding(p), pitch = round_up<A>(p.W), plane = p.Ho * p.Wo;
+  set_columns(padded, p, 1);
+  for (int64_t c = 0; c < channels; ++c) {
+    const T* source = grad + (b * p.C + g * channels + c) * plane;
+    for (int64_t r = 0; r < y1 - y0 + reach(p); ++r) {
+      A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
+      const int64_t position = y0 - pad + r;
+      if (position >= 0 && position % s == 0 && position / s < p.Ho)
+        place_row(dst, padded.row_pitch, source + position / s * p.Wo, p.Wo, pad, s);
+      else
+        zero(dst, padded.row_pitch);
+    }
+  }
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < taps; ++i) {
+      const int64_t from = (g * channels + c) * taps + taps - 1 - i;
+      if (mul) turned_mul[c * taps + i] = mul[from];
+      if (add) turned_add[c * taps + i] = add[from];
+    }
+  if (!mul) turned_mul = nullptr;
+  if (!add) turned_add = nullptr;
+
+  for (int64_t y = y0; y < y1;) {
+    const int64_t rows = p.dilation == 1 && y + 1 < y1 ? 2 : 1;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < taps; ++i) {
+        const int64_t ky = i / k, kx = i % k;
+        const int64_t position = y + r - pad + ky * p.dilation;
+        A* dst = staged + (r * taps + i) * pitch;
+        if (position >= 0 && position % s == 0 && position / s < p.Ho)
+          place_row(dst, pitch,
+                    h + ((b * p.G + g) * taps + taps - 1 - i) * plane + position / s * p.Wo, p.Wo,
+                    pad - kx * p.dilation, s);
+        else
+          zero(dst, pitch);
+      }
+    const A* at = padded.data + (y - y0) * padded.row_pitch;
+    T* to = out + (b * p.C + g * channels) * p.H * p.W + y * p.W;
+    if (rows == 2)
+      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
+                               p.H * p.W, p.W);
+    else
+      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
+                               p.H * p.W, p.W);
+    y += rows;
+  }
+}
+
+// grad_h for K window columns of one window row and NV vectors: a dot product over the channels.
+template <class T, class A, int K, int NV, bool Mul>
+void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t grad_pitch,
+                 const A* mul, int64_t taps, int64_t channels, const int64_t* column, T* out,
+                 int64_t out_plane, int64_t lanes) {
+  V<A> acc[K][NV];
+  for (int j = 0; j < K; ++j)
+    for (int n = 0; n < NV; ++n) acc[j][n] = V<A>{};
+  for (int64_t c = 0; c < channels; ++c) {
+    const A* at = v + c * padded.channel_pitch;
+    V<A> up[NV];
+    for (int n = 0; n < NV; ++n) up[n] = load(grad + c * grad_pitch + n * Vec<A>::lanes);
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) {
+#pragma GCC unroll 8
+      for (int n = 0; n < NV; ++n) {
+        V<A> value = load(at + column[j] + n * Vec<A>::lanes);
+        if (Mul) value = value * mul[c * taps + j];
+        acc[j][n] += value * up[n];
+      }
+    }
+  }
+  for (int j = 0; j < K; ++j)
+    for (int n = 0; n < NV; ++n) {
+      const int64_t left = lanes - n * Vec<A>::lanes;
+      if (left > 0) store_lanes<A>(out + j * out_plane + n * Vec<A>::lanes, acc[j][n], left);
+    }
+}
+
+template <class T, class A, int NV, bool Mul, int K = ELSA_TAPS>
+ELSA_INLINE void channel_dot_any(int64_t count, const Padded<A>& padded, const A* v, const A* grad,
+                            int64_t grad_pitch, const A* mul, int64_t taps, int64_t channels,
+                            const int64_t* column, T* out, int64_t out_plane, int64_t lanes) {
+  if (count == K) {
+    channel_dot<T, A, K, NV, Mul>(padded, v, grad, grad_pitch, mul, taps, channels, column, out,
+                                  out_plane, lanes);
+  } else if constexpr (K > 1) {
+    channel_dot_any<T, A, NV, Mul, K - 1>(count, padded, v, grad, grad_pitch, mul, taps, channels,
+                                          column, out, out_plane, lanes);
+  }
+}
+
+template <class A>
+ELSA_INLINE A sum_lanes(V<A> x) {
+  A total = A(0);
+  for (int64_t i = 0; i < Vec<A>::lanes; ++i) total += x[i];
+  return total;
+}
+
+// K window rows of the static head's gradient at one window column: v row r meets the gradient
+// rows r - ky, all from one load of v. Adds to out[ky * k].
+template <class A, int K>
+ELSA_INLINE void ghost_rows(V<A> (&acc)[K], const A* v, const A* grad, int64_t grad_row,
+                       int64_t width) {
+  for (int64_t x = 0; x < width; x += Vec<A>::lanes) {
+    const V<A> value = load(v + x);
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j) acc[j] += value * load(grad - j * grad_row + x);
+  }
+}
+
+template <class A, int K>
+void ghost_column(const Problem& p, const Padded<A>& padded, const A* v, const A* grad,
+                  int64_t grad_row, int64_t rows, int64_t ky0, int64_t width, A* out) {
+  V<A> acc[K];
+  for (int j = 0; j < K; ++j) acc[j] = V<A>{};
+  const int64_t step = p.stride * padded.row_pitch;
+  if (p.stride == p.dilation) {
+    // r counts output rows from window row ky0: pairs (r - j, ky0 + j) with 0 <= r - j < rows.
+    for (int64_t r = 0; r < rows + K - 1; ++r) {
+      const A* at = v + (ky0 + r) * step;
+      if (r >= K - 1 && r < rows) {
+        ghost_rows<A, K>(acc, at, grad + r * grad_row, grad_row, width);
+      } else {
+        for (int j = 0; j < K; ++j)
+          if (r - j >= 0 && r - j < rows)
+            for (int64_t x = 0; x < width; x += Vec<A>::lanes)
+              acc[j] += load(at + x) * load(grad + (r - j) * grad_row + x);
+      }
+    }
+  } else {
+    for (int64_t y = 0; y < rows; ++y)
+      for (int64_t x = 0; x < width; x += Vec<A>::lanes) {
+        const V<A> up = load(grad + y * grad_row + x);
+        for (int j = 0; j < K; ++j)
+          acc[j] += up * load(v + y * step + (ky0 + j) * p.dilation * padded.row_pitch + x);
+      }
+  }
+  for (int j = 0; j < K; ++j) out[(ky0 + j) * p.kernel_size] = sum_lanes<A>(acc[j]);
+}
+
+template <class A>
+void ghost_gradient(const Problem& p, const Padded<A>& padded, const A* v, const A* grad,
+                    int64_t grad_row, int64_t rows, int64_t width, A* out) {
+  const int64_t k = p.kernel_size;
+  for (int64_t kx = 0; kx < k; ++kx) {
+    const A* at = v + padded.column[kx];
+    int64_t ky = 0;
+    for (; ky + 7 <= k; ky += 7) ghost_column<A, 7>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+    for (; ky + 3 <= k; ky += 3) ghost_column<A, 3>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+    for (; ky < k; ++ky) ghost_column<A, 1>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+  }
+}
+
+template <class T>
+int64_t grad_h_layout(const Problem& p, int64_t rows, Arena& arena,
+                      Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** grad,
+                      typename AccOf<T>::type** h) {
+  using A = typename AccOf<T>::type;
+  const int64_t pitch = round_up<A>(p.Wo);
+  *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
+  *grad = arena.take<A>(p.C / p.G * rows * pitch);
+  *h = arena.take<A>(pitch);
+  return arena.used;
+}
+
+template <class T>
+int64_t grad_h_scratch(const Problem& p, int64_t rows) {
+  using A = typename AccOf<T>::type;
+  Arena arena{nullptr, 0};
+  Padded<A> padded;
+  A *grad, *h;
+  return grad_h_layout<T>(p, rows, arena, &padded, &grad, &h);
+}
+
+template <class T, bool Mul>
+void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>& padded,
+                        const typename AccOf<T>::type* grad,
+                        const typename AccOf<T>::type* mul, T* out, int64_t y0, int64_t y1) {
+  using A = typename AccOf<T>::type;
+  constexpr int64_t L = Vec<A>::lanes;
+  const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k;
+  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo, grad_pitch = (y1 - y0) * pitch;
+  const int64_t block = divide_up(k, divide_up(k, ELSA_TAPS));
+  for (int64_t y = 0; y < y1 - y0; ++y)
+    for (int64_t x = 0; x < p.Wo; x += kMaxVectors * L) {
+      const int64_t lanes = least(p.Wo - x, kMaxVectors * L);
+      const A* up = grad + y * pitch + x;
+      for (int64_t ky = 0; ky < k; ++ky) {
+        const A* at = padded.data + (y * p.stride + ky * p.dilation) * padded.row_pitch + x;
+        for (int64_t kx = 0; kx < k; kx += block) {
+          const int64_t i = ky * k + kx, count = least(block, k - kx);
+          T* to = out + i * plane + (y0 + y) * p.Wo + x;
+          const A* head_mul = Mul ? mul + i : nullptr;
+          if (lanes > L)
+            channel_dot_any<T, A, 2, Mul>(count, padded, at, up, grad_pitch, head_mul, taps,
+                                          channels, padded.column + kx, to, plane, lanes);
+          else
+            channel_dot_any<T, A, 1, Mul>(count, padded, at, up, grad_pitch, head_mul, taps,
+                                          channels, padded.column + kx, to, plane, lanes);
+        }
+      }
+    }
+}
+
+template <class T>
+void grad_h(const Problem& p, const T* grad_out, const T* v, const T* h,
+            const typename AccOf<T>::type* mul, T* out, typename AccOf<T>::type* grad_mul,
+            typename AccOf<T>::type* grad_add, int64_t b, int64_t g, int64_t y0, int64_t y1,
+            void* scratch) {
+  using A = typename AccOf<T>::type;
+  Arena arena{static_cast<char*>(scratch), 0};
+  Padded<A> padded;
+  A *grad, *weights;
+  grad_h_layout<T>(p, y1 - y0, arena, &padded, &grad, &weights);
+  fill_values(padded, p, v, b, g, y0, y1);
+
+  const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, rows = y1 - y0;
+  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t y = 0; y < rows; ++y)
+      place_row(grad + (c * rows + y) * pitch, pitch,
+                grad_out + (b * p.C + g * channels + c) * plane + (y0 + y) * p.Wo, p.Wo, 0, 1);
+
+  if (out) {
+    T* to = out + (b * p.G + g) * taps * plane;
+    const A* head_mul = mul ? mul + g * channels * taps : nullptr;
+    if (mul) attention_gradient<T, true>(p, padded, grad, head_mul, to, y0, y1);
+    else attention_gradient<T, false>(p, padded, grad, nullptr, to, y0, y1);
+  }
+  if (grad_add)
+    for (int64_t c = 0; c < channels; ++c)
+      ghost_gradient(p, padded, padded.data + c * padded.channel_pitch, grad + c * rows * pitch,
+                     pitch, rows, pitch, grad_add + c * taps);
+  if (grad_mul) {
+    // Only with ghost_mul (lam > 0): one window position at a time, its weights staged by row.
+    for (int64_t i = 0; i < channels * taps; ++i) grad_mul[i] = A(0);
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t y = 0; y < rows; ++y) {
+        place_row(weights, pitch, h + ((b * p.G + g) * taps + i) * plane + (y0 + y) * p.Wo, p.Wo,
+                  0, 1);
+        const A* at = padded.data + (y * p.stride + i / k * p.dilation) * padded.row_pitch +
+                      padded.column[i % k];
+        for (int64_t c = 0; c < channels; ++c) {
+          V<A> acc{};
+          for (int64_t x = 0; x < pitch; x += Vec<A>::lanes)
+            acc += load(at + c * padded.channel_pitch + x) * load(weights + x) *
+                   load(grad + (c * rows + y) * pitch + x);
+          grad_mul[c * taps + i] += sum_lanes<A>(acc);
+        }
+      }
+  }
+}
+
+}  // namespace
+
+namespace ELSA_ISA {
+#define ELSA_KERNELS(T) \
+  {forward_scratch<T>, forward<T>, grad_v_scratch<T>, grad_v<T>, grad_h_scratch<T>, grad_h<T>}
+extern const Kernels<float> f32 = ELSA_KERNELS(float);
+extern const Kernels<double> f64 = ELSA_KERNELS(double);
+extern const Kernels<BFloat16> bf16 = ELSA_KERNELS(BFloat16);
+extern const Kernels<Float16> f16 = ELSA_KERNELS(Float16);
+}  // namespace ELSA_ISA
+}  // namespace elsa

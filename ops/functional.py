@@ -1,0 +1,219 @@
+"""`elsa_attention`: input checks, dispatch, and what torch must know about the compiled op.
+
+Shape legend: B batch, C channels, G heads, k kernel size, (H, W) size of `v`, (Ho, Wo) size of
+the output, `Ho = H // stride`, `Wo = W // stride`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops import library
+from ops.reference import elsa_attention_reference
+
+FORWARD = "elsa::elsa_attention"
+BACKWARD = "elsa::elsa_attention_backward"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def elsa_attention(
+    v: Tensor,
+    h_attn: Tensor,
+    ghost_mul: Tensor | None = None,
+    ghost_add: Tensor | None = None,
+    *,
+    kernel_size: int,
+    dilation: int = 1,
+    stride: int = 1,
+) -> Tensor:
+    """Aggregate `v` over a k x k window with dynamic weights and a static ghost head.
+
+        out[b, c, y, x] = sum_i (h_attn[b, head(c), i, y, x] * ghost_mul[c, i] + ghost_add[c, i])
+                          * v[b, c, y * stride + dy(i), x * stride + dx(i)]
+
+    `dy, dx` run row-major over the centred k x k window times `dilation`; `v` is zero outside
+    the image.
+
+    Args:
+        v: (B, C, H, W), float32, bfloat16, float16 or float64.
+        h_attn: (B, G, k*k, H // stride, W // stride), dtype and device of `v`; G divides C. The
+            size is that of an average pooling by `stride`, which drops the rest.
+        ghost_mul: (C, k, k) or None (ones); dtype of `v`, or float32 beside halves.
+        ghost_add: (C, k, k) or None (zeros); likewise.
+        kernel_size: odd k.
+        dilation, stride: at least 1.
+
+    Returns:
+        (B, C, H // stride, W // stride), contiguous, dtype of `v`. Halves accumulate in float32.
+
+    Under autocast `v` and `h_attn` are cast to its dtype together, the ghosts stay as they are.
+    Differentiable once in all four tensors (the reference backend: any number of times).
+
+    Raises:
+        ValueError: shapes, devices or integers that do not fit, with the shapes in the message.
+        TypeError: dtypes that do not fit.
+        StaleLibraryError: the library found was built for something else.
+    """
+    device_type = v.device.type
+    # Meta tensors have no autocast, and asking for it raises.
+    if (
+        device_type != "meta"
+        and torch.is_autocast_enabled(device_type)
+        and v.dtype != torch.float64
+    ):
+        dtype = torch.get_autocast_dtype(device_type)
+        v, h_attn = v.to(dtype), h_attn.to(dtype)
+    _check(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride)
+    if library.use_compiled(device_type, library.state.backend):
+        return torch.ops.elsa.elsa_attention(
+            v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride
+        )
+    return elsa_attention_reference(
+        v, h_attn, ghost_mul, ghost_add, kernel_size=kernel_size, dilation=dilation, stride=stride
+    )
+
+
+def _check(
+    v: Tensor,
+    h_attn: Tensor,
+    ghost_mul: Tensor | None,
+    ghost_add: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    stride: int,
+) -> None:
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if dilation < 1 or stride < 1:
+        raise ValueError(
+            f"dilation and stride must be at least 1, got dilation={dilation}, stride={stride}"
+        )
+    if v.dim() != 4:
+        raise ValueError(f"v must be (B, C, H, W), got shape {tuple(v.shape)}")
+    if h_attn.dim() != 5:
+        raise ValueError(
+            f"h_attn must be (B, G, k*k, H // stride, W // stride), got shape {tuple(h_attn.shape)}"
+        )
+    batch, channels, height, width = v.shape
+    heads = h_attn.shape[1]
+    if heads < 1 or channels % heads != 0:
+        raise ValueError(
+            f"the heads of h_attn must divide the channels of v, got v {tuple(v.shape)} and "
+            f"h_attn {tuple(h_attn.shape)}"
+        )
+    expected = (batch, heads, kernel_size * kernel_size, height // stride, width // stride)
+    if h_attn.shape != expected:
+        raise ValueError(
+            f"h_attn must be (B, G, k*k, H // stride, W // stride) = {tuple(expected)} for "
+            f"v {tuple(v.shape)}, kernel_size {kernel_size}, stride {stride}; "
+            f"got {tuple(h_attn.shape)}"
+        )
+    if v.dtype not in DTYPES:
+        raise TypeError(f"v must be float32, bfloat16, float16 or float64, got {v.dtype}")
+    if h_attn.dtype != v.dtype:
+        raise TypeError(
+            f"v and h_attn must share a dtype, got v {v.dtype} and h_attn {h_attn.dtype}"
+        )
+    if h_attn.device != v.device:
+        raise ValueError(
+            f"v and h_attn must be on one device, got v {v.device} and h_attn {h_attn.device}"
+        )
+    for name, ghost in (("ghost_mul", ghost_mul), ("ghost_add", ghost_add)):
+        if ghost is None:
+            continue
+        if ghost.shape != (channels, kernel_size, kernel_size):
+            raise ValueError(
+                f"{name} must be (C, k, k) = {(channels, kernel_size, kernel_size)} for "
+                f"v {tuple(v.shape)}, got {tuple(ghost.shape)}"
+            )
+        if ghost.dtype != v.dtype and not (
+            ghost.dtype == torch.float32 and v.dtype in (torch.bfloat16, torch.float16)
+        ):
+            raise TypeError(
+                f"{name} must have v's dtype (or float32 beside halves), "
+                f"got v {v.dtype} and {name} {ghost.dtype}"
+            )
+        if ghost.device != v.device:
+            raise ValueError(
+                f"v and {name} must be on one device, got v {v.device} and {name} {ghost.device}"
+            )
+
+
+def _fake(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation=1, stride=1):
+    batch, channels, height, width = v.shape
+    return v.new_empty((batch, channels, height // stride, width // stride))
+
+
+def _fake_backward(
+    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, output_mask
+):
+    inputs = (v, h_attn, ghost_mul, ghost_add)
+    return tuple(
+        t.new_empty(t.shape) if wanted and t is not None else v.new_empty((0,))
+        for t, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    v, h_attn, ghost_mul, ghost_add, ctx.kernel_size, ctx.dilation, ctx.stride = inputs
+    ctx.save_for_backward(v, h_attn, ghost_mul, ghost_add)
+
+
+def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    v, h_attn, ghost_mul, ghost_add = ctx.saved_tensors
+    inputs = (v, h_attn, ghost_mul, ghost_add)
+    mask = [
+        wanted and t is not None
+        for t, wanted in zip(inputs, ctx.needs_input_grad[:4], strict=True)
+    ]
+    grads = torch.ops.elsa.elsa_attention_backward(
+        grad_out, *inputs, ctx.kernel_size, ctx.dilation, ctx.stride, mask
+    )
+    return (*(g if m else None for g, m in zip(grads, mask, strict=True)), None, None, None)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "the compiled elsa_attention has no second derivative; run this part under "
+        "`ops.use_backend('reference')`"
+    )
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    return None
+
+
+def _loop_vmap(op: Any):
+    """A vmap rule that runs the op once per slice: the ghosts may be batched, so no folding."""
+
+    def rule(info, in_dims, *args):
+        results = []
+        for index in range(info.batch_size):
+            results.append(
+                op(
+                    *(
+                        arg.select(dim, index) if dim is not None and torch.is_tensor(arg) else arg
+                        for arg, dim in zip(args, in_dims, strict=True)
+                    )
+                )
+            )
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(part) for part in zip(*results, strict=True)), (0,) * 4
+
+    return rule
+
+
+def register() -> None:
+    """Give the ops of a freshly loaded library their fake kernels, autograd and vmap rules."""
+    torch.library.register_fake(FORWARD)(_fake)
+    torch.library.register_fake(BACKWARD)(_fake_backward)
+    torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
+    torch.library.register_autograd(
+        BACKWARD, _refuse_second_derivative, setup_context=_keep_nothing
+    )
+    torch.library.register_vmap(FORWARD, _loop_vmap(torch.ops.elsa.elsa_attention))
+    torch.library.register_vmap(BACKWARD, _loop_vmap(torch.ops.elsa.elsa_attention_backward))

@@ -1,0 +1,1 @@
+"""The data sets: making the demo ones, manifests, checks, cards."""

@@ -1,0 +1,262 @@
+"""The report's pictures. Each function gives a matplotlib figure and reads only stage outputs."""
+
+import csv
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from PIL import Image
+
+COLORS = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Set2").colors]
+plt.rcParams.update(
+    {
+        "axes.grid": True,
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "figure.dpi": 110,
+        "font.size": 9,
+        "grid.alpha": 0.3,
+        "savefig.bbox": "tight",
+    }
+)
+
+
+def read_curves(path: Path) -> dict[str, list[float]]:
+    """Columns of a `curves.csv`; cells that are empty become NaN."""
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    return {key: [float(row[key] or "nan") for row in rows] for key in rows[0]} if rows else {}
+
+
+def curves(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Loss above, scores below, one column per stage, over epochs."""
+    figure, axes = plt.subplots(2, len(stages), figsize=(3.6 * len(stages), 5), squeeze=False)
+    for column, (stage, values) in enumerate(stages.items()):
+        epochs = values["epoch"]
+        losses = [k for k in values if k.endswith("loss") and "/" not in k]
+        scores = [k for k in values if any(s in k for s in ("top1", "mAP", "mIoU", "aAcc"))]
+        for axis, keys, label in (
+            (axes[0][column], losses, "loss"),
+            (axes[1][column], scores, "%"),
+        ):
+            for key in keys:
+                known = [(x, y) for x, y in zip(epochs, values[key], strict=True) if y == y]
+                axis.plot(*zip(*known, strict=True), marker=".", label=key)
+            axis.set(xlabel="epoch", ylabel=label)
+            if keys:
+                axis.legend(fontsize=7, frameon=False)
+        axes[0][column].set_title(stage)
+    figure.tight_layout()
+    return figure
+
+
+def confusion(path: Path) -> Figure:
+    """Confusion matrix from a CSV of (actual, predicted) pairs, in percent of each row."""
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            counts[row["actual"], row["predicted"]] += 1
+    names = sorted({name for pair in counts for name in pair})
+    matrix = np.array([[counts[a, p] for p in names] for a in names], dtype=float)
+    share = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    side = max(4.0, 0.5 * len(names))
+    figure, axis = plt.subplots(figsize=(side, side))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=100)
+    axis.grid(False)
+    axis.set_xticks(range(len(names)), names, rotation=90)
+    axis.set_yticks(range(len(names)), names)
+    axis.set(xlabel="predicted", ylabel="actual")
+    if len(names) <= 20:
+        for y, x in np.argwhere(matrix > 0):
+            color = "white" if share[y, x] > 50 else "black"
+            axis.text(
+                x, y, f"{matrix[y, x]:.0f}", ha="center", va="center", color=color, fontsize=7
+            )
+    return figure
+
+
+def detections(data: Path, results: Path, count: int, threshold: float = 0.5) -> Figure:
+    """Validation images: truth in the upper row, predictions above `threshold` in the lower."""
+    from pycocotools.coco import COCO
+
+    truth = COCO(str(data / "annotations/instances_val2017.json"))
+    predicted = defaultdict(list)
+    for item in json.loads((results / "coco.segm.json").read_text()):
+        if item["score"] >= threshold:
+            predicted[item["image_id"]].append(item)
+    boxes = defaultdict(list)
+    for item in json.loads((results / "coco.bbox.json").read_text()):
+        boxes[item["image_id"], item["category_id"], round(item["score"], 4)].append(item["bbox"])
+    images = truth.loadImgs(_spread(sorted(truth.getImgIds()), count))
+    figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 4.7), squeeze=False)
+    for column, image in enumerate(images):
+        pixels = np.asarray(Image.open(data / "val2017" / image["file_name"]).convert("RGB"))
+        annotations = truth.loadAnns(truth.getAnnIds(imgIds=image["id"]))
+        for axis, items in (
+            (axes[0][column], annotations),
+            (axes[1][column], predicted[image["id"]]),
+        ):
+            _plain(axis, pixels)
+            for item in items:
+                mask = truth.annToMask(item | {"image_id": image["id"]}).astype(bool)
+                if not mask.any():
+                    continue
+                crowd = item.get("iscrowd", 0)
+                color = (1.0, 1.0, 1.0) if crowd else COLORS[item["category_id"] % len(COLORS)]
+                overlay = np.zeros((*mask.shape, 4))
+                overlay[mask] = (*to_rgb(color), 0.55)
+                axis.imshow(overlay)
+                x, y, w, h = item.get("bbox") or _box(mask)
+                key = (image["id"], item["category_id"], round(item.get("score", -1), 4))
+                if boxes.get(key):
+                    x, y, w, h = boxes[key][0]
+                axis.add_patch(Rectangle((x, y), w, h, fill=False, color=color, linewidth=1.2))
+                name = "crowd" if crowd else truth.cats[item["category_id"]]["name"]
+                label = name + (f" {item['score']:.2f}" if "score" in item else "")
+                box = {"facecolor": color, "alpha": 0.9, "pad": 0.8, "linewidth": 0}
+                axis.text(
+                    x, y - 2, label, fontsize=5.5, color="white" if not crowd else "black", bbox=box
+                )
+    axes[0][0].set_ylabel("truth")
+    axes[1][0].set_ylabel(f"predicted, score ≥ {threshold}")
+    figure.tight_layout()
+    return figure
+
+
+def segmentations(data: Path, results: Path, classes: Sequence[str], count: int) -> Figure:
+    """Validation images in the first row, their truth and the predicted labels below."""
+    palette = [(0.0, 0.0, 0.0), *COLORS[: len(classes)]]
+    if len(palette) <= len(classes):
+        palette += [plt.get_cmap("hsv")(i / len(classes))[:3] for i in range(len(classes))]
+    if "background" in classes:
+        palette[classes.index("background") + 1] = (0.93, 0.93, 0.93)
+    colors = ListedColormap(palette[: len(classes) + 1])
+    files = sorted((data / "annotations/validation").glob("*.png"))
+    chosen = _spread(files, count)
+    figure, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.8), squeeze=False)
+    for column, file in enumerate(chosen):
+        image = Image.open(data / "images/validation" / f"{file.stem}.jpg").convert("RGB")
+        _plain(axes[0][column], np.asarray(image))
+        predicted = np.asarray(Image.open(results / file.name))
+        for axis, labels in (
+            (axes[1][column], np.asarray(Image.open(file))),
+            (axes[2][column], predicted),
+        ):
+            _plain(
+                axis,
+                labels,
+                cmap=colors,
+                vmin=-0.5,
+                vmax=len(classes) + 0.5,
+                interpolation="nearest",
+            )
+    for row, label in enumerate(("image", "truth", "predicted")):
+        axes[row][0].set_ylabel(label)
+    if len(classes) <= 20:
+        handles = [Patch(color=colors(i + 1), label=name) for i, name in enumerate(classes)]
+        figure.legend(handles=handles, loc="lower center", ncols=11, frameon=False, fontsize=7)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return figure
+
+
+def attention(weights: Path, data: Path, count: int = 3) -> Figure:
+    """What the first ELSA layer of the pretrained model looks at, on detection scenes.
+
+    The first column marks three query points, the others show the attention over each point's
+    window, averaged over heads and scaled to its largest value.
+    """
+    import torch
+    from torchvision.transforms.functional import normalize, to_tensor
+
+    from elsa import ELSA
+    from pipelines.run.checkpoint import load_model
+
+    model = load_model(weights).eval()
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, ELSA))
+    seen: list[torch.Tensor] = []
+    handle = layer.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
+    files = _spread(sorted((data / "val2017").glob("*.jpg")), count)
+    figure, axes = plt.subplots(count, 4, figsize=(9, 2.3 * count), squeeze=False)
+    config = model.pretrained_cfg
+    for row, file in enumerate(files):
+        image = Image.open(file).convert("RGB")
+        pixels = np.asarray(image)
+        with torch.inference_mode():
+            model(normalize(to_tensor(image), config["mean"], config["std"])[None])
+        maps = seen.pop()[0].mean(0).float()  # (k*k, H, W)
+        height, width = maps.shape[1:]
+        scale = pixels.shape[0] / height
+        edges = _edges(pixels, height, width)
+        _plain(axes[row][0], pixels)
+        for column, (y, x) in enumerate(_queries(edges), start=1):
+            kernel, reach = layer.kernel_size, layer.kernel_size // 2 * layer.dilation
+            window = maps[:, y, x].reshape(kernel, kernel)
+            heat = np.zeros((height + 2 * reach, width + 2 * reach))
+            heat[y : y + 2 * reach + 1 : layer.dilation, x : x + 2 * reach + 1 : layer.dilation] = (
+                window
+            )
+            heat = heat[reach : reach + height, reach : reach + width]
+            _plain(axes[row][column], pixels)
+            shown = np.kron(heat / max(heat.max(), 1e-9), np.ones((int(scale), int(scale))))
+            axes[row][column].imshow(shown, cmap="magma", alpha=0.75 * (shown > 0))
+            color = COLORS[column]
+            for axis in (axes[row][0], axes[row][column]):
+                axis.plot(
+                    (x + 0.5) * scale, (y + 0.5) * scale, "o", ms=6, mfc="none", mec=color, mew=2
+                )
+    handle.remove()
+    for column, title in enumerate(("queries", "query 1", "query 2", "query 3")):
+        axes[0][column].set_title(title)
+    figure.suptitle(
+        f"{name}: kernel {layer.kernel_size}, {layer.num_heads} heads", y=1.0, fontsize=9
+    )
+    figure.tight_layout()
+    return figure
+
+
+def _edges(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Gradient magnitude of the image at the size of the feature map."""
+    grey = np.asarray(Image.fromarray(pixels).convert("L").resize((width, height)), dtype=float)
+    return np.hypot(*np.gradient(grey))
+
+
+def _queries(edges: np.ndarray) -> list[tuple[int, int]]:
+    """The three strongest edges that are well apart."""
+    points: list[tuple[int, int]] = []
+    left = edges.copy()
+    left[:2], left[-2:], left[:, :2], left[:, -2:] = -1, -1, -1, -1
+    apart = max(2, min(edges.shape) // 5)
+    for _ in range(3):
+        y, x = np.unravel_index(int(left.argmax()), left.shape)
+        points.append((int(y), int(x)))
+        left[max(0, y - apart) : y + apart + 1, max(0, x - apart) : x + apart + 1] = -1
+    return points
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    """`count` items, evenly over the list."""
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    ys, xs = np.where(mask)
+    return xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1
+
+
+def _plain(axis: Any, pixels: np.ndarray, **options: Any) -> None:
+    axis.imshow(pixels, **options)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.grid(False)

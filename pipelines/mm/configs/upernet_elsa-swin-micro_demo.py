@@ -1,0 +1,93 @@
+"""UPerNet small enough for minutes on CPU cores: digits and background in 160 px scenes.
+
+Sizes, epochs, rates, classes and paths come from the parameters (pipelines/mm/train.py).
+"""
+
+_base_ = [
+    "mmseg::_base_/models/upernet_swin.py",
+    "mmseg::_base_/datasets/ade20k.py",
+    "mmseg::_base_/default_runtime.py",
+]
+custom_imports = dict(imports=["pipelines.mm"], allow_failed_imports=False)
+
+# Group norm: batches are small, and synchronised batch norm has no CPU kernel.
+norm = dict(type="GN", num_groups=8)
+
+model = dict(
+    backbone=dict(_delete_=True, type="ELSASwin", arch="micro", drop_path_rate=0.0),
+    decode_head=dict(
+        in_channels=[32, 64, 128, 256],
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=norm,
+    ),
+    auxiliary_head=dict(
+        in_channels=128, channels=64, dropout_ratio=0.0, num_classes=11, norm_cfg=norm
+    ),
+)
+
+# No flips: a mirrored digit is no digit.
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="RandomResize", scale=(160, 160), ratio_range=(0.75, 1.25), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(128, 128)),
+    dict(type="PackSegInputs"),
+]
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(160, 160), keep_ratio=True),
+    dict(type="LoadAnnotations"),
+    dict(type="PackSegInputs"),
+]
+tta_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[
+            [dict(type="Resize", scale_factor=ratio, keep_ratio=True) for ratio in (0.75, 1.0, 1.25)],
+            [
+                dict(type="RandomFlip", prob=0.0, direction="horizontal"),
+                dict(type="RandomFlip", prob=1.0, direction="horizontal"),
+            ],
+            [dict(type="LoadAnnotations")],
+            [dict(type="PackSegInputs")],
+        ],
+    ),
+]
+tta_model = dict(type="SegTTAModel")
+# Any class names: ADE20KDataset knows only its own 150.
+dataset = dict(
+    type="BaseSegDataset", img_suffix=".jpg", seg_map_suffix=".png", reduce_zero_label=True
+)
+train_dataloader = dict(
+    sampler=dict(type="DefaultSampler", shuffle=True),
+    dataset=dict(**dataset, pipeline=train_pipeline),
+)
+val_dataloader = dict(batch_size=8, dataset=dict(**dataset, pipeline=test_pipeline))
+test_dataloader = val_dataloader
+
+optim_wrapper = dict(
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
+    ),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(
+        type="PolyLR",
+        begin=0,
+        end=6,
+        power=1.0,
+        eta_min_ratio=0.0,
+        by_epoch=True,
+        convert_to_iter_based=True,
+    ),
+]
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=6, val_interval=1)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")

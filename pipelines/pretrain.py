@@ -1,0 +1,75 @@
+"""Pretrain the backbone as an image classifier, and export its best weights."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.build_op import check_library
+from pipelines.data.checks import check_dataset
+from pipelines.params import ROOT, Params
+from pipelines.run.stage import Stage, run_stage
+
+
+def check(params: Params) -> dict[str, Any]:
+    check_library()
+    return check_dataset(ROOT / "data/imagenet", "imagenet", params.pretrain.num_classes)
+
+
+def train_loop_per_worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    from ray.train.torch import get_device
+
+    from pipelines.run.reporting import RayReporter
+    from pipelines.train.classify import Classifier
+
+    reporter = RayReporter(config["reporting"])
+    try:
+        Classifier(config["params"], Path(config["data"]), get_device(), reporter).fit()
+    finally:
+        reporter.close()
+
+
+def run(stage: Stage, data: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    from pipelines.run.checkpoint import write_weights
+    from pipelines.run.launch import fit
+
+    stage.tracker.log_dataset("imagenet", data["digest"], ROOT / "data/imagenet", "training")
+    checkpoint = fit(
+        train_loop_per_worker,
+        {"params": stage.params, "data": str(ROOT / "data/imagenet")},
+        stage.params,
+        name=stage.run_name,
+        mlflow_run_id=stage.tracker.run_id,
+    )
+    with checkpoint.as_directory() as folder:
+        result = json.loads((Path(folder) / "result.json").read_text())
+        weights = load_file(f"{folder}/best.safetensors")
+    history, confusion = result.pop("history"), result.pop("confusion", None)
+    model = stage.params.model.model_dump(mode="json")
+    write_weights(
+        stage.output("weights/pretrain"),
+        weights,
+        model=model,
+        identity=stage.identity,
+        mlflow_run_id=stage.tracker.run_id,
+        metrics={key: result[key] for key in ("top1", "top5", "loss")},
+    )
+    stage.tracker.log_model("pretrain", stage.output("weights/pretrain"), model)
+    stage.write_curves(history)
+    if confusion:
+        classes = data["classes"]
+        with (stage.output("plots/pretrain") / "confusion.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["actual", "predicted"])
+            for actual, row in zip(classes, confusion, strict=True):
+                for predicted, count in zip(classes, row, strict=True):
+                    writer.writerows([[actual, predicted]] * count)
+    stage.tracker.log_artifact(stage.output("plots/pretrain"))
+    stage.write_metrics(result)
+
+
+if __name__ == "__main__":
+    run_stage("pretrain", __doc__ or "", run, check)

@@ -1,0 +1,195 @@
+"""Write one self-contained page and its Markdown twin: results, curves, pictures, lineage."""
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+from pipelines.params import ROOT, Params
+from pipelines.run.stage import Stage, pipeline_name, run_stage
+from pipelines.summary import STAGES, duration, load_metrics, result_rows
+
+PICTURES = {
+    "curves": ("Learning curves", "Loss and scores by epoch."),
+    "confusion": (
+        "Confusion matrix",
+        "Counts on the validation images; shade is percent of a row.",
+    ),
+    "detections": (
+        "Detections",
+        "Validation scenes, spread evenly over the set: truth above, predictions below.",
+    ),
+    "segmentations": (
+        "Segmentations",
+        "Validation scenes, spread evenly over the set: image, truth, prediction.",
+    ),
+    "attention": (
+        "Hadamard attention",
+        "Attention of the pretrained model's first ELSA layer around three query points,"
+        " averaged over heads.",
+    ),
+}
+
+
+def draw(name: str, root: str, samples: int, target: str) -> None:
+    """Draw one of `PICTURES` from the stage outputs below `root` into the PNG `target`."""
+    from pipelines import figures
+
+    base = Path(root)
+    classes = json.loads((base / "data/ade20k/manifest.json").read_text())["classes"]
+    if name == "curves":
+        figure = figures.curves(
+            {
+                stage: figures.read_curves(base / "plots" / stage / "curves.csv")
+                for stage in ("pretrain", "detect", "segment")
+            }
+        )
+    elif name == "confusion":
+        figure = figures.confusion(base / "plots/pretrain/confusion.csv")
+    elif name == "detections":
+        figure = figures.detections(base / "data/coco", base / "results/detect", samples)
+    elif name == "segmentations":
+        figure = figures.segmentations(
+            base / "data/ade20k", base / "results/segment", classes, samples
+        )
+    else:
+        figure = figures.attention(base / "weights/pretrain", base / "data/coco")
+    figure.savefig(target)
+
+
+def check(params: Params) -> dict[str, dict[str, Any]]:
+    return load_metrics(STAGES)
+
+
+def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
+    import ray
+
+    from pipelines.run import tracking
+    from pipelines.run.launch import on_this_node
+    from pipelines.run.reporting import track
+
+    names = [
+        name
+        for name in PICTURES
+        if name != "confusion" or (ROOT / "plots/pretrain/confusion.csv").exists()
+    ]
+    pictures = stage.output("reports") / "pictures"
+    pictures.mkdir(parents=True)
+    task = ray.remote(draw).options(scheduling_strategy=on_this_node())
+    track(
+        [
+            task.remote(name, str(ROOT), stage.section.samples, str(pictures / f"{name}.png"))
+            for name in names
+        ],
+        "report",
+        "pictures",
+    )
+    context = _context(stage, metrics)
+    _write_html(stage.output("reports") / "index.html", context, pictures)
+    _write_markdown(stage.output("reports") / "report.md", context, names)
+    stage.tracker.log_artifact(stage.output("reports"))
+    summary = {f"{row['stage']}/{row['metric']}": row["number"] for row in context["results"]}
+    tracking.end_pipeline(pipeline_name(stage.params), summary)
+    stage.write_metrics({"pictures": len(names)})
+
+
+def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    from pipelines.run import tracking
+
+    lineage = []
+    for name in STAGES:
+        description = ROOT / "weights" / name / "model.json"
+        weights = json.loads(description.read_text()) if description.exists() else {}
+        upstream = weights.get("upstream")
+        lineage.append(
+            {
+                "stage": name,
+                "identity": metrics[name]["identity"],
+                "run": metrics[name]["mlflow_run_id"],
+                "weights": weights.get("sha256", "")[:12],
+                "upstream": _upstream(upstream) if upstream else "",
+            }
+        )
+    git = tracking.git_tags()
+    holdout = stage.params.pretrain.holdout
+    return {
+        "pipeline": pipeline_name(stage.params),
+        "recipe": stage.params.recipe,
+        "commit": git.get("mlflow.source.git.commit", "unknown")[:12],
+        "dirty": git.get("git_dirty") == "true",
+        "results": result_rows(metrics),
+        "choice": (
+            f"The classifier is the best epoch on {holdout:.0%} of the training images held out."
+            if holdout
+            else "The classifier is the best epoch on these images, as is usual with ImageNet."
+        ),
+        "times": [
+            {
+                "stage": name,
+                "time": duration(metrics[name]["wall_time_s"]),
+                "rate": f"{metrics[name]['images_per_second']:.0f}"
+                if "images_per_second" in metrics[name]
+                else "",
+            }
+            for name in STAGES
+        ],
+        "lineage": lineage,
+    }
+
+
+def _upstream(upstream: dict[str, Any]) -> str:
+    scores = ", ".join(
+        f"{k} {v:.2f}" for k, v in upstream["metrics"].items() if isinstance(v, float)
+    )
+    return f"{upstream['sha256'][:12]} of run {upstream['mlflow_run_id'][:12]} ({scores})"
+
+
+def _write_html(target: Path, context: dict[str, Any], pictures: Path) -> None:
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(ROOT / "pipelines"), autoescape=True)
+    drawn = [
+        {"title": title, "caption": caption, "data": _base64(pictures / f"{name}.png")}
+        for name, (title, caption) in PICTURES.items()
+        if (pictures / f"{name}.png").exists()
+    ]
+    cards = [
+        {"name": card.stem, "text": card.read_text(), "data": _base64(card.with_suffix(".png"))}
+        for card in sorted((ROOT / "data/cards").glob("*.md"))
+    ]
+    page = environment.get_template("report.html.jinja")
+    target.write_text(page.render(**context, pictures=drawn, cards=cards))
+
+
+def _write_markdown(target: Path, context: dict[str, Any], names: list[str]) -> None:
+    lines = [
+        f"# ELSA pipeline: {context['pipeline']}",
+        "",
+        f"Recipe `{context['recipe']}`, commit `{context['commit']}`"
+        + (" with uncommitted changes." if context["dirty"] else "."),
+        "",
+        "| task | metric | value |",
+        "|---|---|---:|",
+        *(f"| {row['task']} | {row['metric']} | {row['value']} |" for row in context["results"]),
+        "",
+        f"Percent, on the validation images. {context['choice']}",
+        "",
+        "| stage | wall time | images/s | identity | MLflow run | started from |",
+        "|---|---:|---:|---|---|---|",
+        *(
+            f"| {time['stage']} | {time['time']} | {time['rate']} | `{line['identity']}`"
+            f" | `{line['run']}` | {line['upstream']} |"
+            for time, line in zip(context["times"], context["lineage"], strict=True)
+        ),
+        "",
+        *(f"![{PICTURES[name][0]}](pictures/{name}.png)\n" for name in names),
+    ]
+    target.write_text("\n".join(lines))
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+if __name__ == "__main__":
+    run_stage("report", __doc__ or "", run, check)

@@ -1,0 +1,163 @@
+"""Ray: a local instance or the cluster of `RAY_ADDRESS`, and the only `TorchTrainer` wiring."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Ray would otherwise pack this checkout and rebuild its environment for every worker.
+os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import psutil
+import ray
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT, Params
+from pipelines.run import reporting, tracking
+
+OBJECT_STORE = 512 * 2**20
+NEEDED_MEMORY = 2 * 2**30
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
+
+    Raises:
+        PipelineError: too little memory for a local Ray, or no cluster at the address.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        common |= {"address": address}
+    else:
+        _check_memory()
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        common |= {
+            "address": "local",
+            "include_dashboard": True,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": OBJECT_STORE,
+            "_node_ip_address": "127.0.0.1",
+        }
+    try:
+        ray.init(runtime_env={"env_vars": environment}, **common)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
+        raise PipelineError(f"{where} can't be used: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_memory() -> None:
+    free = psutil.virtual_memory().available
+    if free < NEEDED_MEMORY:
+        raise PipelineError(
+            f"not enough memory: {free / 2**30:.1f} GiB free, a local Ray and its workers need"
+            f" {NEEDED_MEMORY / 2**30:.0f} GiB. End other programs, or set RAY_ADDRESS to a cluster"
+        )
+    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    if shared < OBJECT_STORE:
+        raise PipelineError(
+            f"not enough shared memory for Ray's object store: {shared / 2**20:.0f} MiB free in"
+            f" /dev/shm, {OBJECT_STORE / 2**20:.0f} MiB needed. Free some (`ls -la /dev/shm`), or"
+            " give a container more (`docker run --shm-size=2g`)"
+        )
+
+
+def _check_resources(params: Params) -> None:
+    """An infeasible request would wait forever."""
+    have, scaling = ray.cluster_resources(), params.scaling
+    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+    if scaling.use_gpu:
+        need["GPU"] = scaling.num_workers
+    short = [
+        f"{n} {kind} needed, {have.get(kind, 0):g} there"
+        for kind, n in need.items()
+        if have.get(kind, 0) < n
+    ]
+    if short:
+        raise PipelineError(
+            f"Ray has too few resources for scaling.num_workers={scaling.num_workers}"
+            f" (cpus_per_worker={scaling.cpus_per_worker}, use_gpu={scaling.use_gpu}):"
+            f" {'; '.join(short)}. Lower scaling.* or use a larger cluster"
+        )
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Schedules a task on the driver's node, whose files it reads or writes."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def storage_path(params: Params) -> str:
+    """`storage.path`, absolute if it is a folder."""
+    path = params.storage.path
+    return path if "://" in path else str((ROOT / path).resolve())
+
+
+def fit(
+    train_loop: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    params: Params,
+    *,
+    name: str,
+    mlflow_run_id: str,
+) -> "ray.train.Checkpoint":
+    """Run `train_loop` on the workers as Ray Train run `name`; the last checkpoint.
+
+    A run of that name that did not finish goes on from its last checkpoint. The loop gets
+    `config` with the key `reporting`, for `RayReporter`.
+
+    Raises:
+        PipelineError: too few resources, or training failed for good.
+    """
+    _check_resources(params)
+    scaling = params.scaling
+    with reporting.display(name.rsplit("-", 1)[0]) as shown:
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config=config
+            | {"reporting": reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown)},
+            scaling_config=ScalingConfig(
+                num_workers=scaling.num_workers,
+                use_gpu=scaling.use_gpu,
+                resources_per_worker={"CPU": scaling.cpus_per_worker}
+                | ({"GPU": 1} if scaling.use_gpu else {}),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage_path(params),
+                failure_config=FailureConfig(max_failures=scaling.max_failures),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+            torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+        )
+        try:
+            result = trainer.fit()
+        except SystemExit as stop:
+            # Ray Train ends an interrupted driver with code 0, which DVC takes for success.
+            raise KeyboardInterrupt from stop
+        except ray.train.TrainingFailedError as error:
+            raise PipelineError(f"training failed: {_cause(error)}") from error
+    if result.checkpoint is None:
+        raise PipelineError(f"run {name} ended without a checkpoint; see storage/{name}")
+    return result.checkpoint
+
+
+def _cause(error: "ray.train.TrainingFailedError") -> str:
+    """The workers' own errors, which Ray wraps."""
+    failures = getattr(error, "worker_failures", None)
+    if failures:
+        return "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items())
+    return str(error)

@@ -1,0 +1,277 @@
+"""How every training loop reports: metrics to MLflow, progress to the driver, checkpoints to Ray.
+
+Imports stay light: the progress actor and the driver's display load this module too.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+
+from pipelines.errors import PipelineError
+
+
+class Reporter(Protocol):
+    """What a training loop needs from whoever started it. All ranks call every method."""
+
+    rank: int
+    world_size: int
+
+    def checkpoint(self) -> AbstractContextManager[Path | None]:
+        """The folder of the last checkpoint, to resume from; None at a fresh start."""
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        """Work done so far of the whole stage, such as images of all workers."""
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Metrics within an epoch, by step."""
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
+
+        The folder is uploaded before this returns, so the caller may delete it then.
+        """
+
+
+@dataclass(frozen=True)
+class Reporting:
+    """What a Ray worker needs to report; made by the driver, sent to the workers."""
+
+    mlflow_run_id: str
+    mlflow_uri: str
+    display: Any
+    """Handle of the `Display` actor."""
+
+
+class RayReporter:
+    """Reports from inside a Ray Train worker."""
+
+    def __init__(self, reporting: Reporting) -> None:
+        from pipelines.run import tracking
+
+        context = ray.train.get_context()
+        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
+        self._display = reporting.display
+        self._shown = 0.0
+        self._tracker = None
+        self._monitor = None
+        os.environ["MLFLOW_TRACKING_URI"] = reporting.mlflow_uri
+        if self.rank == 0:
+            self._tracker = tracking.Tracker(reporting.mlflow_run_id, reporting.mlflow_uri)
+        if context.get_local_rank() == 0:
+            self._monitor = tracking.system_metrics(
+                reporting.mlflow_run_id, context.get_node_rank()
+            )
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        found = ray.train.get_checkpoint()
+        if found is None:
+            yield None
+        else:
+            with found.as_directory() as folder:
+                yield Path(folder)
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        now = time.monotonic()
+        if self.rank == 0 and (now - self._shown > 1 or done >= total):
+            self._shown = now
+            self._display.update.remote(done, total, unit, note)
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if self._tracker:
+            self._tracker.log_metrics(metrics, step)
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        # MLflow first: an epoch that is in the checkpoint is never missing from the curves.
+        self.metrics(metrics, epoch)
+        if self.rank == 0:
+            self._display.line.remote(f"epoch {epoch + 1}: {_readable(metrics)}")
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
+        ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
+
+    def close(self) -> None:
+        """Stop the system monitor."""
+        if self._monitor:
+            self._monitor.finish()
+
+
+class LocalReporter:
+    """Reports without Ray and MLflow: lines on stdout, the last checkpoint in a folder."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, folder: Path, quiet: bool = False) -> None:
+        self.folder, self.quiet = folder, quiet
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        yield self.folder if self.folder.exists() else None
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        pass
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        pass
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        if not self.quiet:
+            print(f"epoch {epoch + 1}: {_readable(metrics)}", flush=True)
+        if folder:
+            aside = Path(tempfile.mkdtemp(dir=self.folder.parent))
+            shutil.copytree(folder, aside, dirs_exist_ok=True)
+            old = self.folder.with_name(self.folder.name + ".old")
+            if self.folder.exists():
+                os.replace(self.folder, old)
+            os.replace(aside, self.folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        pass
+
+
+@ray.remote(num_cpus=0)
+class Display:
+    """Holds what the workers last reported, until the driver fetches it."""
+
+    def __init__(self) -> None:
+        self._state: tuple[int, int, str, str] | None = None
+        self._lines: list[str] = []
+
+    def update(self, done: int, total: int, unit: str, note: str) -> None:
+        self._state = (done, total, unit, note)
+
+    def line(self, text: str) -> None:
+        self._lines.append(text)
+
+    def fetch(self) -> tuple[tuple[int, int, str, str] | None, list[str]]:
+        lines, self._lines = self._lines, []
+        return self._state, lines
+
+
+class Progress:
+    """Shows progress with rate and ETA: a bar on a terminal, plain lines elsewhere."""
+
+    INTERVAL = 15.0
+    """Seconds between plain lines."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._bar: Any = None
+        self._task: Any = None
+        self._first: tuple[float, int] | None = None
+        self._printed = time.monotonic()
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn(f"[bold]{name}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=None, rate="", note="starting")
+
+    def update(self, done: int, total: int, unit: str, note: str = "") -> None:
+        now = time.monotonic()
+        if self._first is None or done < self._first[1]:
+            self._first = (now, done)
+        elapsed, advanced = now - self._first[0], done - self._first[1]
+        rate = advanced / elapsed if elapsed > 0 and advanced else 0.0
+        shown = f"{rate:.1f} {unit}/s" if rate else ""
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, rate=shown, note=note)
+        elif now - self._printed > self.INTERVAL and done < total:
+            self._printed = now
+            eta = f", ETA {_duration((total - done) / rate)}" if rate else ""
+            self.line(f"{100 * done / total:.0f}% {shown}{eta} {note}".rstrip())
+
+    def line(self, text: str) -> None:
+        if self._bar:
+            self._bar.console.print(f"{self.name}: {text}", highlight=False, markup=False)
+        else:
+            print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+@contextmanager
+def display(name: str) -> Iterator[Any]:
+    """A `Display` actor whose content is shown in this process while the block runs."""
+    actor = Display.remote()  # type: ignore[attr-defined]
+    progress, stop = Progress(name), threading.Event()
+
+    def show() -> None:
+        state, lines = ray.get(actor.fetch.remote())
+        for line in lines:
+            progress.line(line)
+        if state:
+            progress.update(*state)
+
+    def poll() -> None:
+        while not stop.wait(0.5):
+            try:
+                show()
+            except ray.exceptions.RayError:
+                return  # the actor or the cluster is gone; the stage itself reports why
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield actor
+        stop.set()
+        thread.join()
+        show()
+    finally:
+        stop.set()
+        progress.close()
+
+
+def track(tasks: list[Any], name: str, unit: str) -> list[Any]:
+    """Results of Ray tasks in their order, with progress while they run."""
+    progress, waiting = Progress(name), list(tasks)
+    try:
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done)  # a failed task ends the stage at once
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, PipelineError):
+                    raise error.cause from None
+                raise
+            progress.update(len(tasks) - len(waiting), len(tasks), unit)
+        return ray.get(tasks)
+    finally:
+        progress.close()
+
+
+def _readable(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return (
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        if minutes >= 60
+        else f"{minutes}:{seconds:02d}"
+    )

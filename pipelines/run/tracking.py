@@ -1,0 +1,236 @@
+"""MLflow: the only module that imports it.
+
+One experiment, a parent run per pipeline run (a parameter set, or a DVC experiment), a
+child run per stage. The driver creates the run and passes its id; workers log by client.
+"""
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+import mlflow
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.tracking import MlflowClient
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT
+
+EXPERIMENT = "elsa"
+
+
+def tracking_uri() -> str:
+    """`MLFLOW_TRACKING_URI`, or a sqlite store at the root of the repository."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+
+
+class Tracker:
+    """One MLflow run, by id. Each metric is kept once per step, also when steps run again."""
+
+    def __init__(self, run_id: str, uri: str | None = None) -> None:
+        self.run_id = run_id
+        self.client = MlflowClient(uri or tracking_uri())
+        self._last_step: dict[str, int] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Log what is not there yet: a resumed run repeats the steps after its checkpoint."""
+        now = int(time.time() * 1000)
+        new = []
+        for key, value in metrics.items():
+            if key not in self._last_step:
+                history = self.client.get_metric_history(self.run_id, key)
+                self._last_step[key] = max((m.step for m in history), default=-1)
+            if step > self._last_step[key]:
+                new.append(Metric(key, float(value), now, step))
+                self._last_step[key] = step
+        if new:
+            self.client.log_batch(self.run_id, metrics=new)
+
+    def log_summary(self, metrics: Mapping[str, Any]) -> None:
+        """Final numbers under `final/`, for the comparison table; a repeated call adds nothing."""
+        self.log_metrics(
+            {f"final/{k}": v for k, v in metrics.items() if isinstance(v, int | float)}, step=0
+        )
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log parameters, flattened to dotted names; those logged already are left alone."""
+        have = self.client.get_run(self.run_id).data.params
+        flat = [Param(k, str(v)[:6000]) for k, v in flatten(params).items() if k not in have]
+        for start in range(0, len(flat), 100):  # the store's limit per call
+            self.client.log_batch(self.run_id, params=flat[start : start + 100])
+
+    def set_tags(self, tags: Mapping[str, Any]) -> None:
+        self.client.log_batch(self.run_id, tags=[RunTag(k, str(v)) for k, v in tags.items()])
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_dict(self, value: Mapping[str, Any], name: str) -> None:
+        self.client.log_dict(self.run_id, dict(value), name)
+
+    def log_dataset(self, name: str, digest: str, path: Path, context: str) -> None:
+        """Record a data set as an input of the run."""
+        dataset = Dataset(
+            name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "{path.name}"}}'
+        )
+        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
+        self.client.log_inputs(self.run_id, datasets=inputs)
+
+    def log_model(self, name: str, folder: Path, params: Mapping[str, Any]) -> str:
+        """Log a folder (weights as safetensors, its description) as a logged model; its id."""
+        run = self.client.get_run(self.run_id)
+        model = self.client.create_logged_model(
+            experiment_id=run.info.experiment_id,
+            name=name,
+            source_run_id=self.run_id,
+            params={k: str(v) for k, v in params.items()},
+            model_type="safetensors",
+        )
+        self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        return model.model_id
+
+    def finish(self, status: str = "FINISHED") -> None:
+        """End the run as FINISHED, FAILED or KILLED; `resume_run` opens it again."""
+        self.client.set_terminated(self.run_id, status)
+
+
+def system_metrics(run_id: str, node: int) -> SystemMetricsMonitor:
+    """A started monitor of this node's CPU, memory, disk, network and GPUs; call `finish()`."""
+    mlflow.set_tracking_uri(tracking_uri())
+    monitor = SystemMetricsMonitor(
+        run_id,
+        sampling_interval=5,
+        samples_before_logging=2,
+        node_id=f"node{node}",
+        resume_logging=True,
+    )
+    monitor.start()
+    return monitor
+
+
+def start_run(
+    stage: str, pipeline: str, tags: Mapping[str, Any], run_id: str | None = None
+) -> Tracker:
+    """The stage's run below its pipeline's parent run; with `run_id` that run goes on.
+
+    Raises:
+        PipelineError: the tracking server or store cannot be reached.
+    """
+    client = MlflowClient(tracking_uri())
+    try:
+        experiment_id = _experiment(client)
+        if run_id and _exists(client, run_id):
+            client.update_run(run_id, status="RUNNING")
+        else:
+            parent = _parent(client, experiment_id, pipeline)
+            run = client.create_run(
+                experiment_id,
+                run_name=stage,
+                tags={
+                    "mlflow.parentRunId": parent,
+                    "mlflow.source.type": "JOB",
+                    "pipeline": pipeline,
+                },
+            )
+            run_id = run.info.run_id
+    except mlflow.exceptions.MlflowException as error:
+        raise PipelineError(
+            f"MLflow at {_without_password(tracking_uri())} does not answer: {error.message}."
+            " Check MLFLOW_TRACKING_URI, or unset it to use the local store"
+        ) from error
+    tracker = Tracker(run_id)
+    tracker.set_tags(tags)
+    return tracker
+
+
+def end_pipeline(pipeline: str, metrics: Mapping[str, float]) -> None:
+    """Mark the pipeline's parent run as finished, with the metrics of its stages."""
+    client = MlflowClient(tracking_uri())
+    tracker = Tracker(_parent(client, _experiment(client), pipeline))
+    tracker.log_summary(metrics)
+    tracker.finish()
+
+
+def metric_history(run_id: str) -> dict[str, list[tuple[int, float]]]:
+    """All curves of a run: name to (step, value) in order, without system metrics."""
+    client = MlflowClient(tracking_uri())
+    names = [k for k in client.get_run(run_id).data.metrics if not k.startswith("system/")]
+    return {
+        name: sorted((m.step, m.value) for m in client.get_metric_history(run_id, name))
+        for name in names
+    }
+
+
+def git_tags() -> dict[str, str]:
+    """Commit and dirtiness of the working tree; empty outside a git repository."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    with suppress(subprocess.CalledProcessError, FileNotFoundError):
+        return {
+            "mlflow.source.git.commit": git("rev-parse", "HEAD"),
+            "git_dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
+        }
+    return {}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _experiment(client: MlflowClient) -> str:
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found:
+        return found.experiment_id
+    # A sqlite store would put artifacts below the current folder, wherever that is.
+    local = tracking_uri().startswith("sqlite:")
+    location = (ROOT / "mlartifacts").as_uri() if local else None
+    return client.create_experiment(EXPERIMENT, artifact_location=location)
+
+
+def _parent(client: MlflowClient, experiment_id: str, pipeline: str) -> str:
+    query = f"tags.pipeline = '{pipeline}' AND tags.stage = 'pipeline'"
+    found = client.search_runs([experiment_id], query, max_results=1)
+    if found:
+        client.update_run(found[0].info.run_id, status="RUNNING")
+        return found[0].info.run_id
+    tags = {"pipeline": pipeline, "stage": "pipeline", **git_tags()}
+    return client.create_run(experiment_id, run_name=pipeline, tags=tags).info.run_id
+
+
+def _exists(client: MlflowClient, run_id: str) -> bool:
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "active"
+    except mlflow.exceptions.MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False  # the store was deleted or is another one: a new run takes over
+        raise
+
+
+def _without_password(uri: str) -> str:
+    head, at, tail = uri.rpartition("@")
+    return f"{head.split('://')[0]}://...@{tail}" if at else uri

@@ -1,0 +1,85 @@
+"""Show the results on the terminal: `python -m pipelines.summary`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT
+
+STAGES = ("prepare", "build_op", "pretrain", "detect", "segment")
+
+RESULTS = (
+    ("pretrain", "classification (ImageNet layout)", ("top1", "top5")),
+    (
+        "detect",
+        "detection and masks (COCO layout)",
+        ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"),
+    ),
+    ("segment", "segmentation (ADE20K layout)", ("mIoU", "mIoU_ms_flip", "aAcc")),
+)
+
+
+def load_metrics(stages: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`metrics/<stage>.json` of each stage.
+
+    Raises:
+        PipelineError: a stage has not run.
+    """
+    missing = [name for name in stages if not (ROOT / f"metrics/{name}.json").exists()]
+    if missing:
+        raise PipelineError(f"no metrics of {', '.join(missing)} yet: run `dvc repro`")
+    return {name: json.loads((ROOT / f"metrics/{name}.json").read_text()) for name in stages}
+
+
+def result_rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the results table: stage, task, metric, number, value (as shown)."""
+    return [
+        {
+            "stage": stage,
+            "task": task,
+            "metric": key,
+            "number": metrics[stage][key],
+            "value": f"{metrics[stage][key]:.1f}",
+        }
+        for stage, task, keys in RESULTS
+        for key in keys
+    ]
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, as in `4:05`."""
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m pipelines.summary",
+        description="Show the results of the last run, and where to look further.",
+    ).parse_args()
+    try:
+        metrics = load_metrics(STAGES)
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("task", "metric", title="Results (percent, validation images)")
+    table.add_column("value", justify="right")
+    for row in result_rows(metrics):
+        table.add_row(row["task"], row["metric"], row["value"])
+    console.print(table)
+    times = "  ".join(f"{name} {duration(metrics[name]['wall_time_s'])}" for name in STAGES)
+    console.print(f"Wall time: {times}", highlight=False)
+    console.print("Report:    reports/index.html", highlight=False)
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    where = "your MLflow server" if uri else "`make ui`, then http://127.0.0.1:5000"
+    console.print(f"MLflow UI: {where}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
