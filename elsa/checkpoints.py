@@ -1,8 +1,8 @@
 """Load published and own checkpoints, strictly and without executing pickles.
 
 Three steps, usable on their own: `read_state_dict` (file -> plain state dict),
-`checkpoint_filter_fn` in swin.py (published layout -> ours) and `load_checkpoint` (all of it, into a
-model).
+`checkpoint_filter_fn` in swin.py (published layout -> ours) and `load_checkpoint` (all of it, into
+a model).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -57,6 +58,7 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> dict[str, Tens
         CheckpointError: The file is truncated, holds other objects or no state dict.
     """
     path = Path(path)
+    content: Any
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:

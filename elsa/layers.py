@@ -6,8 +6,6 @@ Shapes, here and in the comments below:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -132,8 +130,8 @@ class ELSA(nn.Module):
         self.ghost_head: nn.Parameter | None
         if ghosts:
             # One slice per ghost head in use, the multiplicative one first.
-            shape = (dim_v, kernel_size, kernel_size)
-            shape = (1, *shape) if ghosts == 1 else (2, 1, *shape)
+            heads = (1,) if ghosts == 1 else (2, 1)
+            shape = (*heads, dim_v, kernel_size, kernel_size)
             self.ghost_head = nn.Parameter(torch.empty(shape))
         else:
             self.register_parameter("ghost_head", None)
@@ -224,8 +222,8 @@ class ELSABlock(nn.Module):
         mlp_ratio: float = 4.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        act_layer: Callable[..., nn.Module] = nn.GELU,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        act_layer: type[nn.Module] = nn.GELU,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
         **elsa,
     ) -> None:
         super().__init__()

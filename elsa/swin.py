@@ -9,7 +9,7 @@ Shapes: B batch, H x W feature map, C channels. Feature maps are (B, H, W, C) in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ class WindowBlock(nn.Module):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         drop_path: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads:
@@ -185,6 +185,7 @@ class ELSASwin(nn.Module):
         out_norm: Add one norm per stage for its feature map (`norm0`, `norm1`, ...), the layout
             of the published detection and segmentation backbones. With `features_only=True` they
             replace the final norm.
+        init_std: Standard deviation of the linear layers at the start; None: 1 / sqrt(fan in).
     """
 
     output_fmt = "NHWC"
@@ -211,8 +212,9 @@ class ELSASwin(nn.Module):
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        norm_layer: type[nn.Module] = nn.LayerNorm,
         out_norm: bool = False,
+        init_std: float | None = 0.02,
     ) -> None:
         super().__init__()
         for name, value in {"num_heads": num_heads, "elsa_stages": elsa_stages}.items():
@@ -237,20 +239,26 @@ class ELSASwin(nn.Module):
             strict_img_size=False,
             dynamic_img_pad=True,
         )
-        common = {
+        common: dict[str, Any] = {
             "mlp_ratio": mlp_ratio,
             "qkv_bias": qkv_bias,
             "attn_drop": attn_drop_rate,
             "proj_drop": proj_drop_rate,
             "norm_layer": norm_layer,
         }
-        elsa = {"kernel_size": kernel_size, "group_width": group_width, "lam": lam, "gamma": gamma}
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        elsa: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "group_width": group_width,
+            "lam": lam,
+            "gamma": gamma,
+        }
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
             blocks: list[nn.Module] = []
+            block: nn.Module
             for j in range(depth):
                 if elsa_stages[i]:
                     block = ELSABlock(dim, num_heads[i], drop_path=rates[i][j], **elsa, **common)
@@ -273,7 +281,7 @@ class ELSASwin(nn.Module):
         if out_norm:
             for i, info in enumerate(self.feature_info):
                 self.add_module(f"norm{i}", norm_layer(info["num_chs"]))
-        self.norm = norm_layer(self.num_features)
+        self.norm: nn.Module = norm_layer(self.num_features)
         self.head = ClassifierHead(
             self.num_features,
             num_classes,
@@ -282,13 +290,13 @@ class ELSASwin(nn.Module):
             input_fmt=self.output_fmt,
         )
         self.head_hidden_size = self.head.num_features
-        self.init_weights()
+        self.init_weights(init_std)
 
-    def init_weights(self) -> None:
-        """Swin's initialisation: linear layers truncated normal of std 0.02, biases zero."""
+    def init_weights(self, std: float | None = 0.02) -> None:
+        """Linear layers truncated normal of `std` (None: 1 / sqrt(fan in)), biases zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                trunc_normal_(module.weight, std=std or module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ELSA):
@@ -317,7 +325,7 @@ class ELSASwin(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the blocks' activations in the backward pass."""
         for stage in self.layers:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module:
         """The final linear layer."""
@@ -344,7 +352,7 @@ class ELSASwin(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -383,7 +391,7 @@ class ELSASwin(nn.Module):
 
     def prune_intermediate_layers(
         self,
-        indices: int | Sequence[int] = 1,
+        indices: int | list[int] = 1,
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
@@ -393,7 +401,7 @@ class ELSASwin(nn.Module):
         for i in range(len(self.layers)):
             if i not in take and hasattr(self, f"norm{i}"):
                 delattr(self, f"norm{i}")
-        self.layers = self.layers[: last + 1]
+        self.layers = nn.Sequential(*self.layers[: last + 1])
         if cut or prune_norm:
             self.norm = nn.Identity()
         if cut:
@@ -482,7 +490,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict) -> nn.Module:
+def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict) -> Any:
     depths = kwargs.get("depths", defaults["depths"])
     out_indices = kwargs.pop("out_indices", tuple(range(len(depths))))
     return build_model_with_cfg(
@@ -497,14 +505,17 @@ def _create(variant: str, pretrained: bool, defaults: dict[str, Any], kwargs: di
 
 @register_model
 def elsa_swin_micro(pretrained: bool = False, **kwargs) -> ELSASwin:
-    """ELSA-Swin of about a million parameters for small images on a CPU; not in the paper."""
+    """ELSA-Swin of 1.5 million parameters for small images on a CPU; not in the paper."""
     defaults = {
         "embed_dim": 32,
-        "depths": (2, 2, 2, 2),
-        "num_heads": (2, 4, 8, 16),
+        "depths": (1, 1, 2, 1),
+        "num_heads": (1, 2, 4, 8),
         "kernel_size": 5,
         "group_width": 8,
         "window_size": 4,
+        # At these widths Swin's 0.02 starves the residual branches: 12% top-1 after 4 epochs of
+        # the demo, against 54% after 3.
+        "init_std": None,
     }
     return _create("elsa_swin_micro", pretrained, defaults, kwargs)
 

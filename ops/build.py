@@ -71,8 +71,12 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
         if verbose:
             print(f"compiling {len(sources)} files with {compiler['version']}", flush=True)
         done = subprocess.run(
-            command, env=env, text=True, stdout=None if verbose else subprocess.PIPE,
-            stderr=None if verbose else subprocess.STDOUT, check=False,
+            command,
+            env=env,
+            text=True,
+            stdout=None if verbose else subprocess.PIPE,
+            stderr=None if verbose else subprocess.STDOUT,
+            check=False,
         )
         built = Path(work) / library.LIBRARY_NAME
         if done.returncode != 0 or not built.is_file():
@@ -92,7 +96,7 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
         # The old record goes first: an interruption leaves "not built", never a wrong pair.
         (out / library.RECORD_NAME).unlink(missing_ok=True)
         for name in (library.LIBRARY_NAME, library.RECORD_NAME):
-            os.replace(Path(work) / name, out / name)
+            (Path(work) / name).replace(out / name)
     return record
 
 

@@ -166,8 +166,7 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     v, h_attn, ghost_mul, ghost_add = ctx.saved_tensors
     inputs = (v, h_attn, ghost_mul, ghost_add)
     mask = [
-        wanted and t is not None
-        for t, wanted in zip(inputs, ctx.needs_input_grad[:4], strict=True)
+        wanted and t is not None for t, wanted in zip(inputs, ctx.needs_input_grad[:4], strict=True)
     ]
     grads = torch.ops.elsa.elsa_attention_backward(
         grad_out, *inputs, ctx.kernel_size, ctx.dilation, ctx.stride, mask

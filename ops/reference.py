@@ -52,8 +52,6 @@ def elsa_attention_reference(
 
     if add is not None and out_h > 0 and out_w > 0:
         # The static part is a depthwise convolution; it yields ceil(H / stride) rows.
-        static = F.conv2d(
-            values, add.unsqueeze(1), None, stride, pad, dilation, groups=channels
-        )
+        static = F.conv2d(values, add.unsqueeze(1), None, stride, pad, dilation, groups=channels)
         out = out + static[:, :, :out_h, :out_w]
     return out.to(v.dtype)

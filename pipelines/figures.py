@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-COLORS = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Set2").colors]
+COLORS = [plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [
+    plt.get_cmap("Set2")(i)[:3] for i in range(8)
+]
 plt.rcParams.update(
     {
         "axes.grid": True,

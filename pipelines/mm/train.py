@@ -143,8 +143,8 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     config.train_cfg.update(max_epochs=section.epochs, val_interval=section.val_interval)
 
     config.randomness = {"seed": section.seed}
-    config.default_hooks.checkpoint = None  # ReportHook saves
-    config.default_hooks.pop("visualization", None)
+    hooks = {k: v for k, v in config.get("default_hooks", {}).items() if k != "visualization"}
+    config.default_hooks = hooks | {"checkpoint": None}  # ReportHook saves
     config.visualizer.vis_backends = config.vis_backends = []
     config.env_cfg.mp_cfg.mp_start_method = "spawn"  # a fork of a Ray worker can hang
     config.env_cfg.cudnn_benchmark = False
@@ -202,6 +202,8 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
                 part.scale = size
             if "crop_size" in part:
                 part.crop_size = (crop, crop)
+    if job.stage == "segment":
+        config.model.data_preprocessor.size = (crop, crop)
     config.test_dataloader = config.val_dataloader
 
 

@@ -77,9 +77,9 @@ def content_digest(path: Path) -> str:
     if (path / "manifest.json").is_file():
         return content_digest(path / "manifest.json")
     digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
-            digest.update(f"{file.relative_to(path)}\0{content_digest(file)}\n".encode())
+    for item in sorted(path.rglob("*")):
+        if item.is_file() and "__pycache__" not in item.parts:
+            digest.update(f"{item.relative_to(path)}\0{content_digest(item)}\n".encode())
     return digest.hexdigest()
 
 
@@ -108,7 +108,7 @@ def write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text)
-    os.replace(aside, path)
+    aside.replace(path)
 
 
 @contextmanager

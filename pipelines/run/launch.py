@@ -25,6 +25,7 @@ from pipelines.run import reporting, tracking
 
 OBJECT_STORE = 512 * 2**20
 NEEDED_MEMORY = 2 * 2**30
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 
 
 @contextmanager
@@ -67,7 +68,7 @@ def _check_memory() -> None:
             f"not enough memory: {free / 2**30:.1f} GiB free, a local Ray and its workers need"
             f" {NEEDED_MEMORY / 2**30:.0f} GiB. End other programs, or set RAY_ADDRESS to a cluster"
         )
-    shared = shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0
+    shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     if shared < OBJECT_STORE:
         raise PipelineError(
             f"not enough shared memory for Ray's object store: {shared / 2**20:.0f} MiB free in"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+import ray.train
 
 from pipelines.errors import PipelineError
 
@@ -131,8 +132,8 @@ class LocalReporter:
             shutil.copytree(folder, aside, dirs_exist_ok=True)
             old = self.folder.with_name(self.folder.name + ".old")
             if self.folder.exists():
-                os.replace(self.folder, old)
-            os.replace(aside, self.folder)
+                self.folder.replace(old)
+            aside.replace(self.folder)
             shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:

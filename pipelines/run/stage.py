@@ -184,7 +184,7 @@ def _publish(stage: Stage) -> None:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(stage._staged / path, target)
+        (stage._staged / path).replace(target)
     shutil.rmtree(stage._staged)
     stage.state.metrics_md5 = hashlib.md5(metrics, usedforsecurity=False).hexdigest()
     stage.state.save(stage.folder)

@@ -51,10 +51,11 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
         raise PipelineError(f"model: {model.name} can't be built: {error}") from error
 
 
-class Part(torch.utils.data.Dataset):
+class Part(ImageDataset):
     """The images of `dataset` at `indices`; a transform set here is the data set's."""
 
     def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
+        # A view: what the base class would set up is the data set's own.
         self.dataset, self.indices = dataset, indices
 
     @property
@@ -118,7 +119,8 @@ class Classifier:
             step_on_epochs=False,
             updates_per_epoch=len(self.train_loader),
         )
-        self.mixup, self.loss = None, LabelSmoothingCrossEntropy(p.smoothing)
+        self.mixup: Mixup | None = None
+        self.loss: nn.Module = LabelSmoothingCrossEntropy(p.smoothing)
         if p.mixup > 0 or p.cutmix > 0:
             self.mixup = Mixup(
                 mixup_alpha=p.mixup,

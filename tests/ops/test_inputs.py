@@ -61,7 +61,9 @@ def test_bad_input(change, error, message):
 
 def test_bad_gradient_shape():
     v, h, mul, add, *numbers = good().values()
-    with pytest.raises(RuntimeError, match=r"grad_out must be .*\[2, 8, 6, 6\], got .*\[2, 8, 6, 5\]"):
+    with pytest.raises(
+        RuntimeError, match=r"grad_out must be .*\[2, 8, 6, 6\], got .*\[2, 8, 6, 5\]"
+    ):
         torch.ops.elsa.elsa_attention_backward(
             torch.zeros(2, 8, 6, 5), v, h, mul, add, *numbers, [True] * 4
         )

@@ -42,9 +42,7 @@ def test_compile_fullgraph_equals_eager(backend):
         torch.testing.assert_close(a.grad, b.grad)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_with_dynamic_sizes(backend):
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -96,7 +94,8 @@ def test_autocast_casts_values_and_attention_together(backend):
     with ops.use_backend(backend), torch.autocast("cpu", torch.bfloat16):
         out = elsa_attention(v.bfloat16(), h, mul, add, kernel_size=3)
         double = elsa_attention(v.double(), h.double(), kernel_size=3)
-    assert out.dtype == torch.bfloat16 and double.dtype == torch.float64
+    assert out.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
     out.float().sum().backward()
     assert h.grad.dtype == add.grad.dtype == torch.float32
 

@@ -72,7 +72,8 @@ def test_matches_oracle(case, backend):
         with ops.use_backend(backend):
             out = elsa_attention(*inputs, kernel_size=k, dilation=dilation, stride=stride)
         expected = oracle(*exact, k, dilation, stride)
-        assert out.dtype == dtype and out.is_contiguous()
+        assert out.dtype == dtype
+        assert out.is_contiguous()
         close(out, expected.detach(), TOLERANCE[dtype])
         upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
         out.backward(upstream)
@@ -117,7 +118,8 @@ def test_only_wanted_gradients_are_computed():
     assert [g.numel() for g in grads] == [0, h.numel(), 0, add.numel()]
     h.requires_grad_()
     elsa_attention(v, h, mul, add, kernel_size=3).sum().backward()
-    assert h.grad is not None and v.grad is None
+    assert h.grad is not None
+    assert v.grad is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -193,7 +195,8 @@ def test_same_bits_every_run_and_for_any_number_of_threads(dtype):
 def test_older_processors(name, compiled_library):
     code = (
         "import sys, torch, ops; from ops.build import check; torch.set_num_threads(1);"
-        "ops.load_library(sys.argv[1]); check(((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2))); print(torch.ops.elsa.cpu_instruction_set())"
+        "ops.load_library(sys.argv[1]); check(((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
+        "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(compiled_library)],

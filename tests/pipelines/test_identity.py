@@ -75,7 +75,7 @@ def test_code_and_data_change_it_and_caches_do_not(root: Path) -> None:
 
 def test_missing_input_is_named(root: Path) -> None:
     shutil.rmtree(root / "data")
-    with pytest.raises(PipelineError, match="data: missing.*dvc repro"):
+    with pytest.raises(PipelineError, match=r"data: missing.*dvc repro"):
         stage_identity("pretrain", load_params("demo"), root)
 
 

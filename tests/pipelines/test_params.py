@@ -1,6 +1,5 @@
 """What a user can write in params.yaml, and what is refused with which message."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -47,15 +46,24 @@ def test_null_keeps_the_recipe_and_a_value_overrides_it(write) -> None:
         ("recipe: nix", "'nix' is unknown; choose one of demo"),
         ("recipe: demo\nfoo: 1", "foo: unknown key; known here: recipe, storage"),
         ("recipe: demo\npretrain: {epoch: 1}", "pretrain.epoch: unknown key; known here: seed"),
-        ("recipe: demo\npretrain: {epochs: two}", "pretrain.epochs: Input should be a valid integer"),
+        (
+            "recipe: demo\npretrain: {epochs: two}",
+            "pretrain.epochs: Input should be a valid integer",
+        ),
         ("recipe: demo\npretrain: {epochs: '2'}", "pretrain.epochs"),
         ("recipe: demo\npretrain: {lr: -1.0}", "pretrain.lr: Input should be greater than 0"),
-        ("recipe: demo\npretrain: {warmup_epochs: 99}", "warmup_epochs=99 must be less than epochs"),
+        (
+            "recipe: demo\npretrain: {warmup_epochs: 99}",
+            "warmup_epochs=99 must be less than epochs",
+        ),
         ("recipe: demo\npretrain: {sched: cosin}", "'cosine'"),
         ("recipe: demo\npretrain: {batch_size: 33}", "pretrain.batch_size=33 is the global batch"),
         ("recipe: demo\nsegment: {crop_size: 512}", "crop_size=512 is larger than img_size=160"),
         ("recipe: demo\nmodel: {kernel_size: 4}", "kernel_size=4 is even"),
-        ("recipe: demo\nmodel: {embed_dim: 30, num_heads: [4, 4, 8, 8]}", "num_heads=4 does not divide the 30"),
+        (
+            "recipe: demo\nmodel: {embed_dim: 30, num_heads: [4, 4, 8, 8]}",
+            "num_heads=4 does not divide the 30",
+        ),
         ("recipe: demo\nmodel: {depths: [1, 1], num_heads: [2]}", "must be as many"),
         ("recipe: [", "not valid YAML"),
         ("- 1", "must map section names"),
@@ -68,7 +76,7 @@ def test_bad_params_are_refused_with_the_key_and_what_is_allowed(write, text, ex
 
 
 def test_missing_file_names_the_mend(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match="git checkout params.yaml"):
+    with pytest.raises(ParamsError, match=r"git checkout params.yaml"):
         load_params(path=tmp_path / "params.yaml")
 
 

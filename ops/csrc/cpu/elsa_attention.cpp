@@ -107,8 +107,9 @@ Problem check(const Tensor& v, const Tensor& h_attn, const std::optional<Tensor>
                 v.sizes(), ", got ", t.sizes());
     TORCH_CHECK(t.device() == v.device(), "elsa_attention: v is on ", v.device(),
                 " but a ghost head on ", t.device());
-    TORCH_CHECK(t.is_floating_point(), "elsa_attention: a ghost head must be floating point, got ",
-                t.scalar_type());
+    TORCH_CHECK(t.scalar_type() == v.scalar_type() || t.scalar_type() == at::kFloat,
+                "elsa_attention: a ghost head must have v's dtype or float32, got v ",
+                v.scalar_type(), " and ghost head ", t.scalar_type());
   }
   return p;
 }

@@ -13,6 +13,7 @@ namespace elsa {
 namespace {
 
 constexpr int64_t kMaxVectors = 2;  // vectors along x per register tile
+constexpr int64_t kGhostRows = 7;   // window rows per register tile of the ghost gradient
 
 template <class A>
 struct Vec {
@@ -83,17 +84,35 @@ ELSA_INLINE int64_t round_up(int64_t n) {
   return divide_up(n, Vec<A>::lanes) * Vec<A>::lanes;
 }
 
+template <int N, class T, class A>
+ELSA_INLINE void widen_piece(A*& dst, const T*& src) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) dst[i] = widen(src[i]);
+  dst += N;
+  src += N;
+}
+// Rows are short (14 elements in ELSA-Swin's third stage): pieces of fixed size beat a call to
+// memcpy and a vector loop's scalar tail.
 template <class T, class A>
 ELSA_INLINE void widen_row(A* dst, const T* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = widen(src[i]);
+  for (; n >= 16; n -= 16) widen_piece<16>(dst, src);
+  if (n & 8) widen_piece<8>(dst, src);
+  if (n & 4) widen_piece<4>(dst, src);
+  if (n & 2) widen_piece<2>(dst, src);
+  if (n & 1) widen_piece<1>(dst, src);
 }
 template <class T, class A>
 ELSA_INLINE void narrow_row(T* dst, const A* src, int64_t n) {
   for (int64_t i = 0; i < n; ++i) narrow(src[i], dst + i);
 }
+// n is a multiple of the lanes.
 template <class A>
-ELSA_INLINE void zero(A* dst, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) dst[i] = A(0);
+ELSA_INLINE void zero_row(A* dst, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec<A>::lanes) {
+    store(dst + i, V<A>{});
+    // Keeps the compiler from making this a call to memset.
+    __asm__ volatile("" : : : "memory");
+  }
 }
 
 // Writes the first n lanes of an accumulator.
@@ -109,16 +128,14 @@ ELSA_INLINE void store_lanes(T* dst, V<A> x, int64_t n) {
 
 // dst[start + step * j] = src[j] where that lies in [0, length), zero elsewhere.
 template <class T, class A>
-void place_row(A* dst, int64_t length, const T* src, int64_t n, int64_t start, int64_t step) {
+ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t n, int64_t start,
+                           int64_t step) {
+  zero_row(dst, length);
   if (step == 1) {
-    const int64_t first = least(most(start, 0), length);
-    const int64_t last = most(least(start + n, length), first);
-    zero(dst, first);
-    widen_row(dst + first, src + (first - start), last - first);
-    zero(dst + last, length - last);
+    const int64_t first = most(start, 0);
+    widen_row(dst + first, src + (first - start), most(least(start + n, length) - first, 0));
     return;
   }
-  zero(dst, length);
   for (int64_t j = 0; j < n; ++j) {
     const int64_t position = start + step * j;
     if (position >= 0 && position < length) dst[position] = widen(src[j]);
@@ -184,11 +201,11 @@ void fill_values(const Padded<A>& padded, const Problem& p, const T* v, int64_t 
       A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
       const int64_t y = y0 * s - pad + r;
       if (y < 0 || y >= p.H) {
-        zero(dst, padded.row_pitch);
+        zero_row(dst, padded.row_pitch);
       } else if (s == 1) {
         place_row(dst, padded.row_pitch, plane + y * p.W, p.W, pad, 1);
       } else {
-        zero(dst, padded.row_pitch);
+        zero_row(dst, padded.row_pitch);
         for (int64_t x = 0; x < p.W; ++x) {
           // The last columns may lie beyond every window.
           const int64_t at = (x + pad) / s;
@@ -293,6 +310,12 @@ void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A*
                  int64_t width) {
   const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
   int64_t c = 0;
+  // One vector per row leaves half of the registers: take more channels.
+  if (width <= Vec<A>::lanes)
+    for (; c + 2 * ELSA_CHANNELS <= channels; c += 2 * ELSA_CHANNELS)
+      window_tile<T, A, R, 2 * ELSA_CHANNELS, 1, Mul, Add>(
+          p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
+          out + c * out_plane, out_plane, width, width);
   for (; c + ELSA_CHANNELS <= channels; c += ELSA_CHANNELS)
     window_channels<T, A, R, ELSA_CHANNELS, Mul, Add>(
         p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
@@ -408,7 +431,7 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
       if (position >= 0 && position % s == 0 && position / s < p.Ho)
         place_row(dst, padded.row_pitch, source + position / s * p.Wo, p.Wo, pad, s);
       else
-        zero(dst, padded.row_pitch);
+        zero_row(dst, padded.row_pitch);
     }
   }
   for (int64_t c = 0; c < channels; ++c)
@@ -432,7 +455,7 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
                     h + ((b * p.G + g) * taps + taps - 1 - i) * plane + position / s * p.Wo, p.Wo,
                     pad - kx * p.dilation, s);
         else
-          zero(dst, pitch);
+          zero_row(dst, pitch);
       }
     const A* at = padded.data + (y - y0) * padded.row_pitch;
     T* to = out + (b * p.C + g * channels) * p.H * p.W + y * p.W;
@@ -514,18 +537,10 @@ void ghost_column(const Problem& p, const Padded<A>& padded, const A* v, const A
   for (int j = 0; j < K; ++j) acc[j] = V<A>{};
   const int64_t step = p.stride * padded.row_pitch;
   if (p.stride == p.dilation) {
-    // r counts output rows from window row ky0: pairs (r - j, ky0 + j) with 0 <= r - j < rows.
-    for (int64_t r = 0; r < rows + K - 1; ++r) {
-      const A* at = v + (ky0 + r) * step;
-      if (r >= K - 1 && r < rows) {
-        ghost_rows<A, K>(acc, at, grad + r * grad_row, grad_row, width);
-      } else {
-        for (int j = 0; j < K; ++j)
-          if (r - j >= 0 && r - j < rows)
-            for (int64_t x = 0; x < width; x += Vec<A>::lanes)
-              acc[j] += load(at + x) * load(grad + (r - j) * grad_row + x);
-      }
-    }
+    // r counts output rows from window row ky0. Where r - j is no row of this task, `grad` has
+    // rows of zeros.
+    for (int64_t r = 0; r < rows + K - 1; ++r)
+      ghost_rows<A, K>(acc, v + (ky0 + r) * step, grad + r * grad_row, grad_row, width);
   } else {
     for (int64_t y = 0; y < rows; ++y)
       for (int64_t x = 0; x < width; x += Vec<A>::lanes) {
@@ -544,9 +559,12 @@ void ghost_gradient(const Problem& p, const Padded<A>& padded, const A* v, const
   for (int64_t kx = 0; kx < k; ++kx) {
     const A* at = v + padded.column[kx];
     int64_t ky = 0;
-    for (; ky + 7 <= k; ky += 7) ghost_column<A, 7>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
-    for (; ky + 3 <= k; ky += 3) ghost_column<A, 3>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
-    for (; ky < k; ++ky) ghost_column<A, 1>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+    for (; ky + kGhostRows <= k; ky += kGhostRows)
+      ghost_column<A, kGhostRows>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+    for (; ky + 3 <= k; ky += 3)
+      ghost_column<A, 3>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
+    for (; ky < k; ++ky)
+      ghost_column<A, 1>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
   }
 }
 
@@ -557,7 +575,8 @@ int64_t grad_h_layout(const Problem& p, int64_t rows, Arena& arena,
   using A = typename AccOf<T>::type;
   const int64_t pitch = round_up<A>(p.Wo);
   *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
-  *grad = arena.take<A>(p.C / p.G * rows * pitch);
+  // Rows of zeros between the channels, for ghost_column to run over.
+  *grad = arena.take<A>((p.C / p.G * (rows + kGhostRows) + kGhostRows) * pitch);
   *h = arena.take<A>(pitch);
   return arena.used;
 }
@@ -573,12 +592,12 @@ int64_t grad_h_scratch(const Problem& p, int64_t rows) {
 
 template <class T, bool Mul>
 void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>& padded,
-                        const typename AccOf<T>::type* grad,
+                        const typename AccOf<T>::type* grad, int64_t grad_pitch,
                         const typename AccOf<T>::type* mul, T* out, int64_t y0, int64_t y1) {
   using A = typename AccOf<T>::type;
   constexpr int64_t L = Vec<A>::lanes;
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k;
-  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo, grad_pitch = (y1 - y0) * pitch;
+  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
   const int64_t block = divide_up(k, divide_up(k, ELSA_TAPS));
   for (int64_t y = 0; y < y1 - y0; ++y)
     for (int64_t x = 0; x < p.Wo; x += kMaxVectors * L) {
@@ -615,20 +634,25 @@ void grad_h(const Problem& p, const T* grad_out, const T* v, const T* h,
 
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, rows = y1 - y0;
   const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
-  for (int64_t c = 0; c < channels; ++c)
+  const int64_t grad_pitch = (rows + kGhostRows) * pitch;
+  zero_row(grad, kGhostRows * pitch);
+  grad += kGhostRows * pitch;
+  for (int64_t c = 0; c < channels; ++c) {
+    zero_row(grad + c * grad_pitch + rows * pitch, kGhostRows * pitch);
     for (int64_t y = 0; y < rows; ++y)
-      place_row(grad + (c * rows + y) * pitch, pitch,
+      place_row(grad + c * grad_pitch + y * pitch, pitch,
                 grad_out + (b * p.C + g * channels + c) * plane + (y0 + y) * p.Wo, p.Wo, 0, 1);
+  }
 
   if (out) {
     T* to = out + (b * p.G + g) * taps * plane;
     const A* head_mul = mul ? mul + g * channels * taps : nullptr;
-    if (mul) attention_gradient<T, true>(p, padded, grad, head_mul, to, y0, y1);
-    else attention_gradient<T, false>(p, padded, grad, nullptr, to, y0, y1);
+    if (mul) attention_gradient<T, true>(p, padded, grad, grad_pitch, head_mul, to, y0, y1);
+    else attention_gradient<T, false>(p, padded, grad, grad_pitch, nullptr, to, y0, y1);
   }
   if (grad_add)
     for (int64_t c = 0; c < channels; ++c)
-      ghost_gradient(p, padded, padded.data + c * padded.channel_pitch, grad + c * rows * pitch,
+      ghost_gradient(p, padded, padded.data + c * padded.channel_pitch, grad + c * grad_pitch,
                      pitch, rows, pitch, grad_add + c * taps);
   if (grad_mul) {
     // Only with ghost_mul (lam > 0): one window position at a time, its weights staged by row.
@@ -643,7 +667,7 @@ void grad_h(const Problem& p, const T* grad_out, const T* v, const T* h,
           V<A> acc{};
           for (int64_t x = 0; x < pitch; x += Vec<A>::lanes)
             acc += load(at + c * padded.channel_pitch + x) * load(weights + x) *
-                   load(grad + (c * rows + y) * pitch + x);
+                   load(grad + c * grad_pitch + y * pitch + x);
           grad_mul[c * taps + i] += sum_lanes<A>(acc);
         }
       }

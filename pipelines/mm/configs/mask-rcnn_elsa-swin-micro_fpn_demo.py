@@ -24,13 +24,14 @@ model = dict(
     rpn_head=dict(
         in_channels=channels,
         feat_channels=channels,
-        # Objects are 2 to 4 cells of their level; one anchor shape per two octaves of ratio.
-        anchor_generator=dict(scales=[5], ratios=[1.0, 2.0], strides=[4, 8, 16, 32]),
+        # Upright digits are higher than wide; from 24 px on, an octave per level.
+        anchor_generator=dict(scales=[6], ratios=[1.2, 2.2], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
         bbox_roi_extractor=dict(
             out_channels=channels,
-            finest_scale=40,
+            featmap_strides=[4, 8],
+            finest_scale=48,
             # A fixed number of samples: the adaptive one took half of the time on a CPU.
             roi_layer=dict(sampling_ratio=1),
         ),
@@ -41,18 +42,19 @@ model = dict(
         ),
         mask_roi_extractor=dict(
             out_channels=channels,
-            finest_scale=40,
-            roi_layer=dict(sampling_ratio=1),
+            featmap_strides=[4, 8],
+            finest_scale=48,
+            roi_layer=dict(output_size=10, sampling_ratio=1),
         ),
         mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, norm_cfg=norm),
     ),
     train_cfg=dict(
-        rpn=dict(sampler=dict(num=64)),
-        rpn_proposal=dict(nms_pre=200, max_per_img=64),
-        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+        rpn=dict(assigner=dict(pos_iou_thr=0.6), sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=64, max_per_img=32),
+        rcnn=dict(sampler=dict(num=24, pos_fraction=0.5), mask_size=20),
     ),
     test_cfg=dict(
-        rpn=dict(nms_pre=200, max_per_img=64),
+        rpn=dict(nms_pre=100, max_per_img=32),
         rcnn=dict(score_thr=0.05, max_per_img=30),
     ),
 )

@@ -1,0 +1,62 @@
+"""A workspace: this checkout's files in a folder of its own, on the smoke recipe."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Workspace:
+    """Runs commands as a user would, in a clone with its own runs, tracking and cache."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "OMP_NUM_THREADS"):
+            self.env.pop(name, None)
+
+    def start(self, *command: str, **options) -> subprocess.Popen:
+        return subprocess.Popen(
+            command,
+            cwd=self.root,
+            env=self.env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **options,
+        )
+
+    def run(self, *command: str, timeout: float = 600) -> tuple[int, str]:
+        """Exit code and all output."""
+        with self.start(*command) as process:
+            try:
+                output, _ = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+        return process.returncode, output
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    root = tmp_path_factory.mktemp("workspace")
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).exists() and name != "dvc.lock":
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
+    params = root / "params.yaml"
+    params.write_text(params.read_text().replace("recipe: demo", "recipe: smoke"))
+    for git in (
+        ["init", "-q", "-b", "main"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start"],
+    ):
+        subprocess.run(["git", *git], cwd=root, check=True)
+    return Workspace(root)

@@ -1,0 +1,197 @@
+"""All six stages at toy size through real DVC, Ray, MLflow, mmdet and mmseg, then what must
+not be lost: a killed worker, a killed pipeline, and a second start beside a running one.
+
+The tests of this file build on each other's workspace and run in their order.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+from .conftest import Workspace
+
+STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "report")
+
+
+def metrics(workspace: Workspace, stage: str) -> dict:
+    return json.loads((workspace.root / f"metrics/{stage}.json").read_text())
+
+
+def mlflow_run(workspace: Workspace, stage: str) -> tuple[MlflowClient, Run]:
+    client = MlflowClient(f"sqlite:///{workspace.root / 'mlflow.db'}")
+    return client, client.get_run(metrics(workspace, stage)["mlflow_run_id"])
+
+
+def weights(workspace: Workspace, stage: str = "pretrain") -> dict:
+    return json.loads((workspace.root / f"weights/{stage}/model.json").read_text())
+
+
+def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
+    code, output = workspace.run("dvc", "repro", timeout=1200)
+    assert code == 0, output[-5000:]
+    lock = (workspace.root / "dvc.lock").read_text()
+    for stage in STAGES:
+        assert f"  {stage}:" in lock
+        assert metrics(workspace, stage)["identity"]
+    for stage, keys in {
+        "pretrain": ("top1", "top5", "loss"),
+        "detect": ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"),
+        "segment": ("mIoU", "mIoU_ms_flip", "aAcc"),
+    }.items():
+        values = metrics(workspace, stage)
+        assert all(0 <= values[key] <= 100 for key in keys), values
+        assert values["images_per_second"] > 0
+    # top5 of 10 classes is at least top1; random guessing would have top5 near 50.
+    assert metrics(workspace, "pretrain")["top5"] >= metrics(workspace, "pretrain")["top1"]
+
+
+def test_second_repro_does_nothing(workspace: Workspace) -> None:
+    code, output = workspace.run("dvc", "repro")
+    assert code == 0
+    assert "Data and pipelines are up to date" in output
+
+
+def test_report_is_self_contained_and_shows_results_and_lineage(workspace: Workspace) -> None:
+    page = (workspace.root / "reports/index.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert page.count("data:image/png;base64,") == 8  # five pictures, three contact sheets
+    for stage in ("pretrain", "detect", "segment"):
+        assert metrics(workspace, stage)["mlflow_run_id"] in page
+        assert weights(workspace, stage)["sha256"][:12] in page
+    text = (workspace.root / "reports/report.md").read_text()
+    assert f"| top1 | {metrics(workspace, 'pretrain')['top1']:.1f} |" in text
+
+
+def test_downstream_weights_record_what_they_started_from(workspace: Workspace) -> None:
+    pretrained = weights(workspace)
+    for stage in ("detect", "segment"):
+        upstream = weights(workspace, stage)["upstream"]
+        assert upstream["sha256"] == pretrained["sha256"]
+        assert upstream["mlflow_run_id"] == pretrained["mlflow_run_id"]
+        assert upstream["metrics"]["top1"] == pretrained["metrics"]["top1"]
+        tags = mlflow_run(workspace, stage)[1].data.tags
+        assert tags["upstream_weights"] == pretrained["sha256"]
+        assert tags["upstream_run_id"] == pretrained["mlflow_run_id"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mlflow_holds_the_run_of_each_stage(workspace: Workspace, stage: str) -> None:
+    client, run = mlflow_run(workspace, stage)
+    assert run.info.status == "FINISHED"
+    tags = run.data.tags
+    assert (tags["stage"], tags["dvc_stage"]) == (stage, stage)
+    assert tags["identity"] == metrics(workspace, stage)["identity"]
+    assert tags["git_dirty"] == "false"
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=workspace.root, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert tags["mlflow.source.git.commit"] == commit
+    parent = client.get_run(tags["mlflow.parentRunId"])
+    assert parent.data.tags["stage"] == "pipeline"
+    assert "params.json" in [item.path for item in client.list_artifacts(run.info.run_id)]
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "detect", "segment"])
+def test_mlflow_holds_curves_params_data_and_model_of_training(workspace, stage) -> None:
+    client, run = mlflow_run(workspace, stage)
+    assert float(run.data.params[f"{stage}.lr"]) > 0
+    assert run.data.params["model.name"] == "elsa_swin_micro"
+    assert [item.dataset.name for item in run.inputs.dataset_inputs]
+    assert any(key.startswith("system/") for key in run.data.metrics)
+    epochs = client.get_metric_history(run.info.run_id, "images_per_second")
+    assert [m.step for m in epochs] == list(range(len(epochs)))
+    assert len(epochs) == int(run.data.params[f"{stage}.epochs"])
+    assert run.outputs.model_outputs
+
+
+def checkpoints(workspace: Workspace) -> list[Path]:
+    return list(workspace.root.glob("storage/pretrain-*/checkpoint_*"))
+
+
+def forget_pretrain(workspace: Workspace) -> None:
+    for folder in (
+        *workspace.root.glob("storage/pretrain-*"),
+        *workspace.root.glob(".runs/pretrain-*"),
+    ):
+        shutil.rmtree(folder)
+
+
+def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while not checkpoints(workspace):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint in 240 s"
+        time.sleep(0.05)
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def assert_each_epoch_once(workspace: Workspace) -> None:
+    client, run = mlflow_run(workspace, "pretrain")
+    for key in ("train_loss", "holdout_top1"):
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]
+        assert steps == list(range(int(run.data.params["pretrain.epochs"])))
+
+
+def test_killed_worker_changes_nothing(workspace: Workspace) -> None:
+    undisturbed = weights(workspace)
+    forget_pretrain(workspace)
+    command = ("dvc", "repro", "--force", "--single-item", "pretrain")
+    with workspace.start(*command) as process:
+        wait_for_checkpoint(workspace, process)
+        workers = [p for p in descendants(process) if "RayTrainWorker" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        workers[0].kill()
+        output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-5000:]
+    assert weights(workspace)["sha256"] == undisturbed["sha256"]
+    assert weights(workspace)["mlflow_run_id"] != undisturbed["mlflow_run_id"]
+    assert_each_epoch_once(workspace)
+
+
+def test_killed_pipeline_resumes_in_the_same_run_and_admits_no_second(workspace: Workspace) -> None:
+    undisturbed = weights(workspace)
+    forget_pretrain(workspace)
+    command = ("dvc", "repro", "--force", "--single-item", "pretrain")
+    with workspace.start(*command) as process:
+        wait_for_checkpoint(workspace, process)
+        try:
+            code, output = workspace.run(sys.executable, "-m", "pipelines.pretrain")
+            assert code == 1, output
+            assert "is being run already by process" in output
+        finally:
+            for victim in [*descendants(process), psutil.Process(process.pid)]:
+                with suppress(ProcessLookupError):
+                    os.kill(victim.pid, signal.SIGKILL)
+    state = next(workspace.root.glob(".runs/pretrain-*/state.json"))
+    first_run = json.loads(state.read_text())["mlflow_run_id"]
+    assert not (workspace.root / "weights/pretrain").exists()  # nothing half-written
+
+    code, output = workspace.run(*command)
+    assert code == 0, output[-5000:]
+    assert weights(workspace)["sha256"] == undisturbed["sha256"]
+    assert metrics(workspace, "pretrain")["mlflow_run_id"] == first_run
+    assert_each_epoch_once(workspace)
+
+
+def test_force_trains_anew(workspace: Workspace) -> None:
+    first = metrics(workspace, "pretrain")
+    code, output = workspace.run("dvc", "repro", "--force", "--single-item", "pretrain")
+    assert code == 0, output[-5000:]
+    second = metrics(workspace, "pretrain")
+    assert second["identity"] == first["identity"]
+    assert second["mlflow_run_id"] != first["mlflow_run_id"]
+    assert second["top1"] == first["top1"]
