@@ -195,7 +195,8 @@ def test_same_bits_every_run_and_for_any_number_of_threads(dtype):
 def test_older_processors(name, compiled_library):
     code = (
         "import sys, torch, ops; from ops.build import check; torch.set_num_threads(1);"
-        "ops.load_library(sys.argv[1]); check(((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
+        "ops.load_library(sys.argv[1]);"
+        "check(((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
         "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(

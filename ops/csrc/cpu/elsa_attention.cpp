@@ -164,8 +164,8 @@ void with_storage(const Tensor& v, const F& f) {
     case at::kHalf:
       return f(Float16{});
     default:
-      TORCH_CHECK_TYPE(false, "elsa_attention: v must be float32, bfloat16, float16 or float64, got ",
-                       v.scalar_type());
+      TORCH_CHECK_TYPE(false, "elsa_attention: v must be float32, bfloat16, float16 or ",
+                       "float64, got ", v.scalar_type());
   }
 }
 
@@ -178,7 +178,8 @@ Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
                       int64_t dilation, int64_t stride) {
   const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
-  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo}, v_in.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
+                         v_in.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor v = v_in.contiguous(), h = h_in.contiguous();
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));

@@ -19,7 +19,8 @@ template <class A>
 struct Vec {
   static constexpr int64_t lanes = ELSA_VECTOR_BYTES / sizeof(A);
   typedef A type __attribute__((vector_size(ELSA_VECTOR_BYTES)));
-  typedef A unaligned __attribute__((vector_size(ELSA_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+  typedef A unaligned
+      __attribute__((vector_size(ELSA_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
 };
 template <class A>
 using V = typename Vec<A>::type;
@@ -66,7 +67,8 @@ ELSA_INLINE void narrow(float x, Float16* y) {
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
   // Normal: rebias the exponent and round the 13 dropped bits; overflow carries into infinity.
-  const uint32_t normal = (magnitude - (uint32_t(112) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t normal =
+      (magnitude - (uint32_t(112) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   // Denormal: adding 0.5 lets the float adder round to a multiple of 2^-24.
   const uint32_t denormal =
       bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - bit_cast<uint32_t>(0.5f);
@@ -225,7 +227,6 @@ template <class A, int R, int CB, int NV, bool Mul, bool Add, bool First, bool S
 ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* v, const Padded<A>& padded,
                             const A* h, int64_t h_pitch, int64_t h_row, const A* mul,
                             const A* add, int64_t k, int64_t ky) {
-  const int64_t taps = k * k;
   for (int64_t kx = 0; kx < k; ++kx) {
     const A* at = v + padded.column[kx];
     const int64_t i0 = ky * k + kx, i1 = i0 - k;
@@ -241,14 +242,14 @@ ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* v, const Padded<A>&
         const V<A> value = load(at + c * padded.channel_pitch + n * Vec<A>::lanes);
         if (First) {
           V<A> weight = h0[n];
-          if (Mul) weight = weight * mul[c * taps + i0];
-          if (Add) weight = weight + add[c * taps + i0];
+          if (Mul) weight = weight * mul[i0 * CB + c];
+          if (Add) weight = weight + add[i0 * CB + c];
           out[0][c][n] += weight * value;
         }
         if (Second) {
           V<A> weight = h1[n];
-          if (Mul) weight = weight * mul[c * taps + i1];
-          if (Add) weight = weight + add[c * taps + i1];
+          if (Mul) weight = weight * mul[i1 * CB + c];
+          if (Add) weight = weight + add[i1 * CB + c];
           out[R - 1][c][n] += weight * value;
         }
       }
@@ -303,23 +304,63 @@ void window_channels(const Problem& p, const Padded<A>& padded, const A* v, cons
   }
 }
 
+// Channels per register tile: one vector per row leaves half of the registers, so take more.
+template <class A>
+ELSA_INLINE int64_t channel_block(int64_t width) {
+  return width <= Vec<A>::lanes ? 2 * ELSA_CHANNELS : ELSA_CHANNELS;
+}
+
+// The ghosts of a head, (C/G, taps), in the order of the inner loop: blocks of channels, each
+// (taps, block); the channels left over come one by one. Null stays null.
+template <class A>
+const A* pack_ghost(A* packed, const A* ghost, int64_t channels, int64_t taps, int64_t width,
+                    bool turned) {
+  if (!ghost) return nullptr;
+  for (int64_t c = 0, block; c < channels; c += block) {
+    block = channels - c;
+    const int64_t widest = channel_block<A>(width);
+    if (block >= widest) block = widest;
+    else if (block >= ELSA_CHANNELS) block = ELSA_CHANNELS;
+    else block = 1;
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t j = 0; j < block; ++j)
+        packed[c * taps + i * block + j] = ghost[(c + j) * taps + (turned ? taps - 1 - i : i)];
+  }
+  return packed;
+}
+
+// The rows of h_attn that the next output rows need: taps rows, each a plane apart, which no
+// hardware prefetcher follows. Fetched a few per channel block, so that they arrive in time
+// without filling the core's queue of misses.
+struct Upcoming {
+  const char* at;
+  int64_t plane, bytes;
+  ELSA_INLINE void fetch(int64_t from, int64_t to) const {
+    for (int64_t i = from; i < to; ++i)
+      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + i * plane + j, 0, 2);
+  }
+};
+
 // All channels of a head over R output rows whose weights are staged in h.
 template <class T, class A, int R, bool Mul, bool Add>
 void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
                  int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                 int64_t width) {
+                 int64_t width, const Upcoming& next) {
   const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
   int64_t c = 0;
-  // One vector per row leaves half of the registers: take more channels.
-  if (width <= Vec<A>::lanes)
-    for (; c + 2 * ELSA_CHANNELS <= channels; c += 2 * ELSA_CHANNELS)
+  if (channel_block<A>(width) > ELSA_CHANNELS)
+    for (; c + 2 * ELSA_CHANNELS <= channels; c += 2 * ELSA_CHANNELS) {
+      next.fetch(c * taps / channels, (c + 2 * ELSA_CHANNELS) * taps / channels);
       window_tile<T, A, R, 2 * ELSA_CHANNELS, 1, Mul, Add>(
           p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
           out + c * out_plane, out_plane, width, width);
-  for (; c + ELSA_CHANNELS <= channels; c += ELSA_CHANNELS)
+    }
+  for (; c + ELSA_CHANNELS <= channels; c += ELSA_CHANNELS) {
+    next.fetch(c * taps / channels, (c + ELSA_CHANNELS) * taps / channels);
     window_channels<T, A, R, ELSA_CHANNELS, Mul, Add>(
         p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
         out + c * out_plane, out_plane, width);
+  }
   for (; c < channels; ++c)
     window_channels<T, A, R, 1, Mul, Add>(p, padded, v + c * padded.channel_pitch, h, h_pitch,
                                           mul + c * taps, add + c * taps, out + c * out_plane,
@@ -329,20 +370,24 @@ void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A*
 template <class T, class A, int R>
 void window_rows_any(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
                      int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                     int64_t width) {
+                     int64_t width, const Upcoming& next) {
   auto run = &window_rows<T, A, R, false, false>;
   if (mul && add) run = &window_rows<T, A, R, true, true>;
   else if (mul) run = &window_rows<T, A, R, true, false>;
   else if (add) run = &window_rows<T, A, R, false, true>;
-  run(p, padded, v, h, h_pitch, mul, add, out, out_plane, width);
+  run(p, padded, v, h, h_pitch, mul, add, out, out_plane, width, next);
 }
 
 template <class T>
 int64_t forward_layout(const Problem& p, int64_t rows, Arena& arena,
-                       Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h) {
+                       Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h,
+                       typename AccOf<T>::type** mul, typename AccOf<T>::type** add) {
   using A = typename AccOf<T>::type;
   *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
-  *h = arena.take<A>(2 * p.kernel_size * p.kernel_size * round_up<A>(p.Wo));
+  const int64_t taps = p.kernel_size * p.kernel_size;
+  *h = arena.take<A>(2 * taps * round_up<A>(p.Wo));
+  *mul = arena.take<A>(p.C / p.G * taps);
+  *add = arena.take<A>(p.C / p.G * taps);
   return arena.used;
 }
 
@@ -351,8 +396,8 @@ int64_t forward_scratch(const Problem& p, int64_t rows) {
   using A = typename AccOf<T>::type;
   Arena arena{nullptr, 0};
   Padded<A> padded;
-  A* h;
-  return forward_layout<T>(p, rows, arena, &padded, &h);
+  A *h, *mul, *add;
+  return forward_layout<T>(p, rows, arena, &padded, &h, &mul, &add);
 }
 
 template <class T>
@@ -362,26 +407,33 @@ void forward(const Problem& p, const T* v, const T* h, const typename AccOf<T>::
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
   Padded<A> padded;
-  A* staged;
-  forward_layout<T>(p, y1 - y0, arena, &padded, &staged);
+  A *staged, *packed_mul, *packed_add;
+  forward_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
   fill_values(padded, p, v, b, g, y0, y1);
 
   const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
   const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
-  const A* head_mul = mul ? mul + g * channels * taps : nullptr;
-  const A* head_add = add ? add + g * channels * taps : nullptr;
+  const A* head_mul = pack_ghost(packed_mul, mul ? mul + g * channels * taps : nullptr, channels,
+                                 taps, p.Wo, false);
+  const A* head_add = pack_ghost(packed_add, add ? add + g * channels * taps : nullptr, channels,
+                                 taps, p.Wo, false);
   for (int64_t y = y0; y < y1;) {
     const int64_t rows = p.stride == p.dilation && y + 1 < y1 ? 2 : 1;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < taps; ++i)
         place_row(staged + (r * taps + i) * pitch, pitch,
                   h + ((b * p.G + g) * taps + i) * plane + (y + r) * p.Wo, p.Wo, 0, 1);
+    const Upcoming next{
+        reinterpret_cast<const char*>(h + (b * p.G + g) * taps * plane + (y + rows) * p.Wo),
+        plane * int64_t(sizeof(T)), least(rows, y1 - y - rows) * p.Wo * int64_t(sizeof(T))};
     const A* at = padded.data + (y - y0) * p.stride * padded.row_pitch;
     T* to = out + (b * p.C + g * channels) * plane + y * p.Wo;
     if (rows == 2)
-      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo);
+      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo,
+                                next);
     else
-      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo);
+      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo,
+                                next);
     y += rows;
   }
 }
@@ -417,8 +469,8 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
   Padded<A> padded;
-  A *staged, *turned_mul, *turned_add;
-  grad_v_layout<T>(p, y1 - y0, arena, &padded, &staged, &turned_mul, &turned_add);
+  A *staged, *packed_mul, *packed_add;
+  grad_v_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
 
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, s = p.stride;
   const int64_t pad = padding(p), pitch = round_up<A>(p.W), plane = p.Ho * p.Wo;
@@ -434,14 +486,10 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
         zero_row(dst, padded.row_pitch);
     }
   }
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t i = 0; i < taps; ++i) {
-      const int64_t from = (g * channels + c) * taps + taps - 1 - i;
-      if (mul) turned_mul[c * taps + i] = mul[from];
-      if (add) turned_add[c * taps + i] = add[from];
-    }
-  if (!mul) turned_mul = nullptr;
-  if (!add) turned_add = nullptr;
+  const A* turned_mul = pack_ghost(packed_mul, mul ? mul + g * channels * taps : nullptr,
+                                   channels, taps, p.W, true);
+  const A* turned_add = pack_ghost(packed_add, add ? add + g * channels * taps : nullptr,
+                                   channels, taps, p.W, true);
 
   for (int64_t y = y0; y < y1;) {
     const int64_t rows = p.dilation == 1 && y + 1 < y1 ? 2 : 1;
@@ -457,14 +505,19 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
         else
           zero_row(dst, pitch);
       }
+    // Near enough for every window row: the rows used next lie within a window of these.
+    const int64_t after = least((y + rows) / s + padding(p), p.Ho - rows);
+    const Upcoming next{
+        reinterpret_cast<const char*>(h + (b * p.G + g) * taps * plane + most(after, 0) * p.Wo),
+        plane * int64_t(sizeof(T)), (after < 0 ? 0 : rows) * p.Wo * int64_t(sizeof(T))};
     const A* at = padded.data + (y - y0) * padded.row_pitch;
     T* to = out + (b * p.C + g * channels) * p.H * p.W + y * p.W;
     if (rows == 2)
       window_rows_any<T, A, 2>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
-                               p.H * p.W, p.W);
+                               p.H * p.W, p.W, next);
     else
       window_rows_any<T, A, 1>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
-                               p.H * p.W, p.W);
+                               p.H * p.W, p.W, next);
     y += rows;
   }
 }
