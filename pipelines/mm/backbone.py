@@ -45,8 +45,7 @@ class _FeatureBackbone(BaseModule):
         if not -1 <= frozen_stages <= stages:
             raise ValueError(f"frozen_stages must be in -1..{stages}, got {frozen_stages}")
         if with_cp:
-            self.model.set_grad_checkpointing(True)
-        self._freeze()
+            self.core.set_grad_checkpointing(True)
 
     @property
     def core(self) -> nn.Module:
@@ -157,6 +156,7 @@ class ELSASwin(_FeatureBackbone):
             out_norm=True,
             **kwargs,
         )
+        self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> one (B, C_i, H / s_i, W / s_i) per output."""
@@ -194,14 +194,13 @@ class TimmBackbone(_FeatureBackbone):
         super().__init__(
             model_name,
             out_indices=out_indices,
-            frozen_stages=-1,
+            frozen_stages=frozen_stages,
             with_cp=with_cp,
             init_cfg=init_cfg,
             drop_path_rate=drop_path_rate,
             **kwargs,
         )
         self.norms = nn.ModuleList([nn.LayerNorm(channels) for channels in self.out_channels])
-        self.frozen_stages = frozen_stages
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -214,7 +213,7 @@ class TimmBackbone(_FeatureBackbone):
     def load(self, path: Path) -> None:
         weights = elsa.read_state_dict(path)
         target = self.core.state_dict()
-        cut = [name for name, child in self.core.named_children() if not any(child.parameters())]
+        cut = [n for n, child in self.core.named_children() if not list(child.parameters())]
         problems = [
             f"{name}: {tuple(value.shape)} in the file, {tuple(target[name].shape)} in the model"
             for name, value in weights.items()

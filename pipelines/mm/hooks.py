@@ -6,6 +6,7 @@ import random
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float
     found = {}
     for name, value in metrics.items():
         group, _, plain = name.rpartition("/")
-        if isinstance(value, int | float) and value >= 0:
+        if isinstance(value, Real) and value >= 0:
             found[plain + suffix] = round(100 * value, 4) if group == "coco" else float(value)
     return found
 

@@ -109,7 +109,7 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
         workers: how many processes share the global batch.
 
     Raises:
-        PipelineError: no such config, or one for another task.
+        PipelineError: no such config, or one that is for another task or other classes.
     """
     section = job.section
     if section.config not in config_names():
@@ -171,6 +171,11 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     for part in _dicts(model):
         if "num_classes" in part:
             part.num_classes = section.num_classes
+        if part.get("class_weight") and len(part.class_weight) != section.num_classes:
+            raise PipelineError(
+                f"{job.stage}.config: {section.config} weighs {len(part.class_weight)} classes,"
+                f" but {job.stage}.num_classes is {section.num_classes}; use another config"
+            )
 
 
 def _channels(backbone: dict[str, Any]) -> list[int]:
@@ -200,6 +205,9 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         for part in _dicts(config.get(key, {})):
             if "scale" in part:
                 part.scale = size
+            if "scale_factor" in part:  # of the test-time augmentation: relative to img_size
+                side = round(section.img_size * part.pop("scale_factor"))
+                part.scale = (side, side)
             if "crop_size" in part:
                 part.crop_size = (crop, crop)
     if job.stage == "segment":

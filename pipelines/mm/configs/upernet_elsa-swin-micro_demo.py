@@ -12,6 +12,11 @@ custom_imports = dict(imports=["pipelines.mm"], allow_failed_imports=False)
 
 # Group norm: batches are small, and synchronised batch norm has no CPU kernel.
 norm = dict(type="GN", num_groups=8)
+# The ten digits, then the background that fills most of the pixels.
+weights = [1.0] * 10 + [0.3]
+# At a stride of 16 px a stroke's shape is lost, but which digit it is part of is not: the
+# auxiliary head learns that alone.
+digit_weights = [1.0] * 10 + [0.0]
 
 model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="micro", drop_path_rate=0.0),
@@ -21,9 +26,15 @@ model = dict(
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=norm,
+        loss_decode=dict(class_weight=weights),
     ),
     auxiliary_head=dict(
-        in_channels=128, channels=64, dropout_ratio=0.0, num_classes=11, norm_cfg=norm
+        in_channels=128,
+        channels=64,
+        dropout_ratio=0.0,
+        num_classes=11,
+        norm_cfg=norm,
+        loss_decode=dict(class_weight=digit_weights, loss_weight=1.0),
     ),
 )
 
@@ -83,7 +94,7 @@ param_scheduler = [
         begin=0,
         end=6,
         power=1.0,
-        eta_min_ratio=0.0,
+        eta_min=0.0,
         by_epoch=True,
         convert_to_iter_based=True,
     ),

@@ -1,0 +1,233 @@
+"""Backbones in mmdet and mmseg, the shipped configs, and exact resume of mmengine's Runner."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from mmengine.registry import DefaultScope, init_default_scope
+from safetensors.torch import save_file
+
+import elsa
+from pipelines.data.demo import prepare
+from pipelines.errors import PipelineError
+from pipelines.mm.backbone import ELSASwin, TimmBackbone
+from pipelines.mm.hooks import CHECKPOINT, HISTORY, PREDICTIONS, epoch_seed, percentages
+from pipelines.mm.train import Job, build_config, config_names, train
+from pipelines.params import load_params
+from pipelines.run.reporting import LocalReporter
+
+DATASETS = {"detect": "coco", "segment": "ade20k"}
+SMALL = {"name": "elsa_swin_micro", "depths": (1, 1, 1, 1)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    sizes = {"image_size": 28, "train_variants": 1, "scene_size": 96}
+    counts = {"digits_per_class": 10, "train_scenes": 8, "val_scenes": 4, "max_digits": 3}
+    prepare(SimpleNamespace(seed=0, **sizes, **counts), root)
+    return root
+
+
+def make_job(stage, data, weights=None, **changes):
+    params = load_params("demo")
+    sizes = {"img_size": 96, "batch_size": 4, "epochs": 2, "warmup_iters": 1}
+    if stage == "segment":
+        sizes["crop_size"] = 64
+    section = getattr(params, stage).model_copy(update=sizes | changes)
+    model = params.model.model_validate(SMALL)
+    classes = json.loads((data / DATASETS[stage] / "manifest.json").read_text())["classes"]
+    return Job(
+        stage=stage,
+        params=params.model_copy(update={stage: section, "model": model}),
+        data=str(data / DATASETS[stage]),
+        classes=tuple(classes),
+        weights=str(weights) if weights else None,
+    )
+
+
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+def test_backbone_is_found_by_both_libraries(scope):
+    import importlib
+
+    registry = importlib.import_module(f"{scope}.registry").MODELS
+    backbone = registry.build({"type": "ELSASwin", "arch": "micro", "drop_path_rate": 0.0})
+    assert isinstance(backbone, ELSASwin)
+    assert registry.get("TimmBackbone") is TimmBackbone
+
+
+def test_outputs_and_their_description_agree():
+    backbone = ELSASwin("micro", out_indices=(1, 2, 3))
+    outputs = backbone(torch.rand(2, 3, 72, 90))
+    assert [y.shape[1] for y in outputs] == backbone.out_channels == [64, 128, 256]
+    assert backbone.out_strides == [8, 16, 32]
+    assert outputs[0].shape == (2, 64, 9, 12)
+
+
+def test_tiny_has_the_published_size_and_one_norm_per_output():
+    with torch.device("meta"):
+        backbone = ELSASwin("tiny")
+    assert sum(p.numel() for p in backbone.parameters()) == 28_373_322
+    norms = [name for name, _ in backbone.core.named_children() if name.startswith("norm")]
+    assert [n for n in norms if n != "norm"] == ["norm0", "norm1", "norm2", "norm3"]
+
+
+@pytest.mark.parametrize("kind", ["elsa", "timm"])
+def test_frozen_stages_stay_frozen_and_in_evaluation_mode(kind):
+    def build(frozen):
+        if kind == "elsa":
+            return ELSASwin("micro", frozen_stages=frozen)
+        small = {"embed_dim": 24, "depths": (1, 1, 1, 1), "img_size": 64}
+        return TimmBackbone("swin_tiny_patch4_window7_224", frozen_stages=frozen, **small)
+
+    backbone = build(2).train()
+    core = backbone.core
+    frozen, free = [core.patch_embed, core.layers[0], core.layers[1]], [core.layers[2]]
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
+    assert all(p.requires_grad for module in free for p in module.parameters())
+    assert not core.layers[1].training
+    assert core.layers[2].training
+    assert not any(p.requires_grad for p in backbone._out_norm(1).parameters())
+    assert all(p.requires_grad for p in backbone._out_norm(2).parameters())
+    assert not any(p.requires_grad for p in build(0).core.patch_embed.parameters())
+    with pytest.raises(ValueError, match="frozen_stages"):
+        build(5)
+
+
+def test_activation_checkpoints_change_nothing():
+    torch.manual_seed(0)
+    plain = ELSASwin("micro", drop_path_rate=0.0)
+    saving = ELSASwin("micro", drop_path_rate=0.0, with_cp=True)
+    saving.load_state_dict(plain.state_dict())
+    image, gradients = torch.rand(1, 3, 64, 64), []
+    for backbone in (plain, saving):
+        outputs = backbone.train()(image)
+        sum(y.square().sum() for y in outputs).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in backbone.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_classifier_weights_load_into_the_backbone(tmp_path):
+    classifier = timm.create_model("elsa_swin_micro", num_classes=10)
+    save_file(classifier.state_dict(), tmp_path / "model.safetensors")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "model.safetensors")}
+    backbone = ELSASwin("micro", init_cfg=init)
+    backbone.init_weights()
+    assert torch.equal(backbone.core.layers[3].blocks[0].norm1.weight,
+                       classifier.layers[3].blocks[0].norm1.weight)
+    assert torch.equal(backbone.core.patch_embed.proj.weight, classifier.patch_embed.proj.weight)
+    other = ELSASwin({"name": "micro", "kernel_size": 7}, init_cfg=init)
+    with pytest.raises(elsa.CheckpointError, match="kernel|ghost_head|attn"):
+        other.init_weights()
+
+
+def test_timm_weights_load_strictly(tmp_path):
+    name = "resnet10t"
+    classifier = timm.create_model(name, num_classes=10)
+    save_file(classifier.state_dict(), tmp_path / "model.safetensors")
+    backbone = TimmBackbone(name, drop_path_rate=0.0, out_indices=(1, 2, 3, 4))
+    backbone.load(tmp_path / "model.safetensors")
+    assert torch.equal(backbone.core.layer1[0].conv1.weight, classifier.layer1[0].conv1.weight)
+    assert [y.shape[1] for y in backbone(torch.rand(1, 3, 64, 64))] == backbone.out_channels
+    with pytest.raises(elsa.CheckpointError, match="does not fit"):
+        TimmBackbone("resnet18").load(tmp_path / "model.safetensors")
+
+
+def test_another_family_is_refused():
+    with pytest.raises(ValueError, match="micro, tiny, small, base"):
+        ELSASwin("resnet18")
+
+
+@pytest.mark.parametrize(
+    ("stage", "config"),
+    [
+        ("detect", "mask-rcnn_elsa-swin-micro_fpn_demo"),
+        ("segment", "upernet_elsa-swin-micro_demo"),
+    ],
+)
+def test_configs_build_with_the_parameters(stage, config, data, tmp_path):
+    from mmengine.registry import MODELS
+
+    assert config in config_names()
+    job = make_job(stage, data, config=config, lr=3e-4, weight_decay=0.1, epochs=7, clip_grad=2.0)
+    built = build_config(job, tmp_path, workers=2)
+    assert built.train_dataloader.batch_size == 2
+    assert built.optim_wrapper.optimizer.lr == 3e-4
+    assert built.optim_wrapper.optimizer.weight_decay == 0.1
+    assert built.optim_wrapper.clip_grad.max_norm == 2.0
+    assert built.train_cfg.max_epochs == 7
+    assert built.param_scheduler[1].end == 7
+    assert tuple(built.val_dataloader.dataset.metainfo.classes) == job.classes
+    init_default_scope(built.default_scope)
+    model = MODELS.build(built.model)
+    assert len(model.backbone.core.layers[0].blocks) == 1  # the params' depths
+    head = model.roi_head.bbox_head if stage == "detect" else model.decode_head
+    assert head.num_classes == len(job.classes)
+
+
+def test_a_wrong_config_names_those_there_are(data, tmp_path):
+    with pytest.raises(PipelineError, match="unknown; choose one of .*upernet"):
+        build_config(make_job("detect", data, config="nothing"), tmp_path, 1)
+    with pytest.raises(PipelineError, match="of mmseg"):
+        build_config(make_job("detect", data, config="upernet_elsa-swin-micro_demo"), tmp_path, 1)
+
+
+def test_percentages_have_plain_names():
+    found = percentages(
+        {"coco/bbox_mAP": 0.5, "coco/bbox_mAP_l": -1.0, "mIoU": 33.0, "time": "x"}, suffix="_a"
+    )
+    assert found == {"bbox_mAP_a": 50.0, "mIoU_a": 33.0}
+
+
+def test_every_epoch_and_rank_has_a_seed_of_its_own():
+    seeds = {epoch_seed(0, epoch, rank) for epoch in range(9) for rank in range(9)}
+    assert len(seeds) == 81
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingReporter(LocalReporter):
+    """Dies after the first epoch was saved."""
+
+    def save(self, metrics, epoch, folder):
+        super().save(metrics, epoch, folder)
+        raise Stopped
+
+
+@pytest.mark.parametrize("stage", ["detect", "segment"])
+def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
+    def weights(folder: Path):
+        return torch.load(folder / CHECKPOINT, weights_only=False)["state_dict"]
+
+    job = make_job(stage, data)
+    DefaultScope._instance_dict.clear()
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(job, LocalReporter(straight, quiet=True))
+    with pytest.raises(Stopped):
+        train(job, StoppingReporter(resumed, quiet=True))
+    assert len(json.loads((resumed / HISTORY).read_text())) == 1
+    train(job, LocalReporter(resumed, quiet=True))
+
+    expected, found = weights(straight), weights(resumed)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    history = [json.loads((f / HISTORY).read_text()) for f in (straight, resumed)]
+    timed = ("images_per_second", "val_seconds")
+    rows = [[{k: v for k, v in r.items() if k not in timed} for r in rows] for rows in history]
+    assert rows[0] == rows[1]
+    assert [row["epoch"] for row in rows[0]] == [1, 2]
+    scores = {k: v for k, v in rows[0][-1].items() if k not in ("epoch", "loss")}
+    wanted = {"detect": "segm_mAP_50", "segment": "mIoU_ms_flip"}[stage]
+    assert wanted in scores
+    assert all(0 <= value <= 100 for value in scores.values())
+    written = sorted(path.name for path in (straight / PREDICTIONS).iterdir())
+    if stage == "detect":
+        assert written == ["coco.bbox.json", "coco.segm.json"]
+    else:
+        assert len(written) == 4
+        assert all(name.endswith(".png") for name in written)
