@@ -401,7 +401,7 @@ class ELSASwin(nn.Module):
         for i in range(len(self.layers)):
             if i not in take and hasattr(self, f"norm{i}"):
                 delattr(self, f"norm{i}")
-        self.layers = nn.Sequential(*self.layers[: last + 1])
+        self.layers = nn.Sequential(*list(self.layers)[: last + 1])
         if cut or prune_norm:
             self.norm = nn.Identity()
         if cut:

@@ -198,6 +198,7 @@ def check(
             ours = (out.detach(), *(t.grad for t in inputs))
             theirs = (expected.detach(), *(t.grad for t in wide))
             for name, a, b in zip(names, ours, theirs, strict=True):
+                assert a is not None and b is not None  # every input asked for its gradient
                 error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
                 key = f"{str(dtype).removeprefix('torch.')} {name}"
                 worst[key] = max(worst.get(key, 0.0), error)
@@ -228,9 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    name, error = max(errors.items(), key=lambda item: item[1])
+    name, largest = max(errors.items(), key=lambda item: item[1])
     print(f"built {args.out}/{library.LIBRARY_NAME} with {record['compiler']}")
-    print(f"checked against the float64 reference; largest relative error {error:.2g} ({name})")
+    print(f"checked against the float64 reference; largest relative error {largest:.2g} ({name})")
     return 0
 
 

@@ -16,8 +16,8 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from pipelines.errors import PipelineError
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
+from pipelines.errors import PipelineError
 
 KINDS = ("imagenet", "coco", "ade20k")
 MEND = "run `dvc repro prepare`"

@@ -22,7 +22,7 @@ ARCHITECTURES = {
 class _FeatureBackbone(BaseModule):
     """What both backbones share: freezing, activation checkpoints, and loading weights."""
 
-    model: nn.Module
+    model: Any
     """timm's feature wrapper; `self.core` is the timm model inside."""
 
     def __init__(
@@ -48,7 +48,7 @@ class _FeatureBackbone(BaseModule):
             self.core.set_grad_checkpointing(True)
 
     @property
-    def core(self) -> nn.Module:
+    def core(self) -> Any:
         """The timm model inside the feature wrapper."""
         return self.model.model
 

@@ -136,8 +136,8 @@ def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float
     found = {}
     for name, value in metrics.items():
         group, _, plain = name.rpartition("/")
-        if isinstance(value, Real) and value >= 0:
-            found[plain + suffix] = round(100 * value, 4) if group == "coco" else float(value)
+        if isinstance(value, Real) and (number := float(value)) >= 0:  # numpy's types too
+            found[plain + suffix] = round(100 * number, 4) if group == "coco" else number
     return found
 
 
@@ -178,4 +178,3 @@ class MaskImages(BaseMetric):
         for stem, data in results:
             (self.folder / f"{stem}.png").write_bytes(data)
         return {}
-

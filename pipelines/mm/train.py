@@ -153,7 +153,7 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
 
 def _set_model(model: ConfigDict, job: Job) -> None:
     section, params = job.section, job.params.model
-    backbone = {"drop_path_rate": section.drop_path_rate}
+    backbone: dict[str, Any] = {"drop_path_rate": section.drop_path_rate}
     if params.name.startswith("elsa_swin_"):
         backbone |= {"type": "ELSASwin", "arch": {"name": params.name, **params.overrides()}}
     else:

@@ -116,11 +116,12 @@ def test_classifier_weights_load_into_the_backbone(tmp_path):
     init = {"type": "Pretrained", "checkpoint": str(tmp_path / "model.safetensors")}
     backbone = ELSASwin("micro", init_cfg=init)
     backbone.init_weights()
-    assert torch.equal(backbone.core.layers[3].blocks[0].norm1.weight,
-                       classifier.layers[3].blocks[0].norm1.weight)
+    assert torch.equal(
+        backbone.core.layers[3].blocks[0].norm1.weight, classifier.layers[3].blocks[0].norm1.weight
+    )
     assert torch.equal(backbone.core.patch_embed.proj.weight, classifier.patch_embed.proj.weight)
     other = ELSASwin({"name": "micro", "kernel_size": 7}, init_cfg=init)
-    with pytest.raises(elsa.CheckpointError, match="kernel|ghost_head|attn"):
+    with pytest.raises(elsa.CheckpointError, match="ghost_head"):
         other.init_weights()
 
 
@@ -169,7 +170,7 @@ def test_configs_build_with_the_parameters(stage, config, data, tmp_path):
 
 
 def test_a_wrong_config_names_those_there_are(data, tmp_path):
-    with pytest.raises(PipelineError, match="unknown; choose one of .*upernet"):
+    with pytest.raises(PipelineError, match=r"unknown; choose one of .*upernet"):
         build_config(make_job("detect", data, config="nothing"), tmp_path, 1)
     with pytest.raises(PipelineError, match="of mmseg"):
         build_config(make_job("detect", data, config="upernet_elsa-swin-micro_demo"), tmp_path, 1)
@@ -187,7 +188,7 @@ def test_every_epoch_and_rank_has_a_seed_of_its_own():
     assert len(seeds) == 81
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -196,7 +197,7 @@ class StoppingReporter(LocalReporter):
 
     def save(self, metrics, epoch, folder):
         super().save(metrics, epoch, folder)
-        raise Stopped
+        raise StoppedError
 
 
 @pytest.mark.parametrize("stage", ["detect", "segment"])
@@ -208,7 +209,7 @@ def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
     DefaultScope._instance_dict.clear()
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(job, LocalReporter(straight, quiet=True))
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(job, StoppingReporter(resumed, quiet=True))
     assert len(json.loads((resumed / HISTORY).read_text())) == 1
     train(job, LocalReporter(resumed, quiet=True))

@@ -46,7 +46,9 @@ model = dict(
             finest_scale=48,
             roi_layer=dict(output_size=10, sampling_ratio=1),
         ),
-        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=channels, norm_cfg=norm),
+        mask_head=dict(
+            num_convs=2, in_channels=channels, conv_out_channels=channels, norm_cfg=norm
+        ),
     ),
     train_cfg=dict(
         rpn=dict(assigner=dict(pos_iou_thr=0.6), sampler=dict(num=64)),
