@@ -198,7 +198,8 @@ def check(
             ours = (out.detach(), *(t.grad for t in inputs))
             theirs = (expected.detach(), *(t.grad for t in wide))
             for name, a, b in zip(names, ours, theirs, strict=True):
-                assert a is not None and b is not None  # every input asked for its gradient
+                assert a is not None  # every input asked for its gradient
+                assert b is not None
                 error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
                 key = f"{str(dtype).removeprefix('torch.')} {name}"
                 worst[key] = max(worst.get(key, 0.0), error)
