@@ -184,9 +184,13 @@ def git_tags() -> dict[str, str]:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     with suppress(subprocess.CalledProcessError, FileNotFoundError):
+        # What the stages themselves write is no change of code, parameters or data.
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", ".", ":!metrics", ":!dvc.lock"
+        )
         return {
             "mlflow.source.git.commit": git("rev-parse", "HEAD"),
-            "git_dirty": str(bool(git("status", "--porcelain", "--untracked-files=no"))).lower(),
+            "git_dirty": str(bool(changed)).lower(),
         }
     return {}
 
