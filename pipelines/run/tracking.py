@@ -19,6 +19,7 @@ from mlflow.entities import (
     Dataset,
     DatasetInput,
     InputTag,
+    LoggedModelOutput,
     LoggedModelStatus,
     Metric,
     Param,
@@ -102,6 +103,7 @@ class Tracker:
         )
         self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
 
     def finish(self, status: str = "FINISHED") -> None:
