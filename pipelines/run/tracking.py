@@ -116,8 +116,8 @@ def system_metrics(run_id: str, node: int) -> SystemMetricsMonitor:
     mlflow.set_tracking_uri(tracking_uri())
     monitor = SystemMetricsMonitor(
         run_id,
-        sampling_interval=5,
-        samples_before_logging=2,
+        sampling_interval=2,
+        samples_before_logging=1,
         node_id=f"node{node}",
         resume_logging=True,
     )

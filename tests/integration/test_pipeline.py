@@ -128,15 +128,23 @@ def forget_pretrain(workspace: Workspace) -> None:
 
 
 def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not checkpoints(workspace):
+        if time.monotonic() > deadline:
+            kill_all(process)
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "no checkpoint in 240 s"
         time.sleep(0.05)
 
 
 def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    for victim in [*descendants(process), psutil.Process(process.pid)]:
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+    process.wait()
 
 
 def assert_each_epoch_once(workspace: Workspace) -> None:
@@ -155,7 +163,7 @@ def test_killed_worker_changes_nothing(workspace: Workspace) -> None:
         workers = [p for p in descendants(process) if "RayTrainWorker" in " ".join(p.cmdline())]
         assert len(workers) == 2
         workers[0].kill()
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-5000:]
     assert weights(workspace)["sha256"] == undisturbed["sha256"]
     assert weights(workspace)["mlflow_run_id"] != undisturbed["mlflow_run_id"]
@@ -173,9 +181,7 @@ def test_killed_pipeline_resumes_in_the_same_run_and_admits_no_second(workspace:
             assert code == 1, output
             assert "is being run already by process" in output
         finally:
-            for victim in [*descendants(process), psutil.Process(process.pid)]:
-                with suppress(ProcessLookupError):
-                    os.kill(victim.pid, signal.SIGKILL)
+            kill_all(process)
     state = next(workspace.root.glob(".runs/pretrain-*/state.json"))
     first_run = json.loads(state.read_text())["mlflow_run_id"]
     assert not (workspace.root / "weights/pretrain").exists()  # nothing half-written
