@@ -58,7 +58,7 @@ def test_null_keeps_the_recipe_and_a_value_overrides_it(write) -> None:
         ),
         ("recipe: demo\npretrain: {sched: cosin}", "'cosine'"),
         ("recipe: demo\npretrain: {batch_size: 33}", "pretrain.batch_size=33 is the global batch"),
-        ("recipe: demo\nsegment: {crop_size: 512}", "crop_size=512 is larger than img_size=160"),
+        ("recipe: demo\nsegment: {crop_size: 512}", "crop_size=512 is larger than img_size=112"),
         ("recipe: demo\nmodel: {kernel_size: 4}", "kernel_size=4 is even"),
         (
             "recipe: demo\nmodel: {embed_dim: 30, num_heads: [4, 4, 8, 8]}",
