@@ -152,7 +152,7 @@ def _tags(stage: Stage) -> dict[str, str]:
 
 
 def _logged_params(stage: Stage) -> dict[str, Any]:
-    """The sections that the stage depends on; its own without a prefix's stage name repeated."""
+    """The sections of the parameters that the stage depends on, by `dvc.yaml`."""
     resolved = stage.params.model_dump(mode="json")
     sections = [s for s in stage_definition(stage.name).get("params", []) if isinstance(s, str)]
     return {section: resolved[section] for section in sections}
