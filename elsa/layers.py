@@ -139,8 +139,8 @@ class ELSA(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_ghost_head()
 
-    def reset_ghost_head(self) -> None:
-        """Initialise `ghost_head`: mul normal(0, 1), add truncated normal of std 0.02."""
+    def reset_ghost_head(self, add_std: float = 0.02) -> None:
+        """Initialise `ghost_head`: mul normal(0, 1), add truncated normal of `add_std`."""
         if self.ghost_head is None:
             return
         # (n, C, k, k), n = 1 or 2 heads
@@ -148,7 +148,7 @@ class ELSA(nn.Module):
         if self.lam != 0:
             nn.init.normal_(heads[0])
         if self.gamma != 0:
-            trunc_normal_(heads[-1], std=0.02)
+            trunc_normal_(heads[-1], std=add_std)
 
     def ghosts(self) -> tuple[Tensor | None, Tensor | None]:
         """`ghost_mul ** lam` and `ghost_add * gamma`, each (C, k, k), or None where left out."""

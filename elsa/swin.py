@@ -185,7 +185,8 @@ class ELSASwin(nn.Module):
         out_norm: Add one norm per stage for its feature map (`norm0`, `norm1`, ...), the layout
             of the published detection and segmentation backbones. With `features_only=True` they
             replace the final norm.
-        init_std: Standard deviation of the linear layers at the start; None: 1 / sqrt(fan in).
+        init_std: Standard deviation of the linear layers at the start; None: 1 / sqrt(fan in),
+            for the additive ghost head too, which otherwise has the paper's 0.02.
     """
 
     output_fmt = "NHWC"
@@ -293,14 +294,17 @@ class ELSASwin(nn.Module):
         self.init_weights(init_std)
 
     def init_weights(self, std: float | None = 0.02) -> None:
-        """Linear layers truncated normal of `std` (None: 1 / sqrt(fan in)), biases zero."""
+        """Linear layers truncated normal of `std` (None: 1 / sqrt(fan in)), biases zero.
+
+        The additive ghost head is a depth-wise k x k kernel: its fan in is k * k.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=std or module.in_features**-0.5)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, ELSA):
-                module.reset_ghost_head()
+                module.reset_ghost_head(0.02 if std else 1 / module.kernel_size)
 
     def no_weight_decay(self) -> set[str]:
         """The relative position tables. timm's optimisers leave out norms and biases themselves.

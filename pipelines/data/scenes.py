@@ -61,7 +61,7 @@ class Scene:
 
 
 def background(rng: np.random.Generator, size: int, photo: Photo) -> Array:
-    """A random crop of a photograph: flipped, tinted, a little blurred and flattened."""
+    """A random crop of a photograph: turned, colours swapped and tinted, blurred, flattened."""
     source = load_photo(photo)
     short = min(source.shape[:2])
     for _ in range(4):
@@ -71,13 +71,13 @@ def background(rng: np.random.Generator, size: int, photo: Photo) -> Array:
         crop = source[top : top + side, left : left + side]
         if crop[::4, ::4].std() > DULL:
             break
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
+    # Few photographs must stand for many: any of 8 orientations, any order of the colours.
+    crop = np.rot90(crop, rng.integers(4))[:, :: rng.choice((-1, 1)), rng.permutation(3)]
     method = cv2.INTER_AREA if side >= size else cv2.INTER_CUBIC
     image = cv2.resize(np.ascontiguousarray(crop), (size, size), interpolation=method)
     image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.5, 1.4))
     mean = image.mean(axis=(0, 1)) / 255
-    contrast = rng.uniform(0.5, 0.9)
+    contrast = rng.uniform(0.2, 0.8)
     tint = rng.uniform(0.85, 1.15, size=3)
     shift = mean * (1 - contrast) * tint + rng.uniform(-0.1, 0.1)
     gain = (contrast * tint / 255).astype(np.float32)

@@ -11,10 +11,13 @@ from typing import Any
 os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray gives up on a worker process after 60 s, which a busy machine takes to import it.
+os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
 
 import psutil
 import ray
 import ray.train
+from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -127,7 +130,7 @@ def fit(
     scaling = params.scaling
     with reporting.display(name.rsplit("-", 1)[0]) as shown:
         trainer = TorchTrainer(
-            train_loop,
+            _on_worker(train_loop),
             train_loop_config=config
             | {"reporting": reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown)},
             scaling_config=ScalingConfig(
@@ -149,11 +152,34 @@ def fit(
         except SystemExit as stop:
             # Ray Train ends an interrupted driver with code 0, which DVC takes for success.
             raise KeyboardInterrupt from stop
+        except (ActorDiedError, ActorUnschedulableError) as error:
+            raise PipelineError(
+                f"Ray could not keep the controller of {name} running; start the stage again, it"
+                f" goes on from its last checkpoint. {error}\n{_raylet_errors()}"
+            ) from error
         except ray.train.TrainingFailedError as error:
             raise PipelineError(f"training failed: {_cause(error)}") from error
     if result.checkpoint is None:
         raise PipelineError(f"run {name} ended without a checkpoint; see storage/{name}")
     return result.checkpoint
+
+
+def _raylet_errors() -> str:
+    """The last lines of this node's raylet.err, where Ray says why a process did not start."""
+    log = Path(ray._private.worker._global_node.get_logs_dir_path()) / "raylet.err"
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return "\n".join([f"{log}:", *lines[-20:]])
+
+
+def _on_worker(train_loop: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    def run(config: dict[str, Any]) -> None:
+        import torch
+
+        # Denormal numbers, mostly in Adam's second moments, cost a third of the speed of a CPU.
+        torch.set_flush_denormal(True)
+        train_loop(config)
+
+    return run
 
 
 def _cause(error: "ray.train.TrainingFailedError") -> str:
