@@ -25,6 +25,7 @@ MIN_VISIBLE = 0.6  # the part of a digit's mask that later digits must leave vis
 MAX_BOX_IOU = 0.35
 MIN_DIGITS = 3
 MAX_ANGLE = 20.0
+BACKGROUND_LUMA = 0.4  # of a crop on average, at most; digits are lighter than what they cover
 DULL = 12.0  # a crop whose grey levels spread less than this (empty sky) is drawn again
 STROKE = (3.0, 4.6)  # width of a digit's strokes after thickening, in MNIST pixels
 _UP = 4  # digits are thickened and smoothed at this many times 28 px
@@ -81,7 +82,8 @@ def background(rng: np.random.Generator, size: int, photo: Photo) -> Array:
     tint = rng.uniform(0.85, 1.15, size=3)
     shift = mean * (1 - contrast) * tint + rng.uniform(-0.1, 0.1)
     gain = (contrast * tint / 255).astype(np.float32)
-    return np.clip(image * gain + shift.astype(np.float32), 0, 1)
+    image = np.clip(image * gain + shift.astype(np.float32), 0, 1)
+    return image * min(1.0, BACKGROUND_LUMA / float((image @ _LUMA).mean()))
 
 
 def _bold(pixels: NDArray[Any], width: float) -> Array:
@@ -124,12 +126,12 @@ def glyph(rng: np.random.Generator, digit: int, size: float) -> Array:
 
 
 def _color(rng: np.random.Generator, under: Array, others: list[Array]) -> Array:
-    """A saturated colour that stands out from the pixels `under` it and from other colours."""
+    """A colour that is lighter than the pixels `under` it and unlike other colours."""
     luma = under @ _LUMA
-    hue, saturation, value = rng.uniform((0, 0.55, 0.3), (1, 1, 1), size=(24, 3)).T[..., None]
+    hue, saturation, value = rng.uniform((0, 0.2, 0.6), (1, 1, 1), size=(24, 3)).T[..., None]
     pure = np.clip(np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1, 0, 1)
     colors = (value * (1 - saturation * (1 - pure))).astype(np.float32)  # HSV to RGB
-    score = np.abs(colors @ _LUMA - luma.mean()) / (0.25 + 0.5 * luma.std())
+    score = (colors @ _LUMA - luma.mean()) / (0.3 + 0.5 * luma.std())
     for other in others:
         score = np.minimum(score, np.abs(colors - other).max(axis=1) / 0.35)
     good = np.flatnonzero(score >= 1)

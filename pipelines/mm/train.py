@@ -79,6 +79,7 @@ def train(job: Job, reporter: Reporter) -> None:
                     # mmengine would name a device, which DDP refuses on a CPU.
                     "device_ids": [torch.cuda.current_device()] if cuda else None,
                     "broadcast_buffers": False,
+                    "gradient_as_bucket_view": True,
                 }
             runner = Runner.from_cfg(config)
             runner.register_hook(

@@ -33,6 +33,9 @@ from pipelines.run.reporting import Reporter
 LARGEST_CONFUSION = 100
 """With more classes than this, no confusion matrix is kept."""
 
+FUSED = ("adam", "adamw", "sgd")
+"""Optimizers of torch that update all parameters in one call, far faster on a CPU."""
+
 
 def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
     """The timm model that the `model` section names.
@@ -100,7 +103,11 @@ class Classifier:
         self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
         self.ema = ModelEmaV3(self.model, decay=p.model_ema_decay) if p.model_ema else None
         self.optimizer = create_optimizer_v2(
-            self.model, opt=p.opt, lr=p.lr, weight_decay=p.weight_decay
+            self.model,
+            opt=p.opt,
+            lr=p.lr,
+            weight_decay=p.weight_decay,
+            **({"fused": True} if p.opt in FUSED else {}),
         )
         self.train_loader, self.choice_loader, self.val_loader = self._loaders(data)
         if not len(self.train_loader):
@@ -131,7 +138,9 @@ class Classifier:
             self.loss = SoftTargetCrossEntropy()
         distributed = reporter.world_size > 1
         self.wrapped = (
-            nn.parallel.DistributedDataParallel(self.model) if distributed else self.model
+            nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+            if distributed
+            else self.model
         )
         self.start_epoch = 0
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
