@@ -17,8 +17,10 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS, HOOKS, METRICS, MODELS
 from PIL import Image
+from safetensors.torch import save_file
 
 CHECKPOINT = "checkpoint.pth"
+WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
 CONFIG = "config.py"
 PREDICTIONS = "predictions"
@@ -43,8 +45,9 @@ class ReportHook(Hook):
     """Reports progress, metrics and checkpoints; an epoch depends on its checkpoint alone.
 
     Runs on all ranks. Each epoch ends with one `reporter.save`: after the validation where
-    there is one. The checkpoint's folder holds `checkpoint.pth` (mmengine's), `history.json`
-    (a row of metrics per epoch), `config.py` and what the evaluators wrote to `predictions`.
+    there is one. The checkpoint's folder holds `checkpoint.pth` (mmengine's, to resume),
+    `model.safetensors`, `history.json` (a row of metrics per epoch), `config.py` and what the
+    evaluators wrote to `predictions`.
 
     Args:
         reporter: see `pipelines.run.reporting.Reporter`.
@@ -105,6 +108,10 @@ class ReportHook(Hook):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         runner.save_checkpoint(str(self.folder), CHECKPOINT)
+        if self.reporter.rank == 0:
+            state = _unwrapped(runner).state_dict()
+            weights = {name: value.contiguous() for name, value in state.items()}
+            save_file(weights, str(self.folder / WEIGHTS))
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
         if epoch % interval and epoch != runner.max_epochs:
             self._save(runner, runner.epoch)
@@ -144,14 +151,17 @@ def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float
 @torch.no_grad()
 def evaluate_tta(runner: Any, tta: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of the runner's model under test-time augmentation, by all ranks together."""
-    module = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    model = MODELS.build(dict(tta["model"], module=module)).eval()
+    model = MODELS.build(dict(tta["model"], module=_unwrapped(runner))).eval()
     loader = runner.build_dataloader(tta["dataloader"], seed=runner.seed)
     evaluator = Evaluator(tta["evaluator"])
     evaluator.dataset_meta = loader.dataset.metainfo
     for batch in loader:
         evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
     return evaluator.evaluate(len(loader.dataset))
+
+
+def _unwrapped(runner: Any) -> torch.nn.Module:
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 @METRICS.register_module()

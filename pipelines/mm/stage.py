@@ -65,9 +65,9 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
 def _write_outputs(
     stage: Stage, folder: Path, upstream: dict[str, Any], headline: Sequence[str]
 ) -> None:
-    import torch
+    from safetensors.torch import load_file
 
-    from pipelines.mm.hooks import CHECKPOINT, CONFIG, HISTORY, PREDICTIONS
+    from pipelines.mm.hooks import CONFIG, HISTORY, PREDICTIONS, WEIGHTS
     from pipelines.run.checkpoint import write_weights
 
     history = json.loads((folder / HISTORY).read_text())
@@ -75,12 +75,11 @@ def _write_outputs(
     last = {key: value for key, value in history[-1].items() if key not in ("epoch", "val_seconds")}
     # Epochs are of equal length, so the mean speed is the harmonic mean.
     metrics = last | {"images_per_second": len(speeds) / sum(1 / speed for speed in speeds)}
-    state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=False)["state_dict"]
     model = stage.params.model.model_dump(mode="json") | {"config": stage.section.config}
     weights = stage.output(f"weights/{stage.name}")
     write_weights(
         weights,
-        state,
+        load_file(str(folder / WEIGHTS)),
         model=model,
         identity=stage.identity,
         mlflow_run_id=stage.tracker.run_id,

@@ -46,6 +46,8 @@ def ray_session() -> Iterator[None]:
     else:
         _check_memory()
         environment["GLOO_SOCKET_IFNAME"] = "lo"
+        # Its process takes seconds of a small machine's start, and no cloud preempts this one.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         common |= {
             "address": "local",
             "include_dashboard": True,

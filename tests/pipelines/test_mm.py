@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import elsa
 from pipelines.data.demo import prepare
 from pipelines.errors import PipelineError
 from pipelines.mm.backbone import ELSASwin, TimmBackbone
-from pipelines.mm.hooks import CHECKPOINT, HISTORY, PREDICTIONS, epoch_seed, percentages
+from pipelines.mm.hooks import HISTORY, PREDICTIONS, WEIGHTS, epoch_seed, percentages
 from pipelines.mm.train import Job, build_config, config_names, train
 from pipelines.params import load_params
 from pipelines.run.reporting import LocalReporter
@@ -203,7 +203,7 @@ class StoppingReporter(LocalReporter):
 @pytest.mark.parametrize("stage", ["detect", "segment"])
 def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
     def weights(folder: Path):
-        return torch.load(folder / CHECKPOINT, weights_only=False)["state_dict"]
+        return load_file(str(folder / WEIGHTS))
 
     job = make_job(stage, data)
     DefaultScope._instance_dict.clear()
