@@ -21,6 +21,12 @@ from PIL import Image
 COLORS = [plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [
     plt.get_cmap("Set2")(i)[:3] for i in range(8)
 ]
+SCORES = (
+    *("val_top1", "holdout_top1"),
+    *("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"),
+    *("mIoU", "mIoU_ms_flip", "aAcc"),
+)
+"""What the lower row of the learning curves shows; DVC's and MLflow's plots have the rest."""
 plt.rcParams.update(
     {
         "axes.grid": True,
@@ -47,7 +53,7 @@ def curves(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     for column, (stage, values) in enumerate(stages.items()):
         epochs = values["epoch"]
         losses = [k for k in values if k.endswith("loss") and "/" not in k]
-        scores = [k for k in values if any(s in k for s in ("top1", "mAP", "mIoU", "aAcc"))]
+        scores = [key for key in SCORES if key in values]
         for axis, keys, label in (
             (axes[0][column], losses, "loss"),
             (axes[1][column], scores, "%"),
