@@ -22,7 +22,7 @@ model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="micro", drop_path_rate=0.0),
     decode_head=dict(
         in_channels=[32, 64, 128, 256],
-        channels=64,
+        channels=48,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=norm,
@@ -30,7 +30,7 @@ model = dict(
     ),
     auxiliary_head=dict(
         in_channels=128,
-        channels=64,
+        channels=48,
         dropout_ratio=0.0,
         num_classes=11,
         norm_cfg=norm,
