@@ -168,7 +168,8 @@ def fit(
 
 def _raylet_errors() -> str:
     """The last lines of this node's raylet.err, where Ray says why a process did not start."""
-    log = Path(ray._private.worker._global_node.get_logs_dir_path()) / "raylet.err"
+    node: Any = ray._private.worker._global_node
+    log = Path(node.get_logs_dir_path()) / "raylet.err"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return "\n".join([f"{log}:", *lines[-20:]])
 

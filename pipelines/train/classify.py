@@ -102,12 +102,9 @@ class Classifier:
         random_seed(p.seed, 0)  # the same initial weights on every rank
         self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
         self.ema = ModelEmaV3(self.model, decay=p.model_ema_decay) if p.model_ema else None
+        fused: dict[str, Any] = {"fused": True} if p.opt in FUSED else {}
         self.optimizer = create_optimizer_v2(
-            self.model,
-            opt=p.opt,
-            lr=p.lr,
-            weight_decay=p.weight_decay,
-            **({"fused": True} if p.opt in FUSED else {}),
+            self.model, opt=p.opt, lr=p.lr, weight_decay=p.weight_decay, **fused
         )
         self.train_loader, self.choice_loader, self.val_loader = self._loaders(data)
         if not len(self.train_loader):
