@@ -64,6 +64,8 @@ def stage_identity(stage: str, params: Params, root: Path = ROOT) -> str:
 def content_digest(path: Path) -> str:
     """SHA-256 of a file; of a folder, its manifest's digest if it has one, else all its files.
 
+    Documentation (`.md`) in a folder does not count: rewording it must not train anew.
+
     Raises:
         PipelineError: `path` does not exist.
     """
@@ -78,7 +80,7 @@ def content_digest(path: Path) -> str:
         return content_digest(path / "manifest.json")
     digest = hashlib.sha256()
     for item in sorted(path.rglob("*")):
-        if item.is_file() and "__pycache__" not in item.parts:
+        if item.is_file() and item.suffix != ".md" and "__pycache__" not in item.parts:
             digest.update(f"{item.relative_to(path)}\0{content_digest(item)}\n".encode())
     return digest.hexdigest()
 

@@ -73,6 +73,12 @@ def test_code_and_data_change_it_and_caches_do_not(root: Path) -> None:
     assert identity() not in (first, second)
 
 
+def test_documentation_beside_the_code_does_not_change_it(root: Path) -> None:
+    before = stage_identity("pretrain", load_params("demo"), root)
+    (root / "code/README.md").write_text("reworded\n")
+    assert stage_identity("pretrain", load_params("demo"), root) == before
+
+
 def test_missing_input_is_named(root: Path) -> None:
     shutil.rmtree(root / "data")
     with pytest.raises(PipelineError, match=r"data: missing.*dvc repro"):
