@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from ops.reference import elsa_attention_reference
 
 # No -march: every instruction set is compiled into its own file and chosen when the op runs.
 CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
+CUDA_FLAGS = ("-O3", "-DNDEBUG", "--expt-relaxed-constexpr")
+CUDA_ARCH_LIST = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 LINK_FLAGS = ("-fopenmp", "-Wl,--strip-all", "-Wl,--build-id=none")
 
 # Runs in a process of its own: `load` also loads what it built, which this process may not want.
@@ -45,28 +48,37 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
         out_dir: made if missing; a library already there is replaced in one step.
         verbose: show ninja's progress and the compiler's output.
 
+    The CUDA kernels are built where torch sees a GPU, or with FORCE_CUDA=1.
+
     Returns:
         The record: compiler, flags, torch, Python and machine, digests of sources and library.
 
     Raises:
-        BuildError: no compiler, no ninja, no Python headers, or the compiler's own error.
+        BuildError: no compiler, no ninja, no Python headers, a GPU without a CUDA toolkit that
+            fits torch, or the compiler's own error.
     """
     compiler = _compiler()
     env = _tools_env()
+    cuda = _cuda() if torch.cuda.is_available() or os.environ.get("FORCE_CUDA") == "1" else None
     out = Path(out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    sources = sorted(str(p) for p in library.SOURCE_DIR.rglob("*.cpp"))
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
+    sources = sorted(str(p) for p in library.SOURCE_DIR.rglob("*") if p.suffix in suffixes)
     flags = [*CXX_FLAGS, *_path_maps()]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as work:
         request = {
             "name": Path(library.LIBRARY_NAME).stem,
             "sources": sources,
             "extra_cflags": [*flags, f"-ffile-prefix-map={work}=build"],
+            "extra_cuda_cflags": list(CUDA_FLAGS),
             "extra_ldflags": list(LINK_FLAGS),
             "build_directory": work,
-            "with_cuda": False,
+            "with_cuda": bool(cuda),
             "verbose": True,
         }
+        if cuda:
+            env["CUDA_HOME"] = cuda["home"]
+            env["TORCH_CUDA_ARCH_LIST"] = cuda["arch_list"]
         command = [sys.executable, "-c", _COMPILE, json.dumps(request)]
         if verbose:
             print(f"compiling {len(sources)} files with {compiler['version']}", flush=True)
@@ -88,7 +100,7 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
             "flags": list(CXX_FLAGS),
             "link_flags": list(LINK_FLAGS),
             "instruction_sets": _instruction_sets(),
-            "cuda": False,
+            "cuda": {k: v for k, v in cuda.items() if k != "home"} if cuda else False,
             "library_sha256": library.file_digest(built),
         }
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
@@ -111,6 +123,38 @@ def _compiler() -> dict[str, str]:
     shown = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     first = (shown.stdout.splitlines() or [""])[0]
     return {"path": path, "version": first.replace(path, name)}
+
+
+def _cuda() -> dict[str, str]:
+    """CUDA's home, the version of nvcc and the architectures to build for."""
+    built_for = torch.version.cuda
+    on_path = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), on_path and Path(on_path).resolve().parent.parent]
+    home = next(
+        (
+            Path(home)
+            for home in (*homes, "/usr/local/cuda")  # where its packages put it
+            if home
+            and all((Path(home) / f).is_file() for f in ("bin/nvcc", "include/cuda_runtime.h"))
+        ),
+        None,
+    )
+    if home is None:
+        raise BuildError(
+            "no CUDA toolkit for the GPU kernels: none at CUDA_HOME, nvcc on PATH or "
+            f"/usr/local/cuda. Install CUDA {built_for} (the version of this torch), or build for "
+            "the CPU alone: with CUDA_VISIBLE_DEVICES= and without FORCE_CUDA"
+        )
+    command = [str(home / "bin/nvcc"), "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    found = re.search(r"release (\d+)\.(\d+)", shown)
+    if built_for is None or found is None or found[1] != built_for.split(".")[0]:
+        raise BuildError(
+            f"the CUDA toolkit is {found[0] if found else 'of unknown version'}, but this torch is "
+            f"built for CUDA {built_for}: install that one and set CUDA_HOME to it"
+        )
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCH_LIST
+    return {"home": str(home), "nvcc": found[0], "arch_list": arch_list}
 
 
 def _tools_env() -> dict[str, str]:
@@ -151,7 +195,13 @@ TOLERANCES = {
 }
 
 
+def devices() -> list[str]:
+    """The device types that the loaded library has kernels for and this machine has."""
+    return ["cpu", "cuda"] if library.state.cuda and torch.cuda.is_available() else ["cpu"]
+
+
 def check(
+    device: str = "cpu",
     shapes: tuple[tuple[int, int, int, int, int, int, int, int], ...] = (
         # B, C, G, H, W, kernel_size, dilation, stride
         (2, 96, 3, 19, 23, 7, 1, 1),
@@ -160,7 +210,7 @@ def check(
         (2, 6, 6, 5, 4, 9, 1, 1),
     ),
 ) -> dict[str, float]:
-    """Compare the loaded library with the float64 reference, forward and backward.
+    """Compare the loaded library's kernels for `device` with the float64 reference on the CPU.
 
     Returns:
         For each dtype and tensor the largest error, relative to the tensor's largest value.
@@ -187,10 +237,11 @@ def check(
         )
         upstream = draw(batch, channels, out_h, out_w)
         for dtype in TOLERANCES:
-            inputs = [t.to(dtype, copy=True).requires_grad_() for t in exact]
+            inputs = [t.to(device, dtype, copy=True).requires_grad_() for t in exact]
             out = torch.ops.elsa.elsa_attention(*inputs, k, dilation, stride)
-            out.backward(upstream.to(dtype))
-            wide = [t.detach().to(torch.float64, copy=True).requires_grad_() for t in inputs]
+            out.backward(upstream.to(device, dtype))
+            wide = [t.detach().to("cpu", torch.float64, copy=True) for t in inputs]
+            wide = [t.requires_grad_() for t in wide]
             expected = elsa_attention_reference(
                 *wide, kernel_size=k, dilation=dilation, stride=stride
             )
@@ -200,13 +251,13 @@ def check(
             for name, a, b in zip(names, ours, theirs, strict=True):
                 assert a is not None  # every input asked for its gradient
                 assert b is not None
-                error = float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
+                error = float((a.cpu().double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
                 key = f"{str(dtype).removeprefix('torch.')} {name}"
                 worst[key] = max(worst.get(key, 0.0), error)
                 if not error <= TOLERANCES[dtype]:
                     raise RuntimeError(
-                        f"the compiled operator is wrong: {key} differs from the float64 "
-                        f"reference by {error:.3g} (allowed {TOLERANCES[dtype]:.3g}) at "
+                        f"the compiled operator is wrong on {device}: {key} differs from the "
+                        f"float64 reference by {error:.3g} (allowed {TOLERANCES[dtype]:.3g}) at "
                         f"B, C, G, H, W, k, dilation, stride = "
                         f"{(batch, channels, heads, height, width, k, dilation, stride)}"
                     )
@@ -226,7 +277,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         record = build(args.out, verbose=not args.quiet)
         library.load_library(args.out)
-        errors = check()
+        errors = {
+            f"{device} {key}": error for device in devices() for key, error in check(device).items()
+        }
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

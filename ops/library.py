@@ -92,6 +92,7 @@ class _State:
         if self.backend not in BACKENDS:
             raise ValueError(f"ELSA_OPS_BACKEND={self.backend!r} is not one of {BACKENDS}")
         self.loaded: Path | None = None
+        self.cuda = False  # whether the loaded library has kernels for GPUs
         self.searched = False
         self.warned: set[str] = set()
         self.lock = threading.RLock()
@@ -124,7 +125,7 @@ def load_library(directory: str | os.PathLike[str]) -> dict[str, Any]:
         from ops.functional import register
 
         register()
-        state.loaded = path
+        state.loaded, state.cuda = path, bool(record["cuda"])
         return record
 
 
@@ -160,12 +161,14 @@ def use_compiled(device_type: str, backend: str) -> bool:
     if backend == "reference":
         return False
     available = _find_and_load()
-    if available and device_type in ("cpu", "meta"):
+    if available and (device_type in ("cpu", "meta") or (device_type == "cuda" and state.cuda)):
         return True
     if device_type == "meta" and backend == "auto":
         return False
     if available:
-        reason = f"ops has no compiled kernel for {device_type} tensors yet"
+        reason = f"the compiled ELSA operator has no kernel for {device_type} tensors"
+        if device_type == "cuda":
+            reason += f": it was built without CUDA. {HOW_TO_BUILD} where torch sees the GPU"
     else:
         reason = f"the ELSA operator is not built. {HOW_TO_BUILD}"
     if backend == "compiled":

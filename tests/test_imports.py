@@ -1,6 +1,8 @@
 """Imports point one way: ops <- elsa <- pipelines, and only pipelines imports the heavy stack."""
 
 import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -40,3 +42,14 @@ def test_only_tracking_imports_mlflow_and_only_launch_wires_trainers() -> None:
 def test_training_loop_is_free_of_ray() -> None:
     for path in (ROOT / "pipelines/train").rglob("*.py"):
         assert "ray" not in imported(path)
+
+
+def test_no_module_imports_ray_before_its_settings() -> None:
+    """Under `uv run`, Ray would start its workers through uv in a copy of the checkout."""
+    code = (
+        "import pipelines.run.reporting\n"
+        "from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV as through_uv\n"
+        "assert not through_uv"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)

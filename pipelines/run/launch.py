@@ -7,13 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Ray would otherwise pack this checkout and rebuild its environment for every worker.
-os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray gives up on a worker process after 60 s, which a busy machine takes to import it.
-os.environ.setdefault("RAY_worker_register_timeout_seconds", "180")
-
 import psutil
 import ray
 import ray.train

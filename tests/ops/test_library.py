@@ -123,7 +123,7 @@ def test_compiled_backend_without_a_library_is_an_error(fresh_state):
 
 
 def test_device_without_compiled_kernel():
-    with pytest.raises(RuntimeError, match="no compiled kernel for cuda"):
+    with pytest.raises(RuntimeError, match="no kernel for cuda tensors: it was built without CUDA"):
         library.use_compiled("cuda", "compiled")
 
 

@@ -196,7 +196,7 @@ def test_older_processors(name, compiled_library):
     code = (
         "import sys, torch, ops; from ops.build import check; torch.set_num_threads(1);"
         "ops.load_library(sys.argv[1]);"
-        "check(((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
+        "check(shapes=((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
         "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(

@@ -5,12 +5,9 @@
 
 #include <cstdint>
 
-namespace elsa {
+#include "../problem.h"
 
-// B batch, C channels, G heads, H x W the size of v, Ho x Wo that of the output.
-struct Problem {
-  int64_t B, C, G, H, W, Ho, Wo, kernel_size, dilation, stride;
-};
+namespace elsa {
 
 // Storage types; arithmetic on them is float32.
 struct BFloat16 {

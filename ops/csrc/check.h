@@ -1,0 +1,71 @@
+// Checks that every device's op makes before it touches memory, and how ghost heads come in.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "problem.h"
+
+namespace elsa {
+
+using at::Tensor;
+
+inline Problem check(const Tensor& v, const Tensor& h_attn, const std::optional<Tensor>& ghost_mul,
+              const std::optional<Tensor>& ghost_add, int64_t kernel_size, int64_t dilation,
+              int64_t stride) {
+  TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1,
+              "elsa_attention: kernel_size must be odd and positive, got ", kernel_size);
+  TORCH_CHECK(dilation > 0 && stride > 0,
+              "elsa_attention: dilation and stride must be at least 1, got dilation=", dilation,
+              ", stride=", stride);
+  TORCH_CHECK(v.dim() == 4 && h_attn.dim() == 5 && h_attn.size(1) > 0 &&
+                  v.size(1) % h_attn.size(1) == 0,
+              "elsa_attention: v must be (B, C, H, W) and h_attn (B, G, k*k, Ho, Wo) with G "
+              "dividing C, got ",
+              v.sizes(), " and ", h_attn.sizes());
+  const Problem p{v.size(0),          v.size(1),          h_attn.size(1), v.size(2), v.size(3),
+                  v.size(2) / stride, v.size(3) / stride, kernel_size,    dilation,  stride};
+  TORCH_CHECK(h_attn.size(0) == p.B && h_attn.size(2) == kernel_size * kernel_size &&
+                  h_attn.size(3) == p.Ho && h_attn.size(4) == p.Wo,
+              "elsa_attention: h_attn must be (B, G, k*k, H // stride, W // stride) for v ",
+              v.sizes(), ", kernel_size ", kernel_size, ", stride ", stride, "; got ",
+              h_attn.sizes());
+  TORCH_CHECK(v.scalar_type() == h_attn.scalar_type(),
+              "elsa_attention: v and h_attn must share a dtype, got ", v.scalar_type(), " and ",
+              h_attn.scalar_type());
+  TORCH_CHECK(v.device() == h_attn.device(), "elsa_attention: v is on ", v.device(),
+              " but h_attn on ", h_attn.device());
+  for (const auto* ghost : {&ghost_mul, &ghost_add}) {
+    if (!ghost->has_value()) continue;
+    const Tensor& t = **ghost;
+    TORCH_CHECK(t.dim() == 3 && t.size(0) == p.C && t.size(1) == kernel_size &&
+                    t.size(2) == kernel_size,
+                "elsa_attention: a ghost head must be (C, k, k) with k ", kernel_size, " for v ",
+                v.sizes(), ", got ", t.sizes());
+    TORCH_CHECK(t.device() == v.device(), "elsa_attention: v is on ", v.device(),
+                " but a ghost head on ", t.device());
+    TORCH_CHECK(t.scalar_type() == v.scalar_type() || t.scalar_type() == at::kFloat,
+                "elsa_attention: a ghost head must have v's dtype or float32, got v ",
+                v.scalar_type(), " and ghost head ", t.scalar_type());
+  }
+  return p;
+}
+
+inline void check_grad(const Problem& p, const Tensor& grad, const Tensor& v) {
+  TORCH_CHECK(grad.sizes() == at::IntArrayRef({p.B, p.C, p.Ho, p.Wo}) &&
+                  grad.scalar_type() == v.scalar_type() && grad.device() == v.device(),
+              "elsa_attention_backward: grad_out must be ", v.scalar_type(), " of shape ",
+              at::IntArrayRef({p.B, p.C, p.Ho, p.Wo}), ", got ", grad.scalar_type(), " ",
+              grad.sizes());
+}
+
+inline at::ScalarType accumulation_type(const Tensor& v) {
+  return v.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+inline Tensor ghost_in(const std::optional<Tensor>& ghost, at::ScalarType dtype) {
+  return ghost.has_value() ? ghost->to(dtype).contiguous() : Tensor();
+}
+
+}  // namespace elsa

@@ -1,0 +1,201 @@
+// What one GPU thread does, as plain functions of its index: a C++ compiler can run them in loops,
+// which is how they are tested where there is no GPU (tests/ops/test_cuda_source.py).
+//
+// T is the storage type, A the accumulation type. Tensors are contiguous, ghosts (C, k, k) in A.
+// MUL and ADD say which ghost heads there are. Neighbouring indices are neighbouring columns, so
+// that a warp reads and writes whole cache lines.
+#pragma once
+
+#include "../problem.h"
+
+#ifdef __CUDACC__
+#define ELSA_DEVICE __device__ __forceinline__
+#define ELSA_BOTH __host__ __device__ inline
+#else
+#define ELSA_DEVICE inline
+#define ELSA_BOTH inline
+#endif
+
+namespace elsa {
+
+constexpr int kChannels = 8;  // per thread, so that a weight is read once for all of them
+constexpr int kTaps = 8;      // of the window, likewise for a value
+
+ELSA_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Threads of `forward` and `grad_v`: (b, g, channels / kChannels, rows, columns).
+ELSA_BOTH int64_t channel_threads(const Problem& p, int64_t rows, int64_t columns) {
+  return p.B * p.G * divide_up(p.C / p.G, kChannels) * rows * columns;
+}
+
+// Threads of `grad_h`: (b, g, taps / kTaps, rows, columns).
+ELSA_BOTH int64_t tap_threads(const Problem& p) {
+  return p.B * p.G * divide_up(p.kernel_size * p.kernel_size, kTaps) * p.Ho * p.Wo;
+}
+
+struct Place {
+  int64_t b, g, part;
+  int y, x;
+};
+
+ELSA_DEVICE Place place(const Problem& p, int64_t index, int64_t parts, int64_t rows,
+                        int64_t columns) {
+  Place at;
+  at.x = static_cast<int>(index % columns);
+  index /= columns;
+  at.y = static_cast<int>(index % rows);
+  index /= rows;
+  at.part = index % parts;
+  index /= parts;
+  at.g = index % p.G;
+  at.b = index / p.G;
+  return at;
+}
+
+template <bool MUL, bool ADD, class A>
+ELSA_DEVICE A weight(A h, const A* mul, const A* add, int64_t at) {
+  A w = h;
+  if (MUL) w *= mul[at];
+  if (ADD) w += add[at];
+  return w;
+}
+
+template <bool MUL, bool ADD, class T, class A>
+ELSA_DEVICE void forward(const Problem& p, int64_t index, const T* v, const T* h, const A* mul,
+                         const A* add, T* out) {
+  const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
+  const Place at = place(p, index, divide_up(depth, kChannels), p.Ho, p.Wo);
+  const int64_t first = at.g * depth + at.part * kChannels;
+  const int64_t rest = depth - at.part * kChannels;
+  const int count = static_cast<int>(rest < kChannels ? rest : kChannels);
+  const int k = static_cast<int>(p.kernel_size), half = k / 2;
+  const int step = static_cast<int>(p.dilation);
+  const int y0 = at.y * static_cast<int>(p.stride), x0 = at.x * static_cast<int>(p.stride);
+  const T* h_at = h + (at.b * p.G + at.g) * taps * area + at.y * p.Wo + at.x;
+  const T* v_at = v + (at.b * p.C + first) * p.H * p.W;
+  A sum[kChannels] = {};
+  for (int i = 0; i < k; ++i) {
+    const int y = y0 + (i - half) * step;
+    if (y < 0 || y >= p.H) continue;
+    for (int j = 0; j < k; ++j) {
+      const int x = x0 + (j - half) * step;
+      if (x < 0 || x >= p.W) continue;
+      const A attention = static_cast<A>(h_at[(i * k + j) * area]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (c < count) {
+          const A w = weight<MUL, ADD>(attention, mul, add, (first + c) * taps + i * k + j);
+          sum[c] += w * static_cast<A>(v_at[(c * p.H + y) * p.W + x]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c)
+    if (c < count)
+      out[((at.b * p.C + first + c) * p.Ho + at.y) * p.Wo + at.x] = static_cast<T>(sum[c]);
+}
+
+// Gathered: the outputs whose window covers one element of v, so that no two threads add to it.
+template <bool MUL, bool ADD, class T, class A>
+ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const T* grad, const T* h, const A* mul,
+                        const A* add, T* result) {
+  const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
+  const Place at = place(p, index, divide_up(depth, kChannels), p.H, p.W);
+  const int64_t first = at.g * depth + at.part * kChannels;
+  const int64_t rest = depth - at.part * kChannels;
+  const int count = static_cast<int>(rest < kChannels ? rest : kChannels);
+  const int k = static_cast<int>(p.kernel_size), half = k / 2;
+  const int step = static_cast<int>(p.dilation), stride = static_cast<int>(p.stride);
+  const T* h_at = h + (at.b * p.G + at.g) * taps * area;
+  const T* grad_at = grad + (at.b * p.C + first) * area;
+  A sum[kChannels] = {};
+  for (int i = 0; i < k; ++i) {
+    const int from_y = at.y - (i - half) * step;
+    if (from_y < 0 || from_y % stride || from_y / stride >= p.Ho) continue;
+    for (int j = 0; j < k; ++j) {
+      const int from_x = at.x - (j - half) * step;
+      if (from_x < 0 || from_x % stride || from_x / stride >= p.Wo) continue;
+      const int64_t pixel = (from_y / stride) * p.Wo + from_x / stride;
+      const A attention = static_cast<A>(h_at[(i * k + j) * area + pixel]);
+#pragma unroll
+      for (int c = 0; c < kChannels; ++c) {
+        if (c < count) {
+          const A w = weight<MUL, ADD>(attention, mul, add, (first + c) * taps + i * k + j);
+          sum[c] += w * static_cast<A>(grad_at[c * area + pixel]);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kChannels; ++c)
+    if (c < count)
+      result[((at.b * p.C + first + c) * p.H + at.y) * p.W + at.x] = static_cast<T>(sum[c]);
+}
+
+template <bool MUL, class T, class A>
+ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T* v, const A* mul,
+                        T* result) {
+  const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
+  const Place at = place(p, index, divide_up(taps, kTaps), p.Ho, p.Wo);
+  const int k = static_cast<int>(p.kernel_size), half = k / 2;
+  const int step = static_cast<int>(p.dilation);
+  const int y0 = at.y * static_cast<int>(p.stride), x0 = at.x * static_cast<int>(p.stride);
+  const int first = static_cast<int>(at.part) * kTaps;
+  const int64_t pixel = at.y * p.Wo + at.x;
+  int64_t offset[kTaps];  // of the value below a tap; -1 outside the image
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t) {
+    const int tap = first + t;
+    const int y = y0 + (tap / k - half) * step, x = x0 + (tap % k - half) * step;
+    const bool inside = tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W;
+    offset[t] = inside ? y * p.W + x : -1;
+  }
+  A sum[kTaps] = {};
+  for (int64_t c = at.g * depth; c < (at.g + 1) * depth; ++c) {
+    const A up = static_cast<A>(grad[(at.b * p.C + c) * area + pixel]);
+    const T* v_at = v + (at.b * p.C + c) * p.H * p.W;
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      if (offset[t] >= 0) {
+        const A value = up * static_cast<A>(v_at[offset[t]]);
+        sum[t] += MUL ? value * mul[c * taps + first + t] : value;
+      }
+    }
+  }
+#pragma unroll
+  for (int t = 0; t < kTaps; ++t)
+    if (first + t < taps)
+      result[((at.b * p.G + at.g) * taps + first + t) * area + pixel] = static_cast<T>(sum[t]);
+}
+
+// One thread's share of the ghost gradients of channel `c` and the taps from `first` on: the
+// pixels begin, begin + step, ... below `end` of the B * Ho * Wo. Adds to both sums, kTaps each.
+template <class T, class A>
+ELSA_DEVICE void grad_ghost(const Problem& p, int64_t c, int first, int64_t begin, int64_t end,
+                            int64_t step, const T* grad, const T* v, const T* h, A* sum_mul,
+                            A* sum_add) {
+  const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
+  const int k = static_cast<int>(p.kernel_size), half = k / 2;
+  for (int64_t n = begin; n < end; n += step) {
+    const int64_t b = n / area, pixel = n % area;
+    const int y0 = static_cast<int>(pixel / p.Wo * p.stride);
+    const int x0 = static_cast<int>(pixel % p.Wo * p.stride);
+    const A up = static_cast<A>(grad[(b * p.C + c) * area + pixel]);
+    const T* v_at = v + (b * p.C + c) * p.H * p.W;
+    const T* h_at = h + (b * p.G + c / depth) * taps * area + pixel;
+#pragma unroll
+    for (int t = 0; t < kTaps; ++t) {
+      const int tap = first + t;
+      const int y = y0 + (tap / k - half) * static_cast<int>(p.dilation);
+      const int x = x0 + (tap % k - half) * static_cast<int>(p.dilation);
+      if (tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W) {
+        const A value = up * static_cast<A>(v_at[y * p.W + x]);
+        sum_add[t] += value;
+        sum_mul[t] += value * static_cast<A>(h_at[tap * area]);
+      }
+    }
+  }
+}
+
+}  // namespace elsa

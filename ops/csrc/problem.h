@@ -1,0 +1,13 @@
+// The sizes of one call, shared by the kernels of all devices. Includes no ATen: see cpu/kernels.h.
+#pragma once
+
+#include <cstdint>
+
+namespace elsa {
+
+// B batch, C channels, G heads, H x W the size of v, Ho x Wo that of the output.
+struct Problem {
+  int64_t B, C, G, H, W, Ho, Wo, kernel_size, dilation, stride;
+};
+
+}  // namespace elsa

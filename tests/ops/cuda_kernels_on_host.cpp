@@ -1,0 +1,44 @@
+// Runs the functions of ops/csrc/cuda/kernels.h in loops over their thread index, on the CPU.
+#include "../../ops/csrc/cuda/kernels.h"
+
+using elsa::Problem;
+
+namespace {
+
+template <bool MUL, bool ADD>
+void all(const Problem& p, const double* grad, const double* v, const double* h, const double* mul,
+         const double* add, double* out, double* grad_v, double* grad_h) {
+  for (int64_t i = 0; i < elsa::channel_threads(p, p.Ho, p.Wo); ++i)
+    elsa::forward<MUL, ADD>(p, i, v, h, mul, add, out);
+  for (int64_t i = 0; i < elsa::channel_threads(p, p.H, p.W); ++i)
+    elsa::grad_v<MUL, ADD>(p, i, grad, h, mul, add, grad_v);
+  for (int64_t i = 0; i < elsa::tap_threads(p); ++i)
+    elsa::grad_h<MUL>(p, i, grad, v, mul, grad_h);
+}
+
+}  // namespace
+
+extern "C" void run(const int64_t* sizes, const double* grad, const double* v, const double* h,
+                    const double* mul, const double* add, double* out, double* grad_v,
+                    double* grad_h, double* grad_mul, double* grad_add) {
+  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                  sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+  const auto chosen = mul ? (add ? all<true, true> : all<true, false>)
+                          : (add ? all<false, true> : all<false, false>);
+  chosen(p, grad, v, h, mul, add, out, grad_v, grad_h);
+  const int64_t taps = p.kernel_size * p.kernel_size, pixels = p.B * p.Ho * p.Wo;
+  constexpr int64_t threads = 4;  // of a block; the block's sums are added in their order
+  for (int64_t c = 0; c < p.C; ++c) {
+    for (int64_t first = 0; first < taps; first += elsa::kTaps) {
+      for (int64_t thread = 0; thread < threads; ++thread) {
+        double sums[2 * elsa::kTaps] = {};
+        elsa::grad_ghost(p, c, static_cast<int>(first), thread, pixels, threads, grad, v, h, sums,
+                         sums + elsa::kTaps);
+        for (int64_t t = 0; t < elsa::kTaps && first + t < taps; ++t) {
+          grad_mul[c * taps + first + t] += sums[t];
+          grad_add[c * taps + first + t] += sums[elsa::kTaps + t];
+        }
+      }
+    }
+  }
+}
