@@ -1,11 +1,12 @@
 # Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: help setup demo test lint ui
+.PHONY: help setup demo test asan lint ui
 
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
 	@echo "make test   set up, run the tests"
+	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
@@ -18,6 +19,13 @@ demo: setup
 
 test: setup
 	$(UV) run pytest
+
+# Leaks are Python's own; the tests of values and inputs are those that run the kernels.
+asan: setup
+	$(UV) run python -m ops.build --sanitize --out build/asan
+	$(UV) run env LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 ELSA_OPS_LIBRARY=build/asan \
+	  pytest tests/ops/test_values.py tests/ops/test_inputs.py
 
 lint: setup
 	$(UV) run ruff check

@@ -28,6 +28,7 @@ CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
 CUDA_FLAGS = ("-O3", "-DNDEBUG", "--expt-relaxed-constexpr")
 CUDA_ARCH_LIST = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 LINK_FLAGS = ("-fopenmp", "-Wl,--strip-all", "-Wl,--build-id=none")
+SANITIZE_FLAGS = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 
 # Runs in a process of its own: `load` also loads what it built, which this process may not want.
 _COMPILE = """
@@ -41,12 +42,15 @@ class BuildError(RuntimeError):
     """The operator could not be compiled; the message says what to install or what failed."""
 
 
-def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, Any]:
+def build(
+    out_dir: str | os.PathLike[str], verbose: bool = False, sanitize: bool = False
+) -> dict[str, Any]:
     """Compile `ops/csrc` into `out_dir/elsa_ops.so` and write `out_dir/build.json`.
 
     Args:
         out_dir: made if missing; a library already there is replaced in one step.
         verbose: show ninja's progress and the compiler's output.
+        sanitize: with AddressSanitizer, for `make asan`; loads only where its runtime is preloaded.
 
     The CUDA kernels are built where torch sees a GPU, or with FORCE_CUDA=1.
 
@@ -64,14 +68,17 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
     out.mkdir(parents=True, exist_ok=True)
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
     sources = sorted(str(p) for p in library.SOURCE_DIR.rglob("*") if p.suffix in suffixes)
-    flags = [*CXX_FLAGS, *_path_maps()]
+    cxx_flags, link_flags = list(CXX_FLAGS), list(LINK_FLAGS)
+    if sanitize:
+        cxx_flags += SANITIZE_FLAGS
+        link_flags += SANITIZE_FLAGS[:1]
     with tempfile.TemporaryDirectory(prefix=".build-", dir=out) as work:
         request = {
             "name": Path(library.LIBRARY_NAME).stem,
             "sources": sources,
-            "extra_cflags": [*flags, f"-ffile-prefix-map={work}=build"],
+            "extra_cflags": [*cxx_flags, *_path_maps(), f"-ffile-prefix-map={work}=build"],
             "extra_cuda_cflags": list(CUDA_FLAGS),
-            "extra_ldflags": list(LINK_FLAGS),
+            "extra_ldflags": link_flags,
             "build_directory": work,
             "with_cuda": bool(cuda),
             "verbose": True,
@@ -97,8 +104,8 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
         record = {
             **library.environment(),
             "compiler": compiler["version"],
-            "flags": list(CXX_FLAGS),
-            "link_flags": list(LINK_FLAGS),
+            "flags": cxx_flags,
+            "link_flags": link_flags,
             "instruction_sets": _instruction_sets(),
             "cuda": {k: v for k, v in cuda.items() if k != "home"} if cuda else False,
             "library_sha256": library.file_digest(built),
@@ -110,6 +117,11 @@ def build(out_dir: str | os.PathLike[str], verbose: bool = False) -> dict[str, A
         for name in (library.LIBRARY_NAME, library.RECORD_NAME):
             (Path(work) / name).replace(out / name)
     return record
+
+
+def withdraw(out_dir: str | os.PathLike[str]) -> None:
+    """Make a library that failed its check count as not built."""
+    (Path(out_dir) / library.RECORD_NAME).unlink(missing_ok=True)
 
 
 def _compiler() -> dict[str, str]:
@@ -273,14 +285,27 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=library.DEFAULT_DIR, help="folder to write (default: build/op)"
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
+    parser.add_argument(
+        "--sanitize",
+        action="store_true",
+        help="with AddressSanitizer and without the check; `make asan` builds this and runs tests",
+    )
     args = parser.parse_args(argv)
     try:
-        record = build(args.out, verbose=not args.quiet)
+        record = build(args.out, verbose=not args.quiet, sanitize=args.sanitize)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.sanitize:
+        print(f"built {args.out}/{library.LIBRARY_NAME} with AddressSanitizer; not checked")
+        return 0
+    try:
         library.load_library(args.out)
         errors = {
             f"{device} {key}": error for device in devices() for key, error in check(device).items()
         }
     except RuntimeError as error:
+        withdraw(args.out)
         print(f"error: {error}", file=sys.stderr)
         return 1
     name, largest = max(errors.items(), key=lambda item: item[1])

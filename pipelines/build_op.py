@@ -14,24 +14,28 @@ def build_and_check(folder: str, tolerance: float) -> tuple[dict[str, Any], dict
         PipelineError: no compiler, a failed build, or float32 errors above `tolerance`.
     """
     from ops import load_library
-    from ops.build import BuildError, build, check, devices
+    from ops.build import BuildError, build, check, devices, withdraw
 
     try:
         record = build(folder)
     except BuildError as error:
         raise PipelineError(str(error)) from None
-    load_library(folder)
-    errors = {
-        f"{device}/{key.replace(' ', '/')}": value
-        for device in devices()
-        for key, value in check(device).items()
-    }
-    largest = max(value for key, value in errors.items() if "/float32/" in key)
-    if largest > tolerance:
-        raise PipelineError(
-            f"the float32 operator differs from the reference by {largest:.3g}, more than"
-            f" build_op.tolerance={tolerance:.3g}"
-        )
+    try:
+        load_library(folder)
+        errors = {
+            f"{device}/{key.replace(' ', '/')}": value
+            for device in devices()
+            for key, value in check(device).items()
+        }
+        largest = max(value for key, value in errors.items() if "/float32/" in key)
+        if largest > tolerance:
+            raise PipelineError(
+                f"the float32 operator differs from the reference by {largest:.3g}, more than"
+                f" build_op.tolerance={tolerance:.3g}"
+            )
+    except Exception:
+        withdraw(folder)
+        raise
     return record, errors
 
 

@@ -1,7 +1,9 @@
-"""One compiled library for all of tests/ops: `build/op` where it is fresh, else a build in tmp."""
+"""One compiled library for all of tests/ops: that of ELSA_OPS_LIBRARY, or `build/op` where it is
+fresh, else a build in tmp."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,13 @@ from ops import build, library
 @pytest.fixture(scope="session", autouse=True)
 def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(2)
-    directory = library.DEFAULT_DIR
+    named = os.environ.get("ELSA_OPS_LIBRARY")
+    directory = Path(named or library.DEFAULT_DIR)
     try:
         library.verify(directory)
     except (FileNotFoundError, ops.StaleLibraryError):
+        if named:
+            raise
         directory = tmp_path_factory.mktemp("op")
         build.build(directory)
     ops.load_library(directory)

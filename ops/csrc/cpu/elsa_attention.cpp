@@ -108,6 +108,15 @@ T* data(const Tensor& t) {
   return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 
+// The planes of image b and head g of a (B, C, H, W) or (B, G, taps, Ho, Wo) tensor of any strides.
+template <class T>
+Planes<T> planes(const Tensor& t, int64_t b, int64_t g, int64_t heads) {
+  const auto s = t.strides();
+  const int64_t head = t.dim() == 5 ? s[1] : s[1] * (t.size(1) / heads);
+  const size_t last = s.size();
+  return {data<T>(t) + b * s[0] + g * head, s[last - 3], s[last - 2], s[last - 1]};
+}
+
 template <class F>
 void with_storage(const Tensor& v, const F& f) {
   switch (v.scalar_type()) {
@@ -125,26 +134,25 @@ void with_storage(const Tensor& v, const F& f) {
   }
 }
 
-Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
-                      const std::optional<Tensor>& ghost_mul,
+Tensor elsa_attention(const Tensor& v, const Tensor& h, const std::optional<Tensor>& ghost_mul,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
                       int64_t dilation, int64_t stride) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
+  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride);
   Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
-                         v_in.options().memory_format(at::MemoryFormat::Contiguous));
-  const Tensor v = v_in.contiguous(), h = h_in.contiguous();
+                         v.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   with_storage(v, [&](auto storage) {
     using T = decltype(storage);
     using A = typename AccOf<T>::type;
     if (out.numel() == 0) return;
+    const int64_t out_head = p.C / p.G * p.Ho * p.Wo;
     const Kernels<T>& k = kernels<T>();
     const int64_t step = rows_per_task(p, p.Ho, k.forward_scratch);
     for_tasks(p, p.Ho, step, k.forward_scratch,
               [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
-                k.forward(p, data<T>(v), data<T>(h), data<A>(mul), data<A>(add), data<T>(out), b,
-                          g, y0, y1, scratch);
+                k.forward(p, planes<T>(v, b, g, p.G), planes<T>(h, b, g, p.G), data<A>(mul),
+                          data<A>(add), data<T>(out) + (b * p.G + g) * out_head, g, y0, y1, scratch);
               });
   });
   return out;
@@ -171,15 +179,14 @@ Tensor sum_parts(const Problem& p, const Tensor& partial) {
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
-    const Tensor& grad_in, const Tensor& v_in, const Tensor& h_in,
+    const Tensor& grad, const Tensor& v, const Tensor& h,
     const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
     int64_t kernel_size, int64_t dilation, int64_t stride, std::array<bool, 4> output_mask) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
-  check_grad(p, grad_in, v_in);
+  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride);
+  check_grad(p, grad, v);
   output_mask[2] = output_mask[2] && ghost_mul.has_value();
   output_mask[3] = output_mask[3] && ghost_add.has_value();
-  const auto options = v_in.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor grad = grad_in.contiguous(), v = v_in.contiguous(), h = h_in.contiguous();
+  const auto options = v.options().memory_format(at::MemoryFormat::Contiguous);
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   std::array<Tensor, 4> grads;
@@ -197,15 +204,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
     }
     if (output_mask[0] && !empty) {
       const int64_t step = rows_per_task(p, p.H, k.grad_v_scratch);
+      const int64_t v_head = p.C / p.G * p.H * p.W;
       for_tasks(p, p.H, step, k.grad_v_scratch,
                 [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
-                  k.grad_v(p, data<T>(grad), data<T>(h), data<A>(mul), data<A>(add),
-                           data<T>(grads[0]), b, g, y0, y1, scratch);
+                  k.grad_v(p, planes<T>(grad, b, g, p.G), planes<T>(h, b, g, p.G), data<A>(mul),
+                           data<A>(add), data<T>(grads[0]) + (b * p.G + g) * v_head, g, y0, y1,
+                           scratch);
                 });
     }
     const int64_t step = empty ? 1 : rows_per_task(p, p.Ho, k.grad_h_scratch);
     const int64_t parts = empty ? 0 : (p.Ho + step - 1) / step;
     const int64_t row = p.C / p.G * kernel_size * kernel_size;
+    const int64_t h_head = kernel_size * kernel_size * p.Ho * p.Wo;
     Tensor partial[2];
     for (int i : {0, 1})
       if (output_mask[2 + i])
@@ -216,8 +226,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
                   const int64_t at = ((b * p.G + g) * parts + part) * row;
                   A* grad_mul = output_mask[2] ? data<A>(partial[0]) + at : nullptr;
                   A* grad_add = output_mask[3] ? data<A>(partial[1]) + at : nullptr;
-                  k.grad_h(p, data<T>(grad), data<T>(v), data<T>(h), data<A>(mul),
-                           output_mask[1] ? data<T>(grads[1]) : nullptr, grad_mul, grad_add, b, g,
+                  T* grad_h = output_mask[1] ? data<T>(grads[1]) + (b * p.G + g) * h_head : nullptr;
+                  k.grad_h(p, planes<T>(grad, b, g, p.G), planes<T>(v, b, g, p.G),
+                           planes<T>(h, b, g, p.G), data<A>(mul), grad_h, grad_mul, grad_add, g,
                            y0, y1, scratch);
                 });
     }

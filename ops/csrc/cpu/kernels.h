@@ -26,27 +26,35 @@ struct AccOf<double> {
   using type = double;
 };
 
-// Each call does one image `b`, one head `g` and the rows [y0, y1), and touches no other output.
-// Tensors are contiguous; ghosts are (C, k, k) in the accumulation type; pointers to absent
-// tensors and unwanted outputs are null. `scratch` holds scratch_bytes(...) bytes, aligned to 64.
+// One image's planes of one head, in any layout: element (plane, y, x) is at
+// data[plane * plane_pitch + y * row_pitch + x * pitch].
+template <class T>
+struct Planes {
+  const T* data;
+  int64_t plane_pitch, row_pitch, pitch;
+};
+
+// Each call does one image, one head `g` and the rows [y0, y1), and touches no other output. Inputs
+// are read where they lie; outputs are contiguous and begin at that image and head; ghosts are
+// (C, k, k) in the accumulation type; pointers to absent tensors and unwanted outputs are null.
+// `scratch` holds scratch_bytes(...) bytes, aligned to 64.
 template <class T>
 struct Kernels {
   using A = typename AccOf<T>::type;
 
   int64_t (*forward_scratch)(const Problem&, int64_t rows);
-  void (*forward)(const Problem&, const T* v, const T* h, const A* mul, const A* add, T* out,
-                  int64_t b, int64_t g, int64_t y0, int64_t y1, void* scratch);
+  void (*forward)(const Problem&, Planes<T> v, Planes<T> h, const A* mul, const A* add, T* out,
+                  int64_t g, int64_t y0, int64_t y1, void* scratch);
 
   // Rows of v: the gradient is gathered, so no two calls write one element.
   int64_t (*grad_v_scratch)(const Problem&, int64_t rows);
-  void (*grad_v)(const Problem&, const T* grad, const T* h, const A* mul, const A* add,
-                 T* grad_v, int64_t b, int64_t g, int64_t y0, int64_t y1, void* scratch);
+  void (*grad_v)(const Problem&, Planes<T> grad, Planes<T> h, const A* mul, const A* add,
+                 T* grad_v, int64_t g, int64_t y0, int64_t y1, void* scratch);
 
   // Rows of the output. grad_mul and grad_add are this call's own (C/G, k, k) partial sums.
   int64_t (*grad_h_scratch)(const Problem&, int64_t rows);
-  void (*grad_h)(const Problem&, const T* grad, const T* v, const T* h, const A* mul, T* grad_h,
-                 A* grad_mul, A* grad_add, int64_t b, int64_t g, int64_t y0, int64_t y1,
-                 void* scratch);
+  void (*grad_h)(const Problem&, Planes<T> grad, Planes<T> v, Planes<T> h, const A* mul, T* grad_h,
+                 A* grad_mul, A* grad_add, int64_t g, int64_t y0, int64_t y1, void* scratch);
 };
 
 #define ELSA_DECLARE_KERNELS(ISA)            \

@@ -128,19 +128,27 @@ ELSA_INLINE void store_lanes(T* dst, V<A> x, int64_t n) {
   narrow_row(dst, lanes, least(n, Vec<A>::lanes));
 }
 
-// dst[start + step * j] = src[j] where that lies in [0, length), zero elsewhere.
+template <class T>
+ELSA_INLINE const T* row(Planes<T> planes, int64_t plane, int64_t y) {
+  return planes.data + plane * planes.plane_pitch + y * planes.row_pitch;
+}
+
+// dst[start + step * j] = src[pitch * j] where that lies in [0, length), zero elsewhere.
 template <class T, class A>
-ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t n, int64_t start,
-                           int64_t step) {
+ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t pitch, int64_t n,
+                           int64_t start, int64_t step) {
   zero_row(dst, length);
   if (step == 1) {
-    const int64_t first = most(start, 0);
-    widen_row(dst + first, src + (first - start), most(least(start + n, length) - first, 0));
+    const int64_t first = most(start, 0), skipped = first - start;
+    const int64_t count = most(least(start + n, length) - first, 0);
+    if (pitch == 1) return widen_row(dst + first, src + skipped, count);
+    src += skipped * pitch;
+    for (int64_t j = 0; j < count; ++j) dst[first + j] = widen(src[j * pitch]);
     return;
   }
   for (int64_t j = 0; j < n; ++j) {
     const int64_t position = start + step * j;
-    if (position >= 0 && position < length) dst[position] = widen(src[j]);
+    if (position >= 0 && position < length) dst[position] = widen(src[j * pitch]);
   }
 }
 
@@ -192,27 +200,26 @@ void set_columns(const Padded<A>& padded, const Problem& p, int64_t stride) {
 
 // v around the output rows [y0, y1).
 template <class T, class A>
-void fill_values(const Padded<A>& padded, const Problem& p, const T* v, int64_t b, int64_t g,
-                 int64_t y0, int64_t y1) {
+void fill_values(const Padded<A>& padded, const Problem& p, Planes<T> v, int64_t y0, int64_t y1) {
   const int64_t channels = p.C / p.G, pad = padding(p), s = p.stride;
   const int64_t rows = (y1 - y0 - 1) * s + reach(p) + 1;
   set_columns(padded, p, s);
   for (int64_t c = 0; c < channels; ++c) {
-    const T* plane = v + (b * p.C + g * channels + c) * p.H * p.W;
     for (int64_t r = 0; r < rows; ++r) {
       A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
       const int64_t y = y0 * s - pad + r;
       if (y < 0 || y >= p.H) {
         zero_row(dst, padded.row_pitch);
       } else if (s == 1) {
-        place_row(dst, padded.row_pitch, plane + y * p.W, p.W, pad, 1);
+        place_row(dst, padded.row_pitch, row(v, c, y), v.pitch, p.W, pad, 1);
       } else {
         zero_row(dst, padded.row_pitch);
+        const T* src = row(v, c, y);
         for (int64_t x = 0; x < p.W; ++x) {
           // The last columns may lie beyond every window.
           const int64_t at = (x + pad) / s;
           if (at < padded.phase_pitch) {
-            dst[(x + pad) % s * padded.phase_pitch + at] = widen(plane[y * p.W + x]);
+            dst[(x + pad) % s * padded.phase_pitch + at] = widen(src[x * v.pitch]);
           }
         }
       }
@@ -341,6 +348,15 @@ struct Upcoming {
   }
 };
 
+// Where pixels are apart (channels_last), a row is read in order: nothing to fetch.
+template <class T>
+ELSA_INLINE Upcoming upcoming(Planes<T> h, int64_t y, int64_t rows, int64_t width) {
+  constexpr int64_t size = sizeof(T);
+  const bool close = h.pitch == 1 && rows > 0;
+  return {reinterpret_cast<const char*>(close ? row(h, 0, y) : nullptr), h.plane_pitch * size,
+          close ? rows * width * size : 0};
+}
+
 // All channels of a head over R output rows whose weights are staged in h.
 template <class T, class A, int R, bool Mul, bool Add>
 void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
@@ -401,15 +417,15 @@ int64_t forward_scratch(const Problem& p, int64_t rows) {
 }
 
 template <class T>
-void forward(const Problem& p, const T* v, const T* h, const typename AccOf<T>::type* mul,
-             const typename AccOf<T>::type* add, T* out, int64_t b, int64_t g, int64_t y0,
-             int64_t y1, void* scratch) {
+void forward(const Problem& p, Planes<T> v, Planes<T> h, const typename AccOf<T>::type* mul,
+             const typename AccOf<T>::type* add, T* out, int64_t g, int64_t y0, int64_t y1,
+             void* scratch) {
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
   Padded<A> padded;
   A *staged, *packed_mul, *packed_add;
   forward_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
-  fill_values(padded, p, v, b, g, y0, y1);
+  fill_values(padded, p, v, y0, y1);
 
   const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
   const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
@@ -421,13 +437,10 @@ void forward(const Problem& p, const T* v, const T* h, const typename AccOf<T>::
     const int64_t rows = p.stride == p.dilation && y + 1 < y1 ? 2 : 1;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t i = 0; i < taps; ++i)
-        place_row(staged + (r * taps + i) * pitch, pitch,
-                  h + ((b * p.G + g) * taps + i) * plane + (y + r) * p.Wo, p.Wo, 0, 1);
-    const Upcoming next{
-        reinterpret_cast<const char*>(h + (b * p.G + g) * taps * plane + (y + rows) * p.Wo),
-        plane * int64_t(sizeof(T)), least(rows, y1 - y - rows) * p.Wo * int64_t(sizeof(T))};
+        place_row(staged + (r * taps + i) * pitch, pitch, row(h, i, y + r), h.pitch, p.Wo, 0, 1);
+    const Upcoming next = upcoming(h, y + rows, least(rows, y1 - y - rows), p.Wo);
     const A* at = padded.data + (y - y0) * p.stride * padded.row_pitch;
-    T* to = out + (b * p.C + g * channels) * plane + y * p.Wo;
+    T* to = out + y * p.Wo;
     if (rows == 2)
       window_rows_any<T, A, 2>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo,
                                 next);
@@ -463,9 +476,9 @@ int64_t grad_v_scratch(const Problem& p, int64_t rows) {
 }
 
 template <class T>
-void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>::type* mul,
-            const typename AccOf<T>::type* add, T* out, int64_t b, int64_t g, int64_t y0,
-            int64_t y1, void* scratch) {
+void grad_v(const Problem& p, Planes<T> grad, Planes<T> h, const typename AccOf<T>::type* mul,
+            const typename AccOf<T>::type* add, T* out, int64_t g, int64_t y0, int64_t y1,
+            void* scratch) {
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
   Padded<A> padded;
@@ -473,15 +486,14 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
   grad_v_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
 
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, s = p.stride;
-  const int64_t pad = padding(p), pitch = round_up<A>(p.W), plane = p.Ho * p.Wo;
+  const int64_t pad = padding(p), pitch = round_up<A>(p.W);
   set_columns(padded, p, 1);
   for (int64_t c = 0; c < channels; ++c) {
-    const T* source = grad + (b * p.C + g * channels + c) * plane;
     for (int64_t r = 0; r < y1 - y0 + reach(p); ++r) {
       A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
       const int64_t position = y0 - pad + r;
       if (position >= 0 && position % s == 0 && position / s < p.Ho)
-        place_row(dst, padded.row_pitch, source + position / s * p.Wo, p.Wo, pad, s);
+        place_row(dst, padded.row_pitch, row(grad, c, position / s), grad.pitch, p.Wo, pad, s);
       else
         zero_row(dst, padded.row_pitch);
     }
@@ -499,19 +511,16 @@ void grad_v(const Problem& p, const T* grad, const T* h, const typename AccOf<T>
         const int64_t position = y + r - pad + ky * p.dilation;
         A* dst = staged + (r * taps + i) * pitch;
         if (position >= 0 && position % s == 0 && position / s < p.Ho)
-          place_row(dst, pitch,
-                    h + ((b * p.G + g) * taps + taps - 1 - i) * plane + position / s * p.Wo, p.Wo,
+          place_row(dst, pitch, row(h, taps - 1 - i, position / s), h.pitch, p.Wo,
                     pad - kx * p.dilation, s);
         else
           zero_row(dst, pitch);
       }
     // Near enough for every window row: the rows used next lie within a window of these.
     const int64_t after = least((y + rows) / s + padding(p), p.Ho - rows);
-    const Upcoming next{
-        reinterpret_cast<const char*>(h + (b * p.G + g) * taps * plane + most(after, 0) * p.Wo),
-        plane * int64_t(sizeof(T)), (after < 0 ? 0 : rows) * p.Wo * int64_t(sizeof(T))};
+    const Upcoming next = upcoming(h, most(after, 0), after < 0 ? 0 : rows, p.Wo);
     const A* at = padded.data + (y - y0) * padded.row_pitch;
-    T* to = out + (b * p.C + g * channels) * p.H * p.W + y * p.W;
+    T* to = out + y * p.W;
     if (rows == 2)
       window_rows_any<T, A, 2>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
                                p.H * p.W, p.W, next);
@@ -674,34 +683,32 @@ void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>&
 }
 
 template <class T>
-void grad_h(const Problem& p, const T* grad_out, const T* v, const T* h,
+void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, Planes<T> h,
             const typename AccOf<T>::type* mul, T* out, typename AccOf<T>::type* grad_mul,
-            typename AccOf<T>::type* grad_add, int64_t b, int64_t g, int64_t y0, int64_t y1,
-            void* scratch) {
+            typename AccOf<T>::type* grad_add, int64_t g, int64_t y0, int64_t y1, void* scratch) {
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
   Padded<A> padded;
   A *grad, *weights;
   grad_h_layout<T>(p, y1 - y0, arena, &padded, &grad, &weights);
-  fill_values(padded, p, v, b, g, y0, y1);
+  fill_values(padded, p, v, y0, y1);
 
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, rows = y1 - y0;
-  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
+  const int64_t pitch = round_up<A>(p.Wo);
   const int64_t grad_pitch = (rows + kGhostRows) * pitch;
   zero_row(grad, kGhostRows * pitch);
   grad += kGhostRows * pitch;
   for (int64_t c = 0; c < channels; ++c) {
     zero_row(grad + c * grad_pitch + rows * pitch, kGhostRows * pitch);
     for (int64_t y = 0; y < rows; ++y)
-      place_row(grad + c * grad_pitch + y * pitch, pitch,
-                grad_out + (b * p.C + g * channels + c) * plane + (y0 + y) * p.Wo, p.Wo, 0, 1);
+      place_row(grad + c * grad_pitch + y * pitch, pitch, row(grad_out, c, y0 + y),
+                grad_out.pitch, p.Wo, 0, 1);
   }
 
   if (out) {
-    T* to = out + (b * p.G + g) * taps * plane;
     const A* head_mul = mul ? mul + g * channels * taps : nullptr;
-    if (mul) attention_gradient<T, true>(p, padded, grad, grad_pitch, head_mul, to, y0, y1);
-    else attention_gradient<T, false>(p, padded, grad, grad_pitch, nullptr, to, y0, y1);
+    if (mul) attention_gradient<T, true>(p, padded, grad, grad_pitch, head_mul, out, y0, y1);
+    else attention_gradient<T, false>(p, padded, grad, grad_pitch, nullptr, out, y0, y1);
   }
   if (grad_add)
     for (int64_t c = 0; c < channels; ++c)
@@ -712,8 +719,7 @@ void grad_h(const Problem& p, const T* grad_out, const T* v, const T* h,
     for (int64_t i = 0; i < channels * taps; ++i) grad_mul[i] = A(0);
     for (int64_t i = 0; i < taps; ++i)
       for (int64_t y = 0; y < rows; ++y) {
-        place_row(weights, pitch, h + ((b * p.G + g) * taps + i) * plane + (y0 + y) * p.Wo, p.Wo,
-                  0, 1);
+        place_row(weights, pitch, row(h, i, y0 + y), h.pitch, p.Wo, 0, 1);
         const A* at = padded.data + (y * p.stride + i / k * p.dilation) * padded.row_pitch +
                       padded.column[i % k];
         for (int64_t c = 0; c < channels; ++c) {
