@@ -21,6 +21,7 @@ from timm.layers import (
     Mlp,
     PatchEmbed,
     calculate_drop_path_rates,
+    get_device_dtype,
     trunc_normal_,
 )
 from timm.models import (
@@ -256,23 +257,21 @@ class ELSASwin(nn.Module):
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
-        for i, depth in enumerate(depths):
+        for i in range(len(depths)):
             dim = embed_dim * 2**i
-            blocks: list[nn.Module] = []
-            block: nn.Module
-            for j in range(depth):
-                if elsa_stages[i]:
-                    block = ELSABlock(dim, num_heads[i], drop_path=rates[i][j], **elsa, **common)
-                else:
-                    block = WindowBlock(
-                        dim,
-                        num_heads[i],
-                        window_size=window_size,
-                        shift=j % 2 == 1,
-                        drop_path=rates[i][j],
-                        **common,
-                    )
-                blocks.append(block)
+            blocks = [
+                ELSABlock(dim, num_heads[i], drop_path=rate, **elsa, **common)
+                if elsa_stages[i]
+                else WindowBlock(
+                    dim,
+                    num_heads[i],
+                    window_size=window_size,
+                    shift=j % 2 == 1,
+                    drop_path=rate,
+                    **common,
+                )
+                for j, rate in enumerate(rates[i])
+            ]
             merge = PatchMerging(dim // 2, norm_layer=norm_layer) if i else nn.Identity()
             stages.append(ELSASwinStage(merge, blocks))
             self.feature_info.append(
@@ -338,7 +337,12 @@ class ELSASwin(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; 0 classes removes it."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, pool_type=global_pool, in_features=self.num_features)
+        self.head.reset(
+            num_classes,
+            pool_type=global_pool,
+            in_features=self.num_features,
+            **get_device_dtype(self),
+        )
         self.head_hidden_size = self.head.num_features
         if global_pool is not None:
             self.global_pool = global_pool

@@ -6,10 +6,13 @@ the output, `Ho = H // stride`, `Wo = W // stride`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from ops import library
 from ops.reference import elsa_attention_reference
@@ -206,8 +209,47 @@ def _loop_vmap(op: Any):
     return rule
 
 
+def _flops(v, h_attn, ghost_mul, ghost_add, kernel_size, *args, out_shape, **kwargs) -> int:
+    """2 per multiply-add of the windows with their weights, 1 per ghost to make each weight.
+
+    Windows count in full at the border, as torch counts convolutions. Takes shapes.
+    """
+    ghosts = (ghost_mul is not None) + (ghost_add is not None)
+    return (2 + ghosts) * math.prod(out_shape) * kernel_size**2
+
+
+def _flops_backward(
+    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, output_mask, **kwargs
+) -> int:
+    """The same count for each gradient asked for, alone: nothing they could share is deducted.
+
+    `v` takes the forward's count, `h_attn` a multiply-add (and `ghost_mul` on it), `ghost_mul`
+    one more product than `ghost_add`, which takes a multiply-add.
+    """
+    mul, add = ghost_mul is not None, ghost_add is not None
+    costs = (2 + mul + add, 2 + mul, 3 * mul, 2 * add)
+    cost = sum(c for c, wanted in zip(costs, output_mask, strict=True) if wanted)
+    return cost * math.prod(grad_out) * kernel_size**2
+
+
+def _register_flops() -> None:
+    formulas: dict[Any, Any] = {
+        torch.ops.elsa.elsa_attention: _flops,
+        torch.ops.elsa.elsa_attention_backward: _flops_backward,
+    }
+    for op, formula in formulas.items():
+        register_flop_formula(op)(formula)
+    # A counter copies the registry when it is made: those now counting, whose first call loads
+    # the library, would leave the op out without a word.
+    for mode in _get_current_dispatch_mode_stack():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, FlopCounterMode):
+            counter.flop_registry.update({op: flop_registry[op] for op in formulas})
+
+
 def register() -> None:
-    """Give the ops of a freshly loaded library their fake kernels, autograd and vmap rules."""
+    """Give the ops of a freshly loaded library their fakes, autograd, vmap rules and FLOPs."""
+    _register_flops()
     torch.library.register_fake(FORWARD)(_fake)
     torch.library.register_fake(BACKWARD)(_fake_backward)
     torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)

@@ -114,7 +114,8 @@ def measure_shape(
     return result
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name, as its maker gives it."""
     try:
         with Path("/proc/cpuinfo").open() as lines:
             for line in lines:
@@ -155,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     ops.elsa_attention(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1, 1), kernel_size=1)
 
     print(
-        f"{_cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
+        f"{cpu_model()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}, "
         f"{args.threads} threads, {'CPU' if args.cpu_time else 'wall'} time, {args.dtype}, "
         f"torch {torch.__version__}, {torch.ops.elsa.cpu_instruction_set()}"
     )

@@ -132,6 +132,9 @@ def test_timm_pretrained_file(saved, x):
     cfg = {"file": str(path), "num_classes": 5}
     model = toy(pretrained=True, pretrained_cfg_overlay=cfg)
     torch.testing.assert_close(model(x), reference(x), rtol=0, atol=0)
+    grey = toy(pretrained=True, pretrained_cfg_overlay=cfg, in_chans=1, num_classes=3)
+    summed = reference.patch_embed.proj.weight.sum(1, keepdim=True)
+    torch.testing.assert_close(grey.patch_embed.proj.weight, summed)
     features = toy(pretrained=True, pretrained_cfg_overlay=cfg, features_only=True)
     expected = reference.forward_intermediates(x, intermediates_only=True)
     torch.testing.assert_close(features(x), expected, rtol=0, atol=0)

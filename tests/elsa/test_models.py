@@ -52,16 +52,40 @@ def test_dense_parameter_counts(name):
     assert count(model) == DENSE_COUNTS[name]
 
 
-def test_registry():
-    assert {*COUNTS, "elsa_swin_micro"} <= set(timm.list_models("elsa_swin*"))
-    for name in timm.list_models("elsa_swin*"):
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        cfg = model.default_cfg
-        weights = model.state_dict()
-        assert f"{cfg['classifier']}.weight" in weights
-        assert f"{cfg['first_conv']}.weight" in weights
-        assert cfg["num_classes"] == model.num_classes == model.get_classifier().out_features
+def test_every_model_is_registered():
+    assert {*COUNTS, "elsa_swin_micro"} | {f"elsa_volo_d{i}" for i in range(1, 6)} == set(
+        timm.list_models("elsa_*")
+    )
+
+
+@pytest.mark.parametrize("name", [*timm.list_models("elsa_swin_*"), "elsa_volo_d1"])
+def test_timms_contract(name, compiled_library):
+    """What timm's scripts take for granted of every model, at its own size, on meta tensors."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        cfg = model.pretrained_cfg
+        x = torch.empty(2, *cfg["input_size"])
+        features = timm.create_model(name, features_only=True)
+    weights = model.state_dict()
+    classifiers = cfg["classifier"]
+    for layer in (classifiers,) if isinstance(classifiers, str) else classifiers:
+        assert f"{layer}.weight" in weights
+    assert f"{cfg['first_conv']}.weight" in weights
+    assert model.num_classes == model.get_classifier().out_features == cfg["num_classes"]
+
+    final = model.forward_features(x)
+    assert final.shape[-1] == model.num_features
+    if cfg["pool_size"]:
+        assert final.shape[1:3] == cfg["pool_size"]
+    assert model.forward_head(final).shape == (2, cfg["num_classes"])
+    assert model.forward_head(final, pre_logits=True).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0)
+    assert model.forward_head(final).shape == (2, model.num_features)
+
+    height, width = x.shape[-2:]
+    info = features.feature_info
+    for y, channels, reduction in zip(features(x), info.channels(), info.reduction(), strict=True):
+        assert y.shape == (2, channels, -(-height // reduction), -(-width // reduction))
 
 
 @pytest.mark.parametrize("name", ["elsa_swin_micro", "elsa_swin_tiny"])
@@ -174,6 +198,8 @@ def test_reset_classifier():
     assert model(x).shape == (2, 1, 1, model.num_features)
     model.reset_classifier(4, "max")
     assert model(x).shape == (2, 4)
+    model.bfloat16().reset_classifier(2)  # the new layer follows the model
+    assert model(x.bfloat16()).dtype == torch.bfloat16
     assert small(in_chans=1)(x[:, :1]).shape == (2, 5)
 
 
@@ -186,6 +212,9 @@ def test_copies_agree(tmp_path):
     twin.load_state_dict(model.state_dict())
     for other in (twin, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    pyramid = small(features_only=True, out_norm=True)
+    for other in (copy.deepcopy(pyramid), pickle.loads(pickle.dumps(pyramid))):
+        torch.testing.assert_close(other(x), pyramid(x), rtol=0, atol=0)
 
 
 def test_weight_decay_groups():
@@ -203,6 +232,8 @@ def test_weight_decay_groups():
         kept = parameter.ndim > 1 and "relative_position_bias_table" not in name
         assert (id(parameter) in decay) == kept, name
         assert (id(parameter) in skip) != kept, name
+    coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
+    assert len(coarse) == 1 + 4 + 1  # stem, stages, norm and head
     groups = param_groups_layer_decay(model, layer_decay=0.5)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     assert len({g["lr_scale"] for g in groups}) > 3

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import ops
 from ops import elsa_attention
@@ -133,3 +138,51 @@ def test_second_derivative_is_refused_by_the_compiled_op_only():
         assert torch.autograd.gradgradcheck(
             lambda *a: elsa_attention(*a, kernel_size=3), inputs, fast_mode=True
         )
+
+
+@pytest.mark.parametrize(
+    ("mul", "add", "forward", "backward"),
+    # FLOPs per channel, output pixel and neighbour. Backward: grad_v, grad_h, then the ghosts'.
+    [
+        (False, False, 2, 2 + 2),
+        (False, True, 3, 3 + 2 + 2),
+        (True, False, 3, 3 + 3 + 3),
+        (True, True, 4, 4 + 3 + 3 + 2),
+    ],
+)
+def test_flop_counter_counts_by_hand(mul, add, forward, backward):
+    v, h, *ghosts = make_inputs(2, 6, 2, 7, 8, 3, stride=2)
+    ghosts = [g.requires_grad_() if on else None for g, on in zip(ghosts, (mul, add), strict=True)]
+    products = 2 * 6 * 3 * 4 * 9  # B, C, Ho, Wo, k*k
+    h.requires_grad_()
+    for frozen in (False, True):
+        v.requires_grad_(not frozen)
+        with FlopCounterMode(display=False) as counter:
+            out = elsa_attention(v, h, *ghosts, kernel_size=3, stride=2)
+        assert counter.get_total_flops() == forward * products
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        # The gradient of v takes what the forward does.
+        assert counter.get_total_flops() == (backward - forward * frozen) * products
+
+
+def test_flop_counter_sees_of_the_reference_its_convolution_only():
+    v, h, mul, add = make_inputs(2, 6, 2, 8, 8, 3)
+    with ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
+        elsa_attention(v, h, mul, kernel_size=3)
+        assert counter.get_total_flops() == 0
+        elsa_attention(v, h, mul, add, kernel_size=3)
+    assert counter.get_total_flops() == 2 * (2 * 6 * 8 * 8 * 9)
+
+
+def test_flop_counter_that_was_there_before_the_library(compiled_library):
+    code = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from ops import elsa_attention
+with FlopCounterMode(display=False) as counter:
+    elsa_attention(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 9, 1, 1), kernel_size=3)
+assert counter.get_total_flops() == 18, counter.get_total_flops()
+"""
+    environment = {**os.environ, "ELSA_OPS_LIBRARY": str(compiled_library)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
