@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +10,6 @@ from mmengine.registry import DefaultScope, init_default_scope
 from safetensors.torch import load_file, save_file
 
 import elsa
-from pipelines.data.demo import prepare
 from pipelines.errors import PipelineError
 from pipelines.mm.backbone import ELSASwin, TimmBackbone
 from pipelines.mm.hooks import HISTORY, PREDICTIONS, WEIGHTS, epoch_seed, percentages
@@ -23,13 +21,9 @@ DATASETS = {"detect": "coco", "segment": "ade20k"}
 SMALL = {"name": "elsa_swin_micro", "depths": (1, 1, 1, 1)}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    sizes = {"image_size": 28, "train_variants": 1, "scene_size": 96}
-    counts = {"digits_per_class": 10, "train_scenes": 8, "val_scenes": 4, "max_digits": 3}
-    prepare(SimpleNamespace(seed=0, **sizes, **counts), root)
-    return root
+@pytest.fixture
+def data(tiny_data):
+    return tiny_data
 
 
 def make_job(stage, data, weights=None, **changes):
