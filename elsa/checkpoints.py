@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from .swin import ELSASwin, checkpoint_filter_fn
@@ -94,19 +93,21 @@ def read_state_dict(path: str | Path, *, use_ema: bool = True) -> dict[str, Tens
 def load_checkpoint(
     model: nn.Module, path: str | Path, *, head: str = "keep", use_ema: bool = True
 ) -> LoadReport:
-    """Load a published or an own checkpoint into an ELSA-Swin, strictly.
+    """Load a published or an own checkpoint into an ELSA-Swin or a model around one, strictly.
 
     Every tensor of the file must be loaded or be of a kind known to be dropped, and every tensor
     of the model must be found; otherwise one error names all that does not fit, and the model is
     left as it was. Known to be dropped are: the authors' index and mask buffers, what surrounds
-    the backbone of a detector or segmentor, and what the model has no module for because it was
-    pruned (classifier, final norm, norms of outputs not taken, stages behind the last output).
+    the backbone of a detector or segmentor unless the model has it too, and what the model has no
+    module for because it was pruned (classifier, final norm, norms of outputs not taken, stages
+    behind the last output).
 
     Args:
-        model: An `ELSASwin`, or the wrapper that `timm.create_model(..., features_only=True)`
-            makes of one.
+        model: An `ELSASwin`, the wrapper that `timm.create_model(..., features_only=True)` makes
+            of one, or a detector or segmentor of mmdet or mmseg whose `backbone` holds one.
         path: A published file (classification, detection, segmentation), a timm or pipeline
-            training checkpoint, or safetensors.
+            training checkpoint, or safetensors. A detector or segmentor needs the file of a whole
+            one; its `backbone` alone takes any.
         head: "keep" loads the classifier, "drop" leaves the model's own in place, for fine-tuning
             on other classes. Models without a classifier need neither.
         use_ema: Prefer the averaged weights where the file holds both.
@@ -119,29 +120,40 @@ def load_checkpoint(
     """
     if head not in ("keep", "drop"):
         raise ValueError(f"head must be 'keep' or 'drop', got {head!r}")
-    core = model.model if isinstance(model, FeatureGetterNet) else model
-    if not isinstance(core, ELSASwin):
-        raise TypeError(f"model must be an ELSASwin or its feature wrapper, got {type(model)}")
+    prefix, core = _find_core(model)
+    around = {n: v for n, v in model.state_dict().items() if not n.startswith(prefix)}
+    if around and not prefix.startswith("backbone."):
+        raise TypeError(f"the ELSASwin in {type(model)} is {prefix[:-1]}, not in its backbone")
 
     state_dict = read_state_dict(path, use_ema=use_ema)
     report = LoadReport()
-    if any(name.startswith("backbone.") for name in state_dict):
-        report.dropped.extend(name for name in state_dict if name.startswith(OTHER_PARTS))
+    others = {}
+    if around or any(name.startswith("backbone.") for name in state_dict):
+        others = {n: v for n, v in state_dict.items() if not n.startswith("backbone.")}
         state_dict = {
             name.removeprefix("backbone."): value
             for name, value in state_dict.items()
-            if not name.startswith(OTHER_PARTS)
+            if name not in others
         }
+    if not around:
+        report.dropped.extend(name for name in others if name.startswith(OTHER_PARTS))
+        others = {n: v for n, v in others.items() if not n.startswith(OTHER_PARTS)}
     # Files of the feature wrapper and of thin wrappers around it.
     while state_dict and all(name.startswith("model.") for name in state_dict):
         state_dict = {name.removeprefix("model."): v for name, v in state_dict.items()}
-    report.dropped.extend(n for n in state_dict if n.endswith((".relative_id", ".attn_mask")))
-    weights = checkpoint_filter_fn(state_dict, core)
+    shown = "backbone." if around else ""
+    weights = {
+        shown + name: value for name, value in checkpoint_filter_fn(state_dict, core).items()
+    }
+    report.dropped.extend(
+        shown + name for name in state_dict if name.endswith((".relative_id", ".attn_mask"))
+    )
 
-    target = core.state_dict()
-    droppable = _droppable(core, head)
+    # Names as in a plain ELSASwin or as in a detector around one, whatever wraps it here.
+    target = {shown + name: value for name, value in core.state_dict().items()} | around
+    droppable = tuple(shown + name for name in _droppable(core, head))
     problems, accepted = [], {}
-    for name, value in weights.items():
+    for name, value in (weights | others).items():
         if name.startswith(droppable):
             report.dropped.append(name)
         elif name not in target:
@@ -153,23 +165,45 @@ def load_checkpoint(
             )
         else:
             accepted[name] = value
-    from_classifier = not any(_is_out_norm(name) for name in weights)
+    from_classifier = not around and not any(_is_out_norm(name) for name in weights)
     for name in target.keys() - accepted.keys():
         if name.startswith(droppable) or (from_classifier and _is_out_norm(name)):
             report.kept.append(name)
-        elif name not in weights:
+        elif name.endswith(".num_batches_tracked"):
+            report.kept.append(name)  # batch norm works without it, and old files lack it
+        elif name not in weights and name not in others:
             problems.append(f"missing key {name} {tuple(target[name].shape)}")
     if problems:
         hint = ""
         if any("head.fc." in p for p in problems):
             hint = '\nTo leave the classifier as it is, pass head="drop".'
+        if around and not state_dict:
+            hint = "\nFor the weights of a classifier or a backbone alone, pass model.backbone."
         raise CheckpointError(
-            f"{path} does not fit {type(core).__name__} "
-            f"({len(problems)} of {len(weights)} keys):\n  " + "\n  ".join(sorted(problems)) + hint
+            f"{path} does not fit {type(model if around else core).__name__} ({len(problems)} of"
+            f" {len(weights | others)} keys):\n  " + "\n  ".join(sorted(problems)) + hint
         )
-    core.load_state_dict(accepted, strict=False)
+    model.load_state_dict(
+        {
+            name if name in around else prefix + name.removeprefix(shown): value
+            for name, value in accepted.items()
+        },
+        strict=False,
+    )
     report.kept.sort()
     return report
+
+
+def _find_core(model: nn.Module) -> tuple[str, ELSASwin]:
+    """The ELSA-Swin in a model, and the prefix of its keys in the model's state dict."""
+    found = [(name, m) for name, m in model.named_modules() if isinstance(m, ELSASwin)]
+    if len(found) != 1:
+        raise TypeError(
+            "model must be an ELSASwin, its feature wrapper, or a detector or segmentor with one"
+            f" as backbone; got {type(model)} with {len(found)}"
+        )
+    name, core = found[0]
+    return (f"{name}." if name else ""), core
 
 
 def _droppable(model: ELSASwin, head: str) -> tuple[str, ...]:

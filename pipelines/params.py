@@ -154,20 +154,43 @@ class Pretrain(Training):
 
 
 class Downstream(Training):
+    method: str
+    schedule: str
     num_classes: Positive
-    config: str = Field(min_length=1)
-    """An mmengine config under `pipelines/mm/configs`, without `.py`."""
+    base_batch_size: Positive
+    """The global batch that `lr` is for; with another one it is scaled linearly."""
+    accumulate: Positive
+    """Passes that one step's batch is split into, so that fewer GPUs reach the same batch."""
+    amp: Literal["none", "auto", "bfloat16", "float16"]
+    """Precision of training on GPUs; auto: bfloat16 where the GPU has it, else float16 with a
+    loss scaler. On a CPU auto means none."""
+    with_cp: bool
+    """Recompute the backbone's activations in the backward pass, to save memory."""
     img_size: Annotated[int, Field(ge=32)]
+    """Short side of the evaluated images; the config's other sizes scale with it."""
     warmup_iters: NonNegative
+    """Optimizer steps."""
     val_interval: Positive
     """Epochs between evaluations; the last epoch is always evaluated."""
 
+    def step_lr(self) -> float:
+        """Learning rate for the global batch of one optimizer step."""
+        return self.lr * (self.batch_size / self.base_batch_size)
+
 
 class Detect(Downstream):
-    pass
+    method: Literal["mask-rcnn", "cascade-mask-rcnn"]
+    schedule: Literal["1x", "3x", "demo"]
+    milestones: tuple[Positive, ...]
+    """Epochs after which a stepped schedule lowers the learning rate to a tenth."""
 
 
 class Segment(Downstream):
+    method: Literal["upernet"]
+    schedule: Literal["160k", "demo"]
+    epoch_iters: NonNegative
+    """Optimizer steps that count as an epoch, to evaluate, report and resume at; 0: as many as
+    one pass over the images takes."""
     crop_size: Annotated[int, Field(ge=32)]
 
     @model_validator(mode="after")
@@ -177,6 +200,8 @@ class Segment(Downstream):
                 f"crop_size={self.crop_size} is larger than img_size={self.img_size};"
                 " choose a crop that fits into the image"
             )
+        if self.schedule == "160k" and not self.epoch_iters:
+            raise ValueError("epoch_iters=0, but schedule=160k counts steps: choose 1 or more")
         return self
 
 
@@ -202,11 +227,19 @@ class Params(Section):
     @model_validator(mode="after")
     def consistent(self) -> "Params":
         for name in ("pretrain", "detect", "segment"):
-            batch_size, workers = getattr(self, name).batch_size, self.scaling.num_workers
-            if batch_size % workers:
+            section, workers = getattr(self, name), self.scaling.num_workers
+            passes = section.accumulate if isinstance(section, Downstream) else 1
+            if section.batch_size % (workers * passes):
+                times = f" times {name}.accumulate={passes}" if passes > 1 else ""
                 raise ValueError(
-                    f"{name}.batch_size={batch_size} is the global batch and must be a multiple"
-                    f" of scaling.num_workers={workers}"
+                    f"{name}.batch_size={section.batch_size} is the global batch and must be a"
+                    f" multiple of scaling.num_workers={workers}{times}"
+                )
+            cast = isinstance(section, Downstream) and section.amp not in ("none", "auto")
+            if cast and not self.scaling.use_gpu:
+                raise ValueError(
+                    f"{name}.amp={section.amp} needs GPUs, but scaling.use_gpu is false: use none"
+                    " or auto"
                 )
         return self
 
@@ -231,7 +264,7 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
     name = recipe or overrides.pop("recipe", None)
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
-    resolved = _merge(_read(RECIPES / f"{name}.yaml"), overrides)
+    resolved = _merge(_choose_variants(_read(RECIPES / f"{name}.yaml"), overrides, name), overrides)
     resolved["recipe"] = name
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
@@ -265,6 +298,36 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
         elif key not in base:
             merged[key] = None
     return merged
+
+
+def _choose_variants(
+    recipe: dict[str, Any], overrides: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """The recipe with the values that belong to the chosen method and schedule.
+
+    A section may hold a table `variants` from "<method> <schedule>" to values of that section.
+    Without one, only the recipe's own method and schedule can be used.
+
+    Raises:
+        ParamsError: no such variant.
+    """
+    chosen = {}
+    for key, section in recipe.items():
+        if not isinstance(section, dict) or "method" not in section:
+            chosen[key] = section
+            continue
+        own = {k: v for k, v in section.items() if k != "variants"}
+        given = overrides.get(key)
+        wanted = _merge(own, given if isinstance(given, dict) else {})
+        variant = f"{wanted['method']} {wanted['schedule']}"
+        variants = section.get("variants", {f"{own['method']} {own['schedule']}": {}})
+        if variant not in variants:
+            raise ParamsError(
+                f"{key}.method={wanted['method']}, {key}.schedule={wanted['schedule']}: recipe"
+                f" {name} has no such variant; it has: {', '.join(variants)}"
+            )
+        chosen[key] = own | variants[variant]
+    return chosen
 
 
 def _explain(error: ValidationError, recipe: str) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -177,7 +178,8 @@ class TimmBackbone(_FeatureBackbone):
         model_name: name of the timm model.
         out_indices, frozen_stages, with_cp, drop_path_rate, init_cfg: as in `ELSASwin`; the
             file holds a state dict of the timm model (safetensors or torch).
-        **kwargs: arguments of the model, such as `strict_img_size=False` for timm's Swin.
+        **kwargs: arguments of the model. For timm's Swin those for images of any size are set,
+            with shifted windows in the last stage too, whose map is one window at 224 px only.
     """
 
     def __init__(
@@ -191,6 +193,8 @@ class TimmBackbone(_FeatureBackbone):
         init_cfg: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        if model_name.startswith("swin_"):
+            kwargs = {"strict_img_size": False, "always_partition": True} | kwargs
         super().__init__(
             model_name,
             out_indices=out_indices,
@@ -201,10 +205,12 @@ class TimmBackbone(_FeatureBackbone):
             **kwargs,
         )
         self.norms = nn.ModuleList([nn.LayerNorm(channels) for channels in self.out_channels])
+        self.patch = getattr(getattr(self.core, "patch_embed", None), "patch_size", (1, 1))
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(B, 3, H, W) -> one (B, C_i, H / s_i, W / s_i) per output."""
+        """(B, 3, H, W) -> one (B, C_i, H / s_i, W / s_i) per output; padded to whole patches."""
+        x = F.pad(x, (0, -x.shape[-1] % self.patch[1], 0, -x.shape[-2] % self.patch[0]))
         return tuple(
             norm(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
             for norm, y in zip(self.norms, self.model(x), strict=True)

@@ -81,13 +81,14 @@ class ReportHook(Hook):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
+        # Whole steps in each epoch: gradients in between are in no checkpoint.
+        runner.optim_wrapper.initialize_count_status(runner.model, 0, len(runner.train_dataloader))
         self._losses, self._started = [], time.perf_counter()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        iterations = len(runner.train_dataloader)
-        images = len(runner.train_dataloader.dataset)
+        iterations, images = len(runner.train_dataloader), self._images(runner)
         done = images * (runner.epoch + min(1.0, (batch_idx + 1) / iterations))
         self.reporter.progress(
             int(done), images * runner.max_epochs, "img", f"epoch {runner.epoch + 1}"
@@ -103,7 +104,7 @@ class ReportHook(Hook):
         self._row = {
             "epoch": runner.epoch + 1,
             "loss": float(np.mean(self._losses)),
-            "images_per_second": len(runner.train_dataloader.dataset) / seconds,
+            "images_per_second": self._images(runner) / seconds,
         }
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -115,6 +116,10 @@ class ReportHook(Hook):
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
         if epoch % interval and epoch != runner.max_epochs:
             self._save(runner, runner.epoch)
+
+    def _images(self, runner: Any) -> int:
+        """Images of one epoch, of all ranks."""
+        return len(runner.train_dataloader.batch_sampler.sampler) * self.reporter.world_size
 
     def before_val_epoch(self, runner: Any) -> None:
         self._started = time.perf_counter()

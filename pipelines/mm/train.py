@@ -13,7 +13,7 @@ from mmengine.config import utils as config_utils
 
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import CHECKPOINT, HISTORY, PREDICTIONS, ReportHook
-from pipelines.params import Downstream, Params
+from pipelines.params import Detect, Downstream, Params, Segment
 from pipelines.run.reporting import RayReporter, Reporter
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -97,9 +97,13 @@ def train(job: Job, reporter: Reporter) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def config_names() -> list[str]:
-    """Names of the configs that can be chosen."""
-    return sorted(path.stem for path in CONFIGS.glob("*.py"))
+def config_name(stage: str, method: str, schedule: str) -> str:
+    """Name of the config of a method and a schedule, in the manner of mmdet and mmseg.
+
+    The backbone's size is not part of it: the parameters choose that.
+    """
+    neck, data = {"detect": ("_fpn", "_coco"), "segment": ("", "_ade20k-512x512")}[stage]
+    return f"{method}_elsa-swin{neck}_{schedule}" + ("" if schedule == "demo" else data)
 
 
 def build_config(job: Job, folder: Path, workers: int) -> Config:
@@ -110,38 +114,22 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
         workers: how many processes share the global batch.
 
     Raises:
-        PipelineError: no such config, or one that is for another task or other classes.
+        PipelineError: no config for this method and schedule, or one for other classes.
     """
     section = job.section
-    if section.config not in config_names():
+    name = config_name(job.stage, section.method, section.schedule)
+    if not (CONFIGS / f"{name}.py").is_file():
         raise PipelineError(
-            f"{job.stage}.config: {section.config!r} is unknown; choose one of"
-            f" {', '.join(config_names())}"
+            f"{job.stage}.method={section.method}, {job.stage}.schedule={section.schedule}:"
+            f" there is no config {name} in pipelines/mm/configs"
         )
-    config = Config.fromfile(CONFIGS / f"{section.config}.py")
-    scope = {"detect": "mmdet", "segment": "mmseg"}[job.stage]
-    if config.get("default_scope") != scope:
-        raise PipelineError(
-            f"{job.stage}.config: {section.config} is a config of {config.get('default_scope')},"
-            f" this stage needs one of {scope}"
-        )
+    config = Config.fromfile(CONFIGS / f"{name}.py")
     _set_model(config.model, job)
     _set_data(config, job, workers)
     evaluators = {"detect": _coco_evaluators, "segment": _ade20k_evaluators}[job.stage]
     config.val_evaluator = evaluators(job, folder / PREDICTIONS)
     config.test_evaluator = config.val_evaluator
-
-    config.optim_wrapper.optimizer.update(lr=section.lr, weight_decay=section.weight_decay)
-    if section.clip_grad:
-        config.optim_wrapper.clip_grad = {"max_norm": section.clip_grad}
-    warmup, decay = config.param_scheduler
-    warmup.end = section.warmup_iters
-    decay.end = section.epochs
-    if "T_max" in decay:
-        decay.T_max = section.epochs
-    if not section.warmup_iters:
-        config.param_scheduler = [decay]
-    config.train_cfg.update(max_epochs=section.epochs, val_interval=section.val_interval)
+    _set_optimizer(config, job)
 
     config.randomness = {"seed": section.seed}
     hooks = {k: v for k, v in config.get("default_hooks", {}).items() if k != "visualization"}
@@ -152,6 +140,54 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     return config
 
 
+def _set_optimizer(config: Config, job: Job) -> None:
+    """Optimizer, precision, schedule and length; the loop counts passes, the parameters steps."""
+    section = job.section
+    wrapper = config.optim_wrapper
+    wrapper.optimizer.update(lr=section.step_lr(), weight_decay=section.weight_decay)
+    if section.clip_grad:
+        wrapper.clip_grad = {"max_norm": section.clip_grad}
+    if section.accumulate > 1:
+        wrapper.accumulative_counts = section.accumulate
+    precision = _precision(section, job.params.scaling.use_gpu)
+    if precision:
+        # bfloat16 has the range of float32: nothing to scale.
+        scale = "dynamic" if precision == "float16" else {"enabled": False}
+        wrapper.update(type="AmpOptimWrapper", dtype=precision, loss_scale=scale)
+
+    warmup, decay = config.param_scheduler
+    warmup.end = section.warmup_iters * section.accumulate
+    decay.end = section.epochs
+    if isinstance(section, Segment) and not decay.by_epoch:
+        decay.begin = warmup.end
+        decay.end = section.epochs * section.epoch_iters * section.accumulate
+    if "T_max" in decay:
+        decay.T_max = section.epochs
+    milestones = section.milestones if isinstance(section, Detect) else ()
+    if "milestones" in decay:
+        decay.milestones = list(milestones)
+    elif milestones:
+        raise PipelineError(
+            f"{job.stage}.milestones={list(milestones)}: the schedule {section.schedule} has no"
+            " steps; leave them empty"
+        )
+    if not section.warmup_iters:
+        config.param_scheduler = [decay]
+    config.train_cfg.update(max_epochs=section.epochs, val_interval=section.val_interval)
+
+
+def _precision(section: Downstream, use_gpu: bool) -> str | None:
+    """`bfloat16` or `float16` of automatic mixed precision, None for float32."""
+    import torch
+
+    if section.amp == "none" or not use_gpu:
+        return None
+    if section.amp != "auto":
+        return section.amp
+    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if native else "float16"
+
+
 def _set_model(model: ConfigDict, job: Job) -> None:
     section, params = job.section, job.params.model
     backbone: dict[str, Any] = {"drop_path_rate": section.drop_path_rate}
@@ -160,9 +196,11 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     else:
         backbone |= {"type": "TimmBackbone", "model_name": params.name, **params.overrides()}
     channels = _channels(backbone)
+    if section.with_cp:
+        backbone["with_cp"] = True
     if job.weights:
         backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": job.weights}
-    for key in ("out_indices", "frozen_stages", "with_cp"):
+    for key in ("out_indices", "frozen_stages"):
         if key in model.backbone:
             backbone[key] = model.backbone[key]
     model.backbone = ConfigDict(backbone)
@@ -174,9 +212,11 @@ def _set_model(model: ConfigDict, job: Job) -> None:
             part.num_classes = section.num_classes
         if part.get("class_weight") and len(part.class_weight) != section.num_classes:
             raise PipelineError(
-                f"{job.stage}.config: {section.config} weighs {len(part.class_weight)} classes,"
-                f" but {job.stage}.num_classes is {section.num_classes}; use another config"
+                f"{job.stage}.schedule={section.schedule} weighs {len(part.class_weight)} classes,"
+                f" but {job.stage}.num_classes is {section.num_classes}; use another schedule"
             )
+        if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
+            part.type = "BN"  # synchronised, it has no CPU kernel
 
 
 def _channels(backbone: dict[str, Any]) -> list[int]:
@@ -196,24 +236,44 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         "persistent_workers": False,  # new ones each epoch, seeded by the epoch
         "worker_init_fn": {"type": "seed_workers_by_loader"},
     }
-    config.train_dataloader.update(batch_size=section.batch_size // workers, **loader)
+    per_pass = section.batch_size // (workers * section.accumulate)
+    config.train_dataloader.update(batch_size=per_pass, **loader)
+    if isinstance(section, Segment) and section.epoch_iters:
+        samples = section.epoch_iters * section.batch_size // workers
+        config.train_dataloader.sampler = {"type": "IntervalSampler", "samples": samples}
     config.val_dataloader.update(loader)
     for dataloader in (config.train_dataloader, config.val_dataloader):
         dataloader.dataset.update(data_root=job.data, metainfo={"classes": job.classes})
-    size = (section.img_size, section.img_size)
-    crop = getattr(section, "crop_size", section.img_size)
-    for key in ("train_dataloader", "val_dataloader", "tta_pipeline"):
-        for part in _dicts(config.get(key, {})):
-            if "scale" in part:
-                part.scale = size
-            if "scale_factor" in part:  # of the test-time augmentation: relative to img_size
-                side = round(section.img_size * part.pop("scale_factor"))
-                part.scale = (side, side)
-            if "crop_size" in part:
-                part.crop_size = (crop, crop)
-    if job.stage == "segment":
-        config.model.data_preprocessor.size = (crop, crop)
+    _set_sizes(config, job)
     config.test_dataloader = config.val_dataloader
+
+
+def _set_sizes(config: Config, job: Job) -> None:
+    """Scale all sizes of the pipelines so that the evaluated image's short side is `img_size`."""
+    section = job.section
+    crop = (section.crop_size,) * 2 if isinstance(section, Segment) else None
+    pipeline = config.val_dataloader.dataset.pipeline
+    evaluated = next(part.scale for part in pipeline if part.type == "Resize")
+
+    def scaled(size: tuple[int, int], factor: float = 1.0) -> tuple[int, ...]:
+        return tuple(round(side * factor * section.img_size / min(evaluated)) for side in size)
+
+    parts = [
+        part
+        for key in ("train_dataloader", "val_dataloader", "tta_pipeline")
+        for part in _dicts(config.get(key, {}))
+    ]
+    for part in parts:
+        if "scale_factor" in part:  # of the test-time augmentation: relative to the evaluated size
+            part.scale = scaled(evaluated, part.pop("scale_factor"))
+        elif "scale" in part:
+            part.scale = scaled(part.scale)
+        if "scales" in part:
+            part.scales = [scaled(scale) for scale in part.scales]
+        if "crop_size" in part:
+            part.crop_size = crop or scaled(part.crop_size)
+    if crop:
+        config.model.data_preprocessor.size = crop
 
 
 def _coco_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:

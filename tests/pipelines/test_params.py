@@ -65,6 +65,22 @@ def test_null_keeps_the_recipe_and_a_value_overrides_it(write) -> None:
             "num_heads=4 does not divide the 30",
         ),
         ("recipe: demo\nmodel: {depths: [1, 1], num_heads: [2]}", "must be as many"),
+        (
+            "recipe: demo\ndetect: {schedule: 3x}",
+            "detect.method=mask-rcnn, detect.schedule=3x: recipe demo has no such variant;"
+            " it has: mask-rcnn demo",
+        ),
+        (
+            "recipe: elsa_swin_tiny\ndetect: {method: retinanet}",
+            "it has: mask-rcnn 1x, mask-rcnn 3x, cascade-mask-rcnn 1x, cascade-mask-rcnn 3x",
+        ),
+        ("recipe: demo\ndetect: {variants: {}}", "detect.variants: unknown key"),
+        (
+            "recipe: demo\ndetect: {accumulate: 3}",
+            "must be a multiple of scaling.num_workers=2 times detect.accumulate=3",
+        ),
+        ("recipe: demo\nsegment: {amp: bfloat16}", "segment.amp=bfloat16 needs GPUs"),
+        ("recipe: elsa_swin_tiny\nsegment: {epoch_iters: 0}", "schedule=160k counts steps"),
         ("recipe: [", "not valid YAML"),
         ("- 1", "must map section names"),
     ],

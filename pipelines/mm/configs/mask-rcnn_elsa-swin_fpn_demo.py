@@ -73,7 +73,20 @@ train_pipeline = [
 train_dataloader = dict(
     batch_sampler=None, dataset=dict(filter_cfg=dict(min_size=4), pipeline=train_pipeline)
 )
-val_dataloader = dict(batch_size=8)
+val_dataloader = dict(
+    batch_size=8,
+    dataset=dict(
+        pipeline=[
+            dict(type="LoadImageFromFile", backend_args=None),
+            dict(type="Resize", scale=(160, 160), keep_ratio=True),
+            dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+            dict(
+                type="PackDetInputs",
+                meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+            ),
+        ]
+    ),
+)
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(
