@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
@@ -186,7 +187,7 @@ def _check_images(
             ) from None
         if image_size is not None and sizes[name] != (image_size, image_size):
             raise DataError(
-                f"{path} is {_by(sizes[name])}, but the parameters say "
+                f"{path} is {by(sizes[name])}, but the parameters say "
                 f"{image_size}x{image_size}; {MEND}"
             )
     return sizes
@@ -259,8 +260,8 @@ def check_coco(
         given = (image.get("width"), image.get("height"))
         if sizes[name] != given:
             raise DataError(
-                f"{path}: image {image['id']} is given as {_by(given)}, but {name} is "
-                f"{_by(sizes[name])}; {MEND}"
+                f"{path}: image {image['id']} is given as {by(given)}, but {name} is "
+                f"{by(sizes[name])}; {MEND}"
             )
     listed = {f"{folder}/{image['file_name']}" for image in images.values()}
     unlisted = sorted(n for n in sizes if n.startswith(f"{folder}/") and n not in listed)
@@ -326,23 +327,25 @@ def _check_ade20k(root: Path, num_classes: int, sizes: dict[str, tuple[int, int]
         for stem, name in labels.items():
             if sizes[name] != sizes[images[stem]]:
                 raise DataError(
-                    f"{root / name} is {_by(sizes[name])}, its image {images[stem]} is "
-                    f"{_by(sizes[images[stem]])}; {MEND}"
+                    f"{root / name} is {by(sizes[name])}, its image {images[stem]} is "
+                    f"{by(sizes[images[stem]])}; {MEND}"
                 )
-            if fault := label_map_fault(root / name, num_classes):
-                raise DataError(f"{root / name} {fault}; {MEND}")
+            try:
+                read_label_map(root / name, num_classes)
+            except ValueError as error:
+                raise DataError(f"{root / name} {error}; {MEND}") from None
 
 
-def label_map_fault(path: Path, num_classes: int) -> str | None:
-    """What is wrong with an ADE20K label map that decodes."""
-    with Image.open(path) as image:
+def read_label_map(source: Path | BinaryIO, num_classes: int) -> NDArray[np.uint8]:
+    """An ADE20K label map that decodes; ValueError says what is wrong with its content."""
+    with Image.open(source) as image:
         mode, values = image.mode, np.asarray(image)
     if mode not in ("L", "P"):
-        return f"is not an 8-bit label map (mode {mode})"
+        raise ValueError(f"is not an 8-bit label map (mode {mode})")
     if values.max() > num_classes:
-        return f"has label {values.max()}; allowed: 0 (ignored) to {num_classes}"
-    return None
+        raise ValueError(f"has label {values.max()}; allowed: 0 (ignored) to {num_classes}")
+    return values
 
 
-def _by(size: tuple[Any, Any]) -> str:
+def by(size: tuple[Any, Any]) -> str:
     return f"{size[0]}x{size[1]}"
