@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
 from pipelines.errors import PipelineError
@@ -165,6 +165,8 @@ def decode(source: Path | BinaryIO) -> tuple[int, int]:
             if image.mode not in ("RGB", "L", "P"):
                 image.convert("RGB")
             return image.size
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError("it is no image, or of an unknown kind") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
 

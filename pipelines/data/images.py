@@ -61,11 +61,10 @@ class Store:
 
     def __init__(self, place: str) -> None:
         self.place = place
-        self._files: dict[str, int] = {}
         self._remote: tuple[int, Any, str] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "_files": {}, "_remote": None}
+        return {"place": self.place, "_remote": None}
 
     def read(self, name: str) -> bytes:
         """A whole file."""
@@ -85,7 +84,7 @@ class Store:
         if is_url(self.place):
             found = self._retry(parts[0][0], lambda fs, root: self._ranges(fs, root, parts))
         else:
-            found = [self._pread(*part) for part in parts]
+            found = [self._read_part(*part) for part in parts]
         for data, (name, offset, size) in zip(found, parts, strict=True):
             if len(data) != size:
                 raise DataError(
@@ -106,13 +105,15 @@ class Store:
             return {e["name"].rsplit("/", 1)[1]: e["size"] for e in found if e["type"] == "file"}
         return {e.name: e.stat().st_size for e in os.scandir(self.place) if e.is_file()}
 
-    def _pread(self, name: str, offset: int, size: int) -> bytes:
-        if name not in self._files:
-            try:
-                self._files[name] = os.open(Path(self.place) / name, os.O_RDONLY)
-            except OSError as error:
-                raise DataError(f"{self.place}/{name} can't be read: {error.strerror}") from None
-        return os.pread(self._files[name], size, offset)
+    def _read_part(self, name: str, offset: int, size: int) -> bytes:
+        # Opened for each read, as the files of a folder are: a set may have more shards than a
+        # process may have files open.
+        try:
+            with (Path(self.place) / name).open("rb", buffering=0) as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise DataError(f"{self.place}/{name} can't be read: {error.strerror}") from None
 
     @staticmethod
     def _ranges(fs: Any, root: str, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:

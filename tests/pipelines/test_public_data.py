@@ -162,8 +162,8 @@ def test_corrupt_images_are_listed_and_left_out_within_the_limit(
 ) -> None:
     root = copy("imagenet")
     bad = [min((root / "train" / f"digit_{i}").iterdir()) for i in (2, 7)]
-    for path in bad:
-        path.write_bytes(path.read_bytes()[:200])
+    bad[0].write_bytes(bad[0].read_bytes()[:600])
+    bad[1].write_bytes(b"an error page")
     refused(
         tmp_path,
         "imagenet",
@@ -171,10 +171,13 @@ def test_corrupt_images_are_listed_and_left_out_within_the_limit(
         "2 faults",
         "2 corrupt images, prepare.max_corrupt=0",
         *map(str, bad),
-        "(200 bytes)",
+        "(600 bytes)",
+        "it is no image, or of an unknown kind (13 bytes)",
     )
     refused(tmp_path, "imagenet", root, "2 corrupt images", max_corrupt=1)
     manifest = take(tmp_path, "imagenet", root, max_corrupt=2)
+    elsewhere = Path(shutil.copytree(root, tmp_path / "elsewhere"))
+    assert take(tmp_path, "imagenet", elsewhere, max_corrupt=2) == manifest
     names = [path.relative_to(root).as_posix() for path in bad]
     assert list(manifest["skipped"]) == names
     assert manifest["counts"]["train"] == 78
