@@ -249,17 +249,23 @@ class Images(ImageDataset):
     def __init__(self, place: str, split: str, skipped: Collection[str] = ()) -> None:
         reader = Shards(place, split) if is_shards(place) else Folder(place, split, skipped)
         super().__init__(root=place, reader=reader)
+        self._ahead: dict[int, tuple[Any, int]] = {}
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self._sample(index, *self.reader[index])
+        found = self._ahead.pop(index, None) or self.reader[index]
+        return self._sample(index, *found)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
-        """A batch: from shards at a URL it is read at once, not image by image."""
-        if isinstance(self.reader, Folder):
-            return [self[i] for i in indices]
-        return [
-            self._sample(i, *f) for i, f in zip(indices, self.reader.read(indices), strict=True)
-        ]
+        self.prefetch(indices)
+        return [self[i] for i in indices]
+
+    def prefetch(self, indices: Sequence[int]) -> None:
+        """Read the images of a batch together, which are then asked for one by one.
+
+        At a URL that takes the time of one image, not of all; a folder needs none of it.
+        """
+        if isinstance(self.reader, Shards):
+            self._ahead = dict(zip(indices, self.reader.read(indices), strict=True))
 
     def _sample(self, index: int, file: Any, label: int) -> tuple[Any, int]:
         try:

@@ -77,7 +77,8 @@ class Part(ImageDataset):
         return self.dataset[self.indices[index]]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        return self.dataset.__getitems__([self.indices[index] for index in indices])
+        self.dataset.prefetch([self.indices[index] for index in indices])
+        return [self[index] for index in indices]
 
 
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
