@@ -40,6 +40,22 @@ class Storage(Section):
     """Ray Train's storage: a folder (relative to the repository) for checkpoints of runs."""
 
 
+class Data(Section):
+    """Where the public data sets are; used with `prepare.source: public`.
+
+    Each is a folder in the public layout, a folder that holds the public archives, or (ImageNet)
+    tar shards of `python -m pipelines.pack` in a folder or at an fsspec URL (`s3://...`). Null:
+    that data set is not there, and the stages that need it say so.
+    """
+
+    imagenet: str | None
+    coco: str | None
+    ade20k: str | None
+    storage: str = Field(min_length=1)
+    """A folder (relative to the repository) for unpacked archives and notes of what is verified.
+    All nodes must see it, and the folders above, at the same path."""
+
+
 class Scaling(Section):
     num_workers: Positive
     use_gpu: bool
@@ -83,7 +99,29 @@ class Model(Section):
         return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
 
 
+class Expected(Section):
+    """What a data set must hold; 0 expects nothing in particular."""
+
+    classes: NonNegative
+    train: NonNegative
+    """Training images."""
+    val: NonNegative
+    """Validation images."""
+
+
 class Prepare(Section):
+    source: Literal["demo", "public"]
+    """`demo` draws the demo's data sets; `public` takes those of section `data`."""
+    check: Literal["sizes", "content"]
+    """What to do with a data set that carries a manifest of this pipeline: compare names and
+    sizes with it, or read and decode every image again."""
+    max_corrupt: NonNegative
+    """Training images of ImageNet that may be left out because they do not decode."""
+    max_empty_boxes: NonNegative
+    """COCO annotations that may be left out because their box has no area."""
+    imagenet: Expected
+    coco: Expected
+    ade20k: Expected
     seed: NonNegative
     digits_per_class: Annotated[int, Field(ge=10, le=500, multiple_of=5)]
     image_size: Annotated[int, Field(ge=28)]
@@ -215,6 +253,7 @@ class Params(Section):
 
     recipe: str
     storage: Storage
+    data: Data
     scaling: Scaling
     model: Model
     prepare: Prepare

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.build_op import check_library
-from pipelines.data.checks import check_dataset
-from pipelines.params import ROOT, Params
+from pipelines.data import places
+from pipelines.params import Params
 from pipelines.run.stage import Stage, run_stage
 
 
 def check(params: Params) -> dict[str, Any]:
     check_library()
-    return check_dataset(ROOT / "data/imagenet", "imagenet", params.pretrain.num_classes)
+    return places.check(params, "imagenet", params.pretrain.num_classes)
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> None:
@@ -25,7 +25,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
     reporter = RayReporter(config["reporting"])
     try:
-        Classifier(config["params"], Path(config["data"]), get_device(), reporter).fit()
+        Classifier(config["params"], config["data"], get_device(), reporter).fit()
     finally:
         reporter.close()
 
@@ -33,13 +33,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 def run(stage: Stage, data: dict[str, Any]) -> None:
     from safetensors.torch import load_file
 
+    from pipelines.data.images import DataPlace
     from pipelines.run.checkpoint import write_weights
     from pipelines.run.launch import fit
 
-    stage.tracker.log_dataset("imagenet", data["digest"], ROOT / "data/imagenet", "training")
+    stage.tracker.log_dataset("imagenet", data["digest"], Path("imagenet"), "training")
     checkpoint = fit(
         train_loop_per_worker,
-        {"params": stage.params, "data": str(ROOT / "data/imagenet")},
+        {"params": stage.params, "data": DataPlace(data["place"], data["skipped"])},
         stage.params,
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.data import places
 from pipelines.params import ROOT, Params
 from pipelines.run.stage import Stage, pipeline_name, run_stage
 from pipelines.summary import STAGES, duration, load_metrics, result_rows
@@ -31,8 +32,11 @@ PICTURES = {
 }
 
 
-def draw(name: str, root: str, samples: int, target: str) -> None:
-    """Draw one of `PICTURES` from the stage outputs below `root` into the PNG `target`."""
+def draw(name: str, root: str, data: dict[str, str], samples: int, target: str) -> None:
+    """Draw one of `PICTURES` from the stage outputs below `root` into the PNG `target`.
+
+    `data` has the folders of the data sets.
+    """
     from pipelines import figures
 
     base = Path(root)
@@ -47,13 +51,13 @@ def draw(name: str, root: str, samples: int, target: str) -> None:
     elif name == "confusion":
         figure = figures.confusion(base / "plots/pretrain/confusion.csv")
     elif name == "detections":
-        figure = figures.detections(base / "data/coco", base / "results/detect", samples)
+        figure = figures.detections(Path(data["coco"]), base / "results/detect", samples)
     elif name == "segmentations":
         figure = figures.segmentations(
-            base / "data/ade20k", base / "results/segment", classes, samples
+            Path(data["ade20k"]), base / "results/segment", classes, samples
         )
     else:
-        figure = figures.attention(base / "weights/pretrain", base / "data/coco")
+        figure = figures.attention(base / "weights/pretrain", Path(data["coco"]))
     figure.savefig(target)
 
 
@@ -76,9 +80,11 @@ def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
     pictures = stage.output("reports") / "pictures"
     pictures.mkdir(parents=True)
     task = ray.remote(draw).options(scheduling_strategy=on_this_node())
+    data = {name: places.locate(stage.params, name) for name in ("coco", "ade20k")}
+    samples = stage.section.samples
     track(
         [
-            task.remote(name, str(ROOT), stage.section.samples, str(pictures / f"{name}.png"))
+            task.remote(name, str(ROOT), data, samples, str(pictures / f"{name}.png"))
             for name in names
         ],
         "report",

@@ -8,13 +8,15 @@ then that files differ from the manifest.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
 from pipelines.errors import PipelineError
@@ -22,8 +24,9 @@ from pipelines.errors import PipelineError
 KINDS = ("imagenet", "coco", "ade20k")
 MEND = "run `dvc repro prepare`"
 FULL_CHECK_LIMIT = 20_000  # above this many files only their presence and sizes are checked
-_IMAGES = (".jpg", ".jpeg", ".png")
-_FOLDERS = {
+IMAGES = (".jpg", ".jpeg", ".png")
+BOX_SLACK = 1.0  # pixels: the boxes of COCO are rounded, so they may end just outside the image
+FOLDERS = {
     "imagenet": ("train", "val"),
     "coco": ("annotations", "train2017", "val2017"),
     "ade20k": (
@@ -130,7 +133,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _check_presence(root: Path, kind: str, files: dict[str, Any]) -> None:
-    for folder in _FOLDERS[kind]:
+    for folder in FOLDERS[kind]:
         if not (root / folder).is_dir():
             raise DataError(
                 f"{root} has no folder {folder}/, which the {kind} layout needs; {MEND}"
@@ -146,11 +149,26 @@ def _check_presence(root: Path, kind: str, files: dict[str, Any]) -> None:
     unknown = sorted(
         name
         for name in present - files.keys()
-        if name.startswith(tuple(f"{folder}/" for folder in _FOLDERS[kind]))
-        and name.lower().endswith(_IMAGES)
+        if name.startswith(tuple(f"{folder}/" for folder in FOLDERS[kind]))
+        and name.lower().endswith(IMAGES)
     )
     if unknown:
         _fail(root, f"are not in {MANIFEST}", unknown, f"remove them, or {MEND}")
+
+
+def decode(source: Path | BinaryIO) -> tuple[int, int]:
+    """(width, height) of an image that decodes, as training decodes it; else ValueError."""
+    try:
+        with warnings.catch_warnings(), Image.open(source) as image:
+            warnings.simplefilter("ignore")  # such as of EXIF data, which training does not read
+            image.load()
+            if image.mode not in ("RGB", "L", "P"):
+                image.convert("RGB")
+            return image.size
+    except UnidentifiedImageError:  # its message names an object in memory
+        raise ValueError("it is no image, or of an unknown kind") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_images(
@@ -159,28 +177,26 @@ def _check_images(
     """Decode every image; returns (width, height) by name."""
     sizes = {}
     for name, entry in files.items():
-        if not name.lower().endswith(_IMAGES):
+        if not name.lower().endswith(IMAGES):
             continue
         path = root / name
         try:
-            with Image.open(path) as image:
-                image.load()
-                sizes[name] = image.size
-        except (OSError, SyntaxError, ValueError) as error:
+            sizes[name] = decode(path)
+        except ValueError as error:
             raise DataError(
                 f"{path} cannot be decoded ({error}): {path.stat().st_size} bytes, "
                 f"{entry[0]} when it was made; {MEND}"
             ) from None
         if image_size is not None and sizes[name] != (image_size, image_size):
             raise DataError(
-                f"{path} is {_by(sizes[name])}, but the parameters say "
+                f"{path} is {by(sizes[name])}, but the parameters say "
                 f"{image_size}x{image_size}; {MEND}"
             )
     return sizes
 
 
 def _check_imagenet(root: Path, classes: Sequence[str]) -> None:
-    for split in _FOLDERS["imagenet"]:
+    for split in FOLDERS["imagenet"]:
         found = sorted(path.name for path in (root / split).iterdir() if path.is_dir())
         if found != sorted(classes):
             odd = sorted(set(found) ^ set(classes))
@@ -200,6 +216,24 @@ def _duplicates(values: Iterable[Any]) -> list[Any]:
 def _check_coco(
     root: Path, folder: str, classes: Sequence[str], sizes: dict[str, tuple[int, int]]
 ) -> None:
+    empty = check_coco(root, folder, classes, sizes)
+    for number, fault in empty.items():
+        raise DataError(
+            f"{root}/annotations/instances_{folder}.json: annotation {number} {fault}; {MEND}"
+        )
+
+
+def check_coco(
+    root: Path, folder: str, classes: Sequence[str], sizes: dict[str, tuple[int, int]]
+) -> dict[int, str]:
+    """Check `instances_<folder>.json` in itself and against the images.
+
+    Args:
+        sizes: (width, height) of every image, by `<folder>/<file name>`.
+
+    Returns:
+        annotations with an empty box by id, with the fault: mmdet leaves those out.
+    """
     path = root / f"annotations/instances_{folder}.json"
     if not path.is_file():
         raise DataError(f"{root} has no annotations/{path.name}; {MEND}")
@@ -228,18 +262,25 @@ def _check_coco(
         given = (image.get("width"), image.get("height"))
         if sizes[name] != given:
             raise DataError(
-                f"{path}: image {image['id']} is given as {_by(given)}, but {name} is "
-                f"{_by(sizes[name])}; {MEND}"
+                f"{path}: image {image['id']} is given as {by(given)}, but {name} is "
+                f"{by(sizes[name])}; {MEND}"
             )
     listed = {f"{folder}/{image['file_name']}" for image in images.values()}
     unlisted = sorted(n for n in sizes if n.startswith(f"{folder}/") and n not in listed)
     if unlisted:
         _fail(path, "have no entry under `images`", unlisted)
+    if not content["annotations"]:
+        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {MEND}")
     categories = {category["id"] for category in content["categories"]}
+    empty = {}
     for annotation in content["annotations"]:
         fault = _annotation_fault(annotation, images, categories)
         if fault:
             raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {MEND}")
+        if min(annotation["bbox"][2:]) == 0:
+            name = images[annotation["image_id"]]["file_name"]
+            empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
+    return empty
 
 
 def _annotation_fault(
@@ -257,9 +298,10 @@ def _annotation_fault(
         return f"has no bbox [x, y, width, height] (found {box!r})"
     x, y, width, height = box
     bounds = image["width"], image["height"]
-    if min(x, y) < 0 or min(width, height) <= 0 or x + width > bounds[0] or y + height > bounds[1]:
+    over = max(-x, -y, x + width - bounds[0], y + height - bounds[1])
+    if not over <= BOX_SLACK or min(width, height) < 0:
         return (
-            f"has bbox {box}, which is empty or outside its image "
+            f"has bbox {box}, which is outside its image "
             f"({image['file_name']}, {bounds[0]}x{bounds[1]})"
         )
     code = annotation.get("segmentation")
@@ -287,19 +329,25 @@ def _check_ade20k(root: Path, num_classes: int, sizes: dict[str, tuple[int, int]
         for stem, name in labels.items():
             if sizes[name] != sizes[images[stem]]:
                 raise DataError(
-                    f"{root / name} is {_by(sizes[name])}, its image {images[stem]} is "
-                    f"{_by(sizes[images[stem]])}; {MEND}"
+                    f"{root / name} is {by(sizes[name])}, its image {images[stem]} is "
+                    f"{by(sizes[images[stem]])}; {MEND}"
                 )
-            with Image.open(root / name) as image:
-                mode, values = image.mode, np.asarray(image)
-            if mode not in ("L", "P"):
-                raise DataError(f"{root / name} is not an 8-bit label map (mode {mode}); {MEND}")
-            if values.max() > num_classes:
-                raise DataError(
-                    f"{root / name} has label {values.max()}; allowed: 0 (ignored) to "
-                    f"{num_classes}; {MEND}"
-                )
+            try:
+                read_label_map(root / name, num_classes)
+            except ValueError as error:
+                raise DataError(f"{root / name} {error}; {MEND}") from None
 
 
-def _by(size: tuple[Any, Any]) -> str:
+def read_label_map(source: Path | BinaryIO, num_classes: int) -> NDArray[np.uint8]:
+    """An ADE20K label map that decodes; ValueError says what is wrong with its content."""
+    with Image.open(source) as image:
+        mode, values = image.mode, np.asarray(image)
+    if mode not in ("L", "P"):
+        raise ValueError(f"is not an 8-bit label map (mode {mode})")
+    if values.max() > num_classes:
+        raise ValueError(f"has label {values.max()}; allowed: 0 (ignored) to {num_classes}")
+    return values
+
+
+def by(size: tuple[Any, Any]) -> str:
     return f"{size[0]}x{size[1]}"

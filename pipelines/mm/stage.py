@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.data.checks import check_dataset
+from pipelines.data import places
 from pipelines.params import ROOT, Params
 from pipelines.run.checkpoint import check_architecture, read_description
 from pipelines.run.stage import Stage
@@ -22,13 +22,13 @@ def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
     """
     from pipelines.mm.train import Job, build_config
 
-    data = check_dataset(ROOT / "data" / dataset, dataset, getattr(params, name).num_classes)
+    data = places.check(params, dataset, getattr(params, name).num_classes)
     upstream = read_description(PRETRAINED)
     check_architecture(upstream, params.model.model_dump(mode="json"))
     job = Job(
         stage=name,
         params=params,
-        data=str(ROOT / "data" / dataset),
+        data=data["place"],
         classes=tuple(data["classes"]),
         weights=str(PRETRAINED / "model.safetensors"),
     )
@@ -49,8 +49,8 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
     stage.tracker.set_tags(
         {"upstream_weights": upstream["sha256"], "upstream_run_id": upstream["mlflow_run_id"]}
     )
-    dataset = Path(job.data)
-    stage.tracker.log_dataset(dataset.name, data["digest"], dataset, "training")
+    name = data["dataset"]
+    stage.tracker.log_dataset(name, data["digest"], Path(name), "training")
     checkpoint = fit(
         train_loop_per_worker,
         {"job": job},

@@ -23,8 +23,8 @@ from ruamel.yaml import YAML
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params
 
-# What decides only where and how often a run is tried again, not its result.
-NOT_IDENTIFYING = {"storage": None, "scaling": {"max_failures", "cpus_per_worker"}}
+# What decides only where things are and how often a run is tried again, not its result.
+NOT_IDENTIFYING = {"storage": None, "data": None, "scaling": {"max_failures", "cpus_per_worker"}}
 
 
 class HeldError(PipelineError):

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,21 @@ def _check_resources(params: Params) -> None:
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """Schedules a task on the driver's node, whose files it reads or writes."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def each(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    unit: str,
+    done: Callable[[Any], None],
+) -> None:
+    """Call `function` with each tuple of arguments, spread over the nodes, with progress.
+
+    `done` gets each result here as it comes. The first error ends it.
+    """
+    task = ray.remote(function).options(scheduling_strategy="SPREAD")
+    name = os.environ.get("DVC_STAGE") or function.__module__.rsplit(".", 1)[-1]
+    reporting.track([task.remote(*one) for one in arguments], name, unit, done)
 
 
 def storage_path(params: Params) -> str:

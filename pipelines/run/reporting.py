@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,14 +247,19 @@ def display(name: str) -> Iterator[Any]:
         progress.close()
 
 
-def track(tasks: list[Any], name: str, unit: str) -> list[Any]:
-    """Results of Ray tasks in their order, with progress while they run."""
+def track(
+    tasks: list[Any], name: str, unit: str, done: Callable[[Any], None] = lambda result: None
+) -> list[Any]:
+    """Results of Ray tasks in their order, with progress while they run.
+
+    `done` gets each result as it comes.
+    """
     progress, waiting = Progress(name), list(tasks)
     try:
         while waiting:
-            done, waiting = ray.wait(waiting, num_returns=1)
+            ended, waiting = ray.wait(waiting, num_returns=1)
             try:
-                ray.get(done)  # a failed task ends the stage at once
+                done(ray.get(ended[0]))  # a failed task ends the stage at once
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, PipelineError):
                     raise error.cause from None

@@ -132,8 +132,8 @@ def _run(
 
 
 def pipeline_name(params: Params) -> str:
-    """Names the parent run: the DVC experiment, else the recipe and a hash of all parameters."""
-    digest = hashlib.sha256(params.model_dump_json().encode()).hexdigest()[:8]
+    """Names the parent run: the DVC experiment, else the recipe and a hash of what it does."""
+    digest = hashlib.sha256(params.model_dump_json(exclude={"data"}).encode()).hexdigest()[:8]
     return os.environ.get("DVC_EXP_NAME") or f"{params.recipe}-{digest}"
 
 

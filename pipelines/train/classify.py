@@ -26,6 +26,7 @@ from timm.utils import ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
 
 import elsa  # noqa: F401  registers the models
+from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, Pretrain
 from pipelines.run.reporting import Reporter
@@ -57,7 +58,7 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
 class Part(ImageDataset):
     """The images of `dataset` at `indices`; a transform set here is the data set's."""
 
-    def __init__(self, dataset: ImageDataset, indices: list[int]) -> None:
+    def __init__(self, dataset: Images, indices: list[int]) -> None:
         # A view: what the base class would set up is the data set's own.
         self.dataset, self.indices = dataset, indices
 
@@ -75,6 +76,10 @@ class Part(ImageDataset):
     def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]
 
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        self.dataset.prefetch([self.indices[index] for index in indices])
+        return [self[index] for index in indices]
+
 
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on, and indices held out to choose the best epoch; both sorted."""
@@ -88,13 +93,13 @@ class Classifier:
 
     Args:
         params: sections `model` and `pretrain` are used.
-        data: an ImageNet folder with `train/<class>/` and `val/<class>/`.
+        data: where the images are, as a folder or as shards.
         device: where to train.
         reporter: who hears of progress, metrics and checkpoints.
     """
 
     def __init__(
-        self, params: Params, data: Path, device: torch.device, reporter: Reporter
+        self, params: Params, data: DataPlace, device: torch.device, reporter: Reporter
     ) -> None:
         self.params: Pretrain = params.pretrain
         self.device, self.reporter = device, reporter
@@ -175,9 +180,9 @@ class Classifier:
             "parameters": sum(p.numel() for p in chosen.parameters()),
         }
 
-    def _loaders(self, data: Path) -> tuple[Any, Any, Any]:
+    def _loaders(self, data: DataPlace) -> tuple[Any, Any, Any]:
         p, world = self.params, self.reporter.world_size
-        train = ImageDataset(str(data / "train"))
+        train, val_images = data.images("train"), data.images("val")
         kept, held = split_holdout(len(train), p.holdout, p.seed)
         common: dict[str, Any] = {
             "input_size": (3, p.img_size, p.img_size),
@@ -202,13 +207,14 @@ class Classifier:
         )
         rank = self.reporter.rank
 
-        def evaluation(folder: str, indices: list[int]) -> Any:
+        def evaluation(images: Images, indices: list[int]) -> Any:
             # Every rank takes its own images, so none is padded or counted twice.
-            mine = Part(ImageDataset(str(data / folder)), indices[rank::world])
+            mine = Part(images, indices[rank::world])
             return create_loader(mine, is_training=False, crop_pct=p.crop_pct, **common)
 
-        val = evaluation("val", list(range(len(ImageDataset(str(data / "val"))))))
-        return train_loader, evaluation("train", held) if held else val, val
+        val = evaluation(val_images, list(range(len(val_images))))
+        # A data set of its own: it has another transform than the training images.
+        return train_loader, evaluation(data.images("train"), held) if held else val, val
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         p, loader = self.params, self.train_loader

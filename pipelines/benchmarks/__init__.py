@@ -1,0 +1,1 @@
+"""Speed of the parts, for people: not a stage."""

@@ -1,0 +1,92 @@
+"""Where a data set is, and whether it is the one that `prepare` verified.
+
+The images of a public data set stay where they are; DVC and the run identity hold only
+`data/<name>/manifest.json`. So the same data in another place is the same run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipelines.data import archives, images, verify
+from pipelines.data.checks import DataError, check_dataset
+from pipelines.data.manifest import MANIFEST, read_manifest
+from pipelines.params import ROOT, Params
+
+
+def storage(params: Params) -> Path:
+    """`data.storage`, absolute."""
+    return (ROOT / Path(params.data.storage).expanduser()).resolve()
+
+
+def given_place(params: Params, name: str) -> str:
+    """`data.<name>`: an absolute path, or a URL.
+
+    Raises:
+        DataError: it is null, or a URL of a data set that can't be at one.
+    """
+    given = getattr(params.data, name)
+    if given is None:
+        raise DataError(
+            f"data.{name} is null: set it to the folder of that data set or of its archives"
+            f" (`-S data.{name}=...`), or take the demo's with `-S prepare.source=demo`"
+        )
+    if images.is_url(given):
+        if name != "imagenet":
+            raise DataError(
+                f"data.{name}={images.public_url(given)} is a URL, which only ImageNet's shards"
+                " can be at; set it to a folder that all nodes see"
+            )
+        return str(given).rstrip("/")
+    return str((ROOT / Path(given).expanduser()).resolve())
+
+
+def locate(params: Params, name: str) -> str:
+    """Folder or URL from which the images of data set `name` are read."""
+    if params.prepare.source == "demo":
+        return str(ROOT / "data" / name)
+    given = given_place(params, name)
+    if not images.is_url(given) and archives.found(Path(given), name):
+        return str(storage(params) / name)
+    return given
+
+
+def check(params: Params, name: str, num_classes: int) -> dict[str, Any]:
+    """What a training stage must know of its data; raises DataError if it does not fit.
+
+    Returns:
+        that of `check_dataset`, and `place` and `skipped` (images to leave out, by path).
+    """
+    root = ROOT / "data" / name
+    if params.prepare.source == "demo":
+        found = check_dataset(root, name, num_classes)
+        return found | {"place": str(root), "skipped": ()}
+    place = locate(params, name)
+    manifest = read_manifest(root / MANIFEST)
+    if manifest is None or "chunks" not in manifest or manifest["dataset"] != name:
+        raise DataError(
+            f"data/{name} has no manifest of the data set in {images.public_url(place)};"
+            " run `dvc repro prepare`"
+        )
+    classes: Sequence[str] = manifest["classes"]
+    if len(classes) != num_classes:
+        raise DataError(
+            f"{name} in {images.public_url(place)} has {len(classes)} classes, but num_classes is"
+            f" {num_classes} in the parameters; set num_classes to {len(classes)}"
+        )
+    if fault := verify.difference(place, manifest):
+        raise DataError(
+            f"{name} in {images.public_url(place)} is not what was verified: {fault}; mend it, or"
+            " verify it anew with `dvc repro --force prepare`"
+        )
+    return {
+        "dataset": name,
+        "classes": list(classes),
+        "counts": dict(manifest["counts"]),
+        "digest": manifest["digest"],
+        "checked": "sizes",
+        "place": place,
+        "skipped": tuple(manifest["skipped"]),
+    }
