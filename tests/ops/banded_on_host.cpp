@@ -58,7 +58,8 @@ Tile tile_for(const Problem& p, const Setting& s, int padding, const Bytes& byte
 }
 
 template <class T, int K, bool TURNED>
-void product(const Problem& p, const Setting& s, const Tensors& x, const void* source, void* result) {
+void product(const Problem& p, const Setting& s, const Tensors& x, const void* source,
+             void* result) {
   const int parts = static_cast<int>(s.parts);
   std::vector<uint32_t> words(x.add ? p.C * K * parts * kTurn<K> : 0);
   for (size_t i = 0; i < words.size(); ++i)

@@ -1,6 +1,6 @@
 // ops/csrc/cuda/warp.h for the CPU: every thread of a block is a fiber. A warp runs until all its
-// lanes wait for the block, so a missing block_sync shows as wrong values, in one order of the warps
-// or the other. Copies happen at wait_copies, so a missing wait shows too. The fragments are
+// lanes wait for the block, so a missing block_sync shows as wrong values, in one order of the
+// warps or the other. Copies happen at wait_copies, so a missing wait shows too. The fragments are
 // written from the tables of PTX's mma.m16n8k16 and ldmatrix, not from the kernels.
 #pragma once
 

@@ -9,8 +9,8 @@
 // The ghost head's part is a product of the same kind per channel: segments in place of channels,
 // and a band (Toeplitz) of the channel's weights. The gradient of v is the same with the window
 // turned round. The gradients of the weights are the bands of the products v * grad over channels
-// (h_attn) or over segments (ghost_add). Sums are in float32; a float32 ghost head is split into two
-// halves, whose products are added.
+// (h_attn) or over segments (ghost_add). Sums are in float32; a float32 ghost head is split into
+// two halves, whose products are added.
 //
 // A block works on one head of one image, 8 segments wide and high in all: `segments` side by side
 // times `strips` of `rows` rows. Warp w has segment w % segments of strip w / segments, or, for the
@@ -63,9 +63,12 @@ constexpr int kSumPitch = 2 * 8 * kSegment + 8;  // floats of a channel's sums f
 ELSA_BOTH int64_t value_bytes(const Tile& t, int k) {
   return 2 * int64_t{t.height() + k - 1} * t.row_pitch;
 }
-ELSA_BOTH int64_t weight_bytes(const Tile& t, int k) { return int64_t{4} * t.strips * k * k * t.pitch; }
+ELSA_BOTH int64_t weight_bytes(const Tile& t, int k) {
+  return int64_t{4} * t.strips * k * k * t.pitch;
+}
 ELSA_BOTH int64_t product_bytes(const Tile& t, int k, bool ghost) {
-  return value_bytes(t, k) + 2 * weight_bytes(t, k) + (ghost ? int64_t{4} * t.depth * kSumPitch : 0);
+  const int64_t sums = ghost ? int64_t{4} * t.depth * kSumPitch : 0;
+  return value_bytes(t, k) + 2 * weight_bytes(t, k) + sums;
 }
 
 // The same for the gradients of weights: v, grad, the gradient of h for a pair of rows.
@@ -165,7 +168,7 @@ struct BandLane {
   }
 };
 
-// The ghost head as fragments of bands: (C, k, parts, turn) words, word i the weights of the taps
+// The ghost head as fragments of bands: (C, parts, k, turn) words, word i the weights of the taps
 // i and i + 1 modulo turn of a window row, turned round for the gradient of v. With two parts the
 // second is what rounding to T leaves of the first.
 template <int K>
@@ -175,9 +178,10 @@ template <class T, int K, bool TURNED>
 ELSA_DEVICE void ghost_word(int64_t index, int parts, const float* add, uint32_t* words) {
   constexpr int turn = kTurn<K>;
   const int i = static_cast<int>(index % turn);
-  const int part = static_cast<int>(index / turn % parts);
-  const int64_t row = index / (turn * parts);  // c * k + dy
-  const float* weights = add + (TURNED ? row / K * (K * K) + (K - 1 - row % K) * K : row * K);
+  const int dy = static_cast<int>(index / turn % K);
+  const int part = static_cast<int>(index / (turn * K) % parts);
+  const int64_t c = index / (turn * K * parts);
+  const float* weights = add + (c * K + (TURNED ? K - 1 - dy : dy)) * K;
   float w[2];
   for (int e = 0; e < 2; ++e) {
     const int j = (i + e) % turn;
@@ -313,18 +317,18 @@ ELSA_DEVICE void ghost_product(const Tile& t, const BandLane<K>& band, const uin
                          slot % t.segments * kSegment + 2 * (lane % 4);
   uint32_t a[K + 1][2];
 #pragma unroll
-  for (int i = 0; i < K + 1; ++i) {
-    a[i][0] = pair_at(from + i * t.row_pitch);
-    a[i][1] = pair_at(from + i * t.row_pitch + 8);
+  for (int i = 0; i < K + 1; ++i, from += t.row_pitch) {
+    a[i][0] = pair_at(from);
+    a[i][1] = pair_at(from + 8);
   }
   const int low = band.first & (turn - 1), high = (band.first + 8) & (turn - 1);
   float sum[2][4] = {};
-  for (int part = 0; part < parts; ++part) {
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part, words += K * turn) {
 #pragma unroll
     for (int dy = 0; dy < K; ++dy) {
-      const uint32_t* row = words + (dy * parts + part) * turn;
-      const uint32_t b0 = read_only(row + low);
-      const uint32_t b1 = BandLane<K>::kBoth ? read_only(row + high) : b0;
+      const uint32_t b0 = read_only(words + low + dy * turn);
+      const uint32_t b1 = BandLane<K>::kBoth ? read_only(words + high + dy * turn) : b0;
       const uint32_t rows[4] = {a[dy][0], a[dy + 1][0], a[dy][1], a[dy + 1][1]};
       mma<T>(sum[dy % 2], rows, b0 & band.mask[0], b1 & band.mask[1]);
     }
@@ -337,12 +341,12 @@ ELSA_DEVICE void ghost_product(const Tile& t, const BandLane<K>& band, const uin
   }
 }
 
-// The attention's part of a pair of rows for the warp's segment and 32 channels (`blocks` times
-// 16), added to acc[block][row]. `values`: v from the first channel and input row and the segment's
-// first column on; `weights`: those of the first row, from the segment's first column on.
-template <class T, int K, bool TURNED>
+// The attention's part of a pair of rows for the warp's segment and BLOCKS times 16 channels, added
+// to acc[block][row]. `values`: v from the first channel and input row and the segment's first
+// column on; `weights`: those of the first row, from the segment's first column on.
+template <class T, int K, bool TURNED, int BLOCKS>
 ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const uint16_t* values,
-                                   const uint16_t* weights, int blocks, float (&acc)[2][2][4]) {
+                                   const uint16_t* weights, float (&acc)[BLOCKS][2][4]) {
   const int lane = thread_index() % 32, n = lane / 4, quad = lane % 4;
   const uint16_t* from = values + n * t.pitch + 2 * quad;
   const uint16_t* at[2][2];  // [half][element]
@@ -357,16 +361,14 @@ ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const
   }
 #pragma unroll
   for (int i = 0; i < K + 1; ++i) {
-    uint32_t a[2][4];
+    uint32_t a[BLOCKS][4];
 #pragma unroll
-    for (int block = 0; block < 2; ++block) {
-      if (block < blocks) {
-        const uint16_t* row = from + i * t.row_pitch + block * 16 * t.pitch;
-        a[block][0] = pair_at(row);
-        a[block][1] = pair_at(row + 8 * t.pitch);
-        a[block][2] = pair_at(row + 8);
-        a[block][3] = pair_at(row + 8 * t.pitch + 8);
-      }
+    for (int block = 0; block < BLOCKS; ++block) {
+      const uint16_t* row = from + i * t.row_pitch + block * 16 * t.pitch;
+      a[block][0] = pair_at(row);
+      a[block][1] = pair_at(row + 8 * t.pitch);
+      a[block][2] = pair_at(row + 8);
+      a[block][3] = pair_at(row + 8 * t.pitch + 8);
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -379,8 +381,43 @@ ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const
         high = at[1][0][offset] | static_cast<uint32_t>(at[1][1][offset]) << 16;
       const uint32_t b0 = low & band.mask[0], b1 = high & band.mask[1];
 #pragma unroll
-      for (int block = 0; block < 2; ++block)
-        if (block < blocks) mma<T>(acc[block][row], a[block], b0, b1);
+      for (int block = 0; block < BLOCKS; ++block) mma<T>(acc[block][row], a[block], b0, b1);
+    }
+  }
+}
+
+// Both parts of a pair of rows for the warp's segment and the channels c, ..., BLOCKS * 16 of them
+// or as many as the head has. `sums`: the ghost head's part or null; `result`: from the head's
+// channel 0, the pair's first row and this lane's first pixel on, `columns` (`below`) pixels (rows)
+// before the edge of the image.
+template <class T, int K, bool TURNED, int BLOCKS>
+ELSA_DEVICE void segment_product(const Problem& p, const Tile& t, const BandLane<K>& band, int c,
+                                 const uint16_t* values, const uint16_t* weights,
+                                 const float* sums, T* result, int columns, int below) {
+  const int lane = thread_index() % 32;
+  float acc[BLOCKS][2][4] = {};
+  if (sums) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS * 4; ++i) {
+      const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
+      if (channel >= t.depth) continue;
+      const float* from = sums + channel * kSumPitch + row * 64;
+      acc[i / 4][row][i % 2 * 2] = from[0];
+      acc[i / 4][row][i % 2 * 2 + 1] = from[1];
+    }
+  }
+  attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
+#pragma unroll
+  for (int i = 0; i < BLOCKS * 4; ++i) {
+    const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
+    if (channel >= t.depth || row >= below) continue;
+    T* to = result + channel * p.H * p.W + row * p.W;
+    const float* value = acc[i / 4][row] + i % 2 * 2;
+    if (t.vector > 1) {
+      if (columns > 0) *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
+    } else {
+      if (columns > 0) to[0] = T(value[0]);
+      if (columns > 1) to[1] = T(value[1]);
     }
   }
 }
@@ -435,76 +472,72 @@ ELSA_DEVICE void banded_product(const Problem& p, const Tile& t, int64_t block,
                             words + c * words_per_channel, parts, sums + c * kSumPitch);
       block_sync();
     }
+    const int y = at.y + strip + r;
+    const uint16_t* from = values + (strip + r) * t.row_pitch + column;
+    const uint16_t* by = current + warp / t.segments * 2 * K * K * t.pitch + column;
+    const float* ghost = words ? sums + warp * kSegment + 2 * (lane % 4) : nullptr;
+    T* to = result + head * t.depth * area + int64_t{y} * W + x;
     for (int c = 0; c < t.depth; c += 32) {
-      const int blocks = t.depth - c > 16 ? 2 : 1;
-      float acc[2][2][4];
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const int channel = c + i / 8 * 16 + i / 2 % 2 * 8 + lane / 4;
-        const bool there = words && channel < t.depth;
-        acc[i / 8][i / 4 % 2][i % 4] =
-            there ? sums[channel * kSumPitch + i / 4 % 2 * 64 + warp * kSegment + 2 * (lane % 4) +
-                         i % 2]
-                  : 0;
-      }
-      attention_product<T, K, TURNED>(
-          t, band, values + (strip + r) * t.row_pitch + c * t.pitch + column,
-          current + warp / t.segments * 2 * K * K * t.pitch + column, blocks, acc);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4;
-        const int row = i / 2 % 2, y = at.y + strip + r + row;
-        if (channel >= t.depth || y >= H) continue;
-        T* to = result + ((head * t.depth + channel) * p.H + y) * p.W + x;
-        const float* value = acc[i / 4][row] + i % 2 * 2;
-        if (t.vector > 1) {
-          if (x < W) *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
-        } else {
-          if (x < W) to[0] = T(value[0]);
-          if (x + 1 < W) to[1] = T(value[1]);
-        }
-      }
+      if (t.depth - c > 16)
+        segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+      else
+        segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, W - x, H - y);
     }
   }
 }
 
 // The gradient of h of a pair of rows for the warp's segment, into `band_rows` (2, k*k, pitch),
 // from the segment's first column on. `values`, `upstream`: from the first channel, the first input
-// (output) row and the segment's first column on.
-template <class T, int K>
-ELSA_DEVICE void weight_gradient(const Tile& t, const BandLane<K>& lane_band,
-                                 const uint16_t* values, const uint16_t* upstream,
-                                 uint16_t* band_rows) {
-  constexpr int kBlocks = 4;  // of 16 channels
+// (output) row and the segment's first column on; `spare`: where a lane may write what no one
+// reads, from band_rows on. BLOCKS times 16 channels, or 8 less.
+template <class T, int K, int BLOCKS>
+ELSA_DEVICE void weight_gradient(const Tile& t, const uint16_t* values, const uint16_t* upstream,
+                                 uint16_t* band_rows, int spare) {
   const int lane = thread_index() % 32;
-  const int half = t.depth % 16;  // 8: only half of the last block are channels of this head
-  // Rows of the matrices that this lane names: channel, then column.
-  const int channel = lane % 8 + lane / 16 * 8, second = lane / 8 % 2 * 8;
-  uint32_t b[2][kBlocks][2];
+  // Of a last block of 8 channels the other 8 are read again, as zeros.
+  const bool cut = t.depth % 16 != 0;
+  const uint32_t keep = cut ? 0 : 0xffffffffu;
+  // Rows of the matrices that this lane names.
+  const uint16_t* from = values + lane % 8 * t.pitch + lane / 8 % 2 * 8;
+  const uint16_t* up = upstream + lane % 8 * t.pitch;
+  const int from_second = lane / 16 * 8 * t.pitch, up_second = lane / 8 % 2 * 8 * t.pitch;
+  uint32_t b[2][BLOCKS][2];
 #pragma unroll
-  for (int block = 0; block < kBlocks; ++block) {
-    if (block * 16 >= t.depth) break;
-    const bool cut = half != 0 && block * 16 + 16 > t.depth;
+  for (int block = 0; block < BLOCKS; ++block) {
+    const bool last = block == BLOCKS - 1;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int c = block * 16 + (cut ? lane % 8 : lane % 16);
-      load_transposed(b[row][block], upstream + row * t.row_pitch + c * t.pitch);
-      if (cut) b[row][block][1] = 0;
+      load_transposed(b[row][block], up + row * t.row_pitch + block * 16 * t.pitch +
+                                         (last && cut ? 0 : up_second));
+      if (last) b[row][block][1] &= keep;
     }
   }
   // Fragment d: element (q, n) with q = lane / 4 (8 more for 2, 3), n = 2 (lane % 4) (+ 1).
   const int q = lane / 4, n = 2 * (lane % 4);
   const int pitch = band_pitch(t);
+  bool low[2], high[2];
+  int place[2][2];  // in a window row's bands, of [low, high][e]; for k < 9 [0] is of either
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int j = q - n - e - (kLeft - K / 2);
+    low[e] = j >= 0 && j < K;
+    high[e] = j + 8 >= 0 && j + 8 < K;
+    place[0][e] = low[e] ? j * pitch + n + e : spare + (n + e) % 4;
+    place[1][e] = high[e] ? (j + 8) * pitch + n + e : spare + (n + e) % 4;
+    if (!BandLane<K>::kBoth && high[e]) place[0][e] = place[1][e];
+  }
 #pragma unroll
   for (int i = 0; i < K + 1; ++i) {
-    uint32_t a[kBlocks][4];
+    uint32_t a[BLOCKS][4];
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      if (block * 16 >= t.depth) break;
-      const bool cut = half != 0 && block * 16 + 16 > t.depth;
-      const int c = block * 16 + (cut ? lane % 8 : channel);
-      load_transposed(a[block], values + i * t.row_pitch + c * t.pitch + second);
-      if (cut) a[block][2] = a[block][3] = 0;
+    for (int block = 0; block < BLOCKS; ++block) {
+      const bool last = block == BLOCKS - 1;
+      load_transposed(a[block], from + i * t.row_pitch + block * 16 * t.pitch +
+                                    (last && cut ? 0 : from_second));
+      if (last) {
+        a[block][2] &= keep;
+        a[block][3] &= keep;
+      }
     }
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
@@ -512,20 +545,16 @@ ELSA_DEVICE void weight_gradient(const Tile& t, const BandLane<K>& lane_band,
       if (dy < 0 || dy >= K) continue;
       float d[4] = {};
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        if (block * 16 >= t.depth) break;
+      for (int block = 0; block < BLOCKS; ++block)
         mma<T>(d, a[block], b[row][block][0], b[row][block][1]);
-      }
-      uint16_t* to = band_rows + (row * K + dy) * K * pitch + n;
+      uint16_t* to = band_rows + (row * K + dy) * K * pitch;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int j = q - n - e - (kLeft - K / 2);
-        const bool low = j >= 0 && j < K, high = j + 8 >= 0 && j + 8 < K;
         if constexpr (BandLane<K>::kBoth) {
-          if (low) to[j * pitch + e] = T(d[e]).x;
-          if (high) to[(j + 8) * pitch + e] = T(d[2 + e]).x;
+          to[place[0][e]] = T(d[e]).x;
+          to[place[1][e]] = T(d[2 + e]).x;
         } else {
-          if (low || high) to[(low ? j : j + 8) * pitch + e] = T(low ? d[e] : d[2 + e]).x;
+          to[place[0][e]] = T(low[e] ? d[e] : d[2 + e]).x;
         }
       }
     }
@@ -583,7 +612,7 @@ ELSA_DEVICE void ghost_gradient(const Tile& t, const uint16_t* values, const uin
 }
 
 // The gradients of h (where `grad_h`) and of ghost_add (where `sums`) of the block's tile in the
-// images b, b + step, ... The sums are (C, k, k) of this block's own, of which it writes its head's.
+// images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its head's.
 template <class T, int K>
 ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block, int64_t step,
                                  unsigned char* shared, const T* grad, const T* v, T* grad_h,
@@ -591,12 +620,11 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block,
   Corner at = corner(p, t, block);
   const int64_t area = p.H * p.W;
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
-  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  const int warp = thread_index() / 32;
   uint16_t* values = reinterpret_cast<uint16_t*>(shared);
   uint16_t* upstream = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
   uint16_t* bands =
       reinterpret_cast<uint16_t*>(shared + value_bytes(t, K) + upstream_bytes(t));
-  const BandLane<K> band(lane);
   const int strip = warp / t.segments, column = warp % t.segments * kSegment;
   const int64_t tile_index = block % (int64_t{t.across} * t.down);
   if (sums)
@@ -619,8 +647,21 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block,
       const int pitch = band_pitch(t);
       for (int r = 0; r < t.rows && at.y + r < H; r += 2) {
         const int first = (strip * t.rows + r) * t.row_pitch + column;
-        weight_gradient<T, K>(t, band, values + first, upstream + first,
-                              bands + strip * 2 * K * K * pitch + column);
+        uint16_t* band = bands + strip * 2 * K * K * pitch + column;
+        const int spare = t.width() - column;
+        switch ((t.depth + 15) / 16) {
+          case 1:
+            weight_gradient<T, K, 1>(t, values + first, upstream + first, band, spare);
+            break;
+          case 2:
+            weight_gradient<T, K, 2>(t, values + first, upstream + first, band, spare);
+            break;
+          case 3:
+            weight_gradient<T, K, 3>(t, values + first, upstream + first, band, spare);
+            break;
+          default:
+            weight_gradient<T, K, 4>(t, values + first, upstream + first, band, spare);
+        }
         block_sync();
         const int vector = t.vector;
         for_each_vector(2 * t.strips * K * K, t.width() / vector, [&](int line, int i) {
