@@ -46,11 +46,71 @@ def test_absent_ghosts(present):
     assert v.grad is not None
 
 
-def test_same_bits_every_time():
-    inputs = on_gpu(make_inputs(4, 96, 3, 56, 56, 7, 1), torch.bfloat16)
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("add", ["", "half", "float"])
+@pytest.mark.parametrize(
+    "sizes",
+    [  # b, c, g, h, w, k: what banded.h does, in all depths of a head, kernels and widths of copies
+        (2, 96, 3, 56, 56, 7),
+        (2, 64, 2, 28, 28, 7),
+        (3, 64, 2, 14, 14, 7),
+        (1, 32, 1, 20, 75, 7),
+        (2, 48, 3, 6, 7, 5),
+        (1, 48, 1, 40, 70, 9),
+        (1, 16, 2, 33, 66, 3),
+        (1, 8, 1, 2, 3, 9),
+        (1, 64, 1, 30, 41, 7),
+    ],
+)
+def test_banded_kernels(sizes, add, dtype):
+    v, h, _, ghost = make_inputs(*sizes)
+    inputs = on_gpu([v, h], dtype)
+    if add:
+        inputs += on_gpu([ghost], dtype if add == "half" else torch.float32)
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    out = elsa_attention(*inputs[:2], None, *inputs[2:], kernel_size=sizes[-1])
+    expected = oracle(*exact[:2], None, *(exact[2:] or [None]), sizes[-1], 1, 1)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    expected.backward(upstream.cpu().double())
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    pairs = [(out, expected), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
+    for ours, theirs in pairs:
+        tolerance = 1.01 * rounding if ours.dtype == dtype else 1e-5
+        scale = float(theirs.abs().max())
+        torch.testing.assert_close(
+            ours.detach().cpu().double(), theirs.detach(), rtol=tolerance, atol=2e-5 * scale
+        )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_nan_stays_with_the_pixels_whose_window_covers_it(dtype):
+    v, h, _, add = on_gpu(make_inputs(1, 32, 2, 20, 40, 5), dtype)
+    with torch.no_grad():
+        v[0, 3, 4, 9] = v[0, 20, 11, 30] = float("nan")
+    out = elsa_attention(v, h, None, add, kernel_size=5)
+    exact = oracle(*(t.detach().cpu().double() for t in (v, h)), None, add.cpu().double(), 5, 1, 1)
+    assert torch.equal(out.isnan().cpu(), exact.isnan())
+
+
+def test_views_that_start_at_odd_elements():
+    v, h, _, add = on_gpu(make_inputs(1, 32, 1, 16, 24, 7), torch.bfloat16)
+    expected = elsa_attention(v, h, None, add, kernel_size=7)
+    shifted = [torch.empty(t.numel() + 1, dtype=t.dtype, device="cuda")[1:] for t in (v, h)]
+    shifted = [s.view_as(t).copy_(t.detach()) for s, t in zip(shifted, (v, h), strict=True)]
+    assert torch.equal(elsa_attention(*shifted, None, add, kernel_size=7), expected)
+
+
+@pytest.mark.parametrize("mul", [False, True])
+def test_same_bits_every_time(mul):
+    v, h, ghost_mul, add = on_gpu(make_inputs(4, 96, 3, 56, 56, 7), torch.bfloat16)
+    inputs = [v, h, ghost_mul, add] if mul else [v, h, add]
 
     def once():
-        out = elsa_attention(*inputs, kernel_size=7)
+        out = elsa_attention(v, h, ghost_mul if mul else None, add, kernel_size=7)
         return out, *torch.autograd.grad(out.float().square().sum(), inputs)
 
     for first, second in zip(once(), once(), strict=True):
@@ -75,10 +135,13 @@ def test_torch_features():
         assert call(*inputs).dtype == torch.bfloat16
 
 
-def test_extra_memory_is_small():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extra_memory_is_small(dtype):
     before = torch.cuda.memory_allocated()
-    inputs = on_gpu(make_inputs(8, 96, 3, 56, 56, 7, 1), torch.float32)
-    needed = 2 * sum(t.nbytes for t in inputs) + 2 * inputs[0].nbytes
+    v, h, mul, add = on_gpu(make_inputs(8, 96, 3, 56, 56, 7, 1), dtype)
+    mul = mul if dtype == torch.float32 else None  # with halves: banded.h
+    inputs = [t for t in (v, h, mul, add) if t is not None]
+    needed = 2 * sum(t.nbytes for t in inputs) + 2 * v.nbytes
     torch.cuda.reset_peak_memory_stats()
-    elsa_attention(*inputs, kernel_size=7).sum().backward()
+    elsa_attention(v, h, mul, add, kernel_size=7).sum().backward()
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * needed

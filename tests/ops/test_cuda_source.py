@@ -1,7 +1,7 @@
-"""The arithmetic of the CUDA kernels, run on the CPU thread by thread.
+"""The CUDA kernels run on the CPU: kernels.h thread by thread, banded.h block by block.
 
-What this cannot show: the launches, halves, the blocks' reductions and speed. `test_cuda.py`
-does on a GPU, and `ops.build` compares with the reference wherever it builds for one.
+What this cannot show: the launches, the PTX in warp.h and speed. `test_cuda.py` does on a GPU, and
+`ops.build` compares with the reference wherever it builds for one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,35 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import include_paths
 
 from ops import elsa_attention_reference
 
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    library = tmp_path_factory.mktemp("host") / "kernels.so"
-    source = str(HERE / "cuda_kernels_on_host.cpp")
+def compiled(directory: Path, name: str) -> ctypes.CDLL:
+    library = directory / f"{name}.so"
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-Werror"]
-    subprocess.run([compiler, *flags, source, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).run
+    headers = [part for path in include_paths() for part in ("-isystem", path)]
+    command = [compiler, *flags, *headers, str(HERE / f"{name}.cpp"), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("host"), "cuda_kernels_on_host").run
+
+
+@pytest.fixture(scope="module")
+def run_banded(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("host"), "banded_on_host").run_banded
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr() if t is not None else None)
 
 
 @pytest.mark.parametrize("ghosts", ["", "mul", "add", "mul add"])
@@ -64,9 +79,6 @@ def test_every_thread_function_matches_the_reference(
     out, grad_v, grad_h = (torch.full(t.shape, nan).double() for t in (expected, v, h))
     grad_mul, grad_add = (torch.zeros(channels, k, k, dtype=torch.float64) for _ in range(2))
 
-    def pointer(t):
-        return ctypes.c_void_p(t.data_ptr() if t is not None else None)
-
     run(
         (ctypes.c_int64 * 10)(*sizes),
         *map(pointer, (upstream, v, h, mul, add, out, grad_v, grad_h, grad_mul, grad_add)),
@@ -77,3 +89,124 @@ def test_every_thread_function_matches_the_reference(
     for ours, ghost in ((grad_mul, mul), (grad_add, add)):
         if ghost is not None:
             torch.testing.assert_close(ours, ghost.grad)
+
+
+class Banded:
+    """One call of the banded kernels and of the reference in float64 on the same rounded inputs."""
+
+    NAMES = ("out", "grad_v", "grad_h", "grad_add")
+
+    def __init__(self, sizes, dtype, add, spoil=lambda v, h, grad: None):
+        torch.manual_seed(0)
+        self.sizes, self.dtype = sizes, dtype
+        batch, channels, heads, height, width, k = sizes
+        self.v = torch.randn(batch, channels, height, width).to(dtype)
+        self.h = torch.randn(batch, heads, k * k, height, width).softmax(2).to(dtype)
+        self.add = {
+            "": None,
+            "half": torch.randn(channels, k, k).to(dtype).float(),
+            "float": torch.randn(channels, k, k),
+        }[add]
+        self.parts = 2 if add == "float" else 1
+        self.grad = torch.randn_like(self.v)
+        spoil(self.v, self.h, self.grad)
+        inputs = [t.double().requires_grad_() for t in (self.v, self.h, self.add) if t is not None]
+        out = elsa_attention_reference(*inputs[:2], None, *(inputs[2:] or [None]), kernel_size=k)
+        grads = torch.autograd.grad(out, inputs, self.grad.double())
+        self.expected = [out.detach(), *grads]
+
+    def run(self, run_banded, segments=0, rows=0, splits=1, reverse=False):
+        vector = next(n for n in (4, 2, 1) if self.sizes[4] % n == 0)
+        setting = (vector, segments, rows, self.parts, splits, reverse)
+        nan = float("nan")
+        results = [torch.full_like(t, nan) for t in (self.v, self.v, self.h)]
+        if self.add is not None:
+            results.append(torch.full_like(self.add, nan))
+        tensors = [self.grad, self.v, self.h, self.add, *results, None]
+        run_banded(
+            self.dtype == torch.bfloat16,
+            (ctypes.c_int64 * 6)(*self.sizes),
+            (ctypes.c_int64 * 6)(*setting),
+            (ctypes.c_void_p * 8)(*(pointer(t) for t in tensors[:8])),
+        )
+        return results
+
+    def compare(self, results):
+        # One rounding of the result, and the sums in float32.
+        rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}[self.dtype]
+        for name, ours, exact in zip(self.NAMES, results, self.expected, strict=False):
+            scale = exact.abs().nan_to_num(0, 0, 0).max()
+            close = 1.01 * rounding if ours.dtype == self.dtype else 1e-5
+            torch.testing.assert_close(
+                ours.double(),
+                exact,
+                rtol=close,
+                atol=2e-5 * float(scale),
+                equal_nan=True,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("add", ["", "half", "float"])
+@pytest.mark.parametrize(
+    "sizes",
+    [  # batch, channels, heads, height, width, k
+        (2, 96, 3, 5, 12, 7),
+        (1, 32, 1, 17, 72, 7),  # more than one tile in both directions
+        (1, 16, 2, 9, 66, 3),
+        (2, 48, 3, 6, 7, 5),
+        (1, 48, 1, 10, 14, 9),
+        (1, 8, 1, 2, 3, 9),  # smaller than the window
+        (1, 64, 1, 7, 9, 7),
+        (1, 24, 1, 1, 1, 3),
+        (1, 40, 1, 4, 28, 5),
+    ],
+)
+def test_banded_kernels_match_the_reference(run_banded, sizes, add, dtype):
+    case = Banded(sizes, dtype, add)
+    case.compare(case.run(run_banded))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("k", [3, 5, 7, 9])
+@pytest.mark.parametrize(("segments", "rows"), [(8, 2), (4, 4), (2, 2), (1, 6)])
+def test_banded_kernels_with_any_tile_and_order_of_warps(run_banded, segments, rows, k, reverse):
+    case = Banded((3, 16, 1, 13, 22, k), torch.bfloat16, "float")
+    case.compare(case.run(run_banded, segments, rows, splits=2, reverse=reverse))
+
+
+@pytest.mark.parametrize("add", ["", "float"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_banded_kernels_keep_a_nan_to_its_window(run_banded, value, dtype, add):
+    def spoil(v, h, grad):
+        v[0, 3, 4, 9] = v[0, 20, 11, 30] = value
+        grad[0, 9, 6, 17] = value
+
+    case = Banded((1, 32, 2, 12, 40, 5), dtype, add, spoil)
+    out, grad_v, grad_h, *_ = case.run(run_banded)
+    for ours, exact in zip((out, grad_v, grad_h), case.expected, strict=False):
+        assert 0 < exact.isfinite().sum() < exact.numel()
+        assert torch.equal(ours.isfinite(), exact.isfinite())
+    finite = [exact.isfinite() for exact in case.expected[:3]]
+    case.compare(
+        [
+            torch.where(f, t, e.to(dtype))
+            for f, t, e in zip(finite, (out, grad_v, grad_h), case.expected, strict=False)
+        ]
+    )
+
+
+def test_banded_kernels_with_a_ghost_head_beyond_float16(run_banded):
+    case = Banded((1, 8, 1, 3, 8, 3), torch.float16, "float")
+    case.add[2, 1, 1] = 1e5
+    out = case.run(run_banded)[0]
+    expected = elsa_attention_reference(
+        case.v.double() / 1e5, case.h.double(), None, case.add.double(), kernel_size=3
+    )
+    fits = (expected * 1e5).abs() < 6e4
+    torch.testing.assert_close(out[fits].double(), (expected * 1e5)[fits], rtol=1e-3, atol=1e-3)

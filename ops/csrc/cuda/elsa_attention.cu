@@ -1,5 +1,5 @@
-// The CUDA ops: launches of the functions in kernels.h. No atomics: the same inputs give the same
-// bits on every run.
+// The CUDA ops: launches of the functions in kernels.h, or of banded.h's where those fit. No
+// atomics: the same inputs give the same bits on every run.
 #include <ATen/AccumulateType.h>
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -14,6 +14,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "banded_ops.h"
 #include "kernels.h"
 
 namespace elsa {
@@ -84,6 +85,10 @@ void with_ghosts(const Tensor& mul, const Tensor& add, const F& f) {
   f(false_type{}, false_type{});
 }
 
+bool ghost_is_exact(const Tensor& v, const std::optional<Tensor>& ghost) {
+  return ghost.has_value() && ghost->scalar_type() == v.scalar_type();
+}
+
 template <class T>
 T* data(const Tensor& t) {
   return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
@@ -105,6 +110,10 @@ Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
   Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
                          v.options().memory_format(at::MemoryFormat::Contiguous));
   if (out.numel() == 0) return out;
+  if (banded_fits(p, v, mul, add)) {
+    banded_forward(p, v, h, add, ghost_is_exact(v, ghost_add), out);
+    return out;
+  }
   const auto stream = c10::cuda::getCurrentCUDAStream();
   ELSA_DISPATCH(v, [&] {
     using T = scalar_t;
@@ -139,15 +148,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
   const int64_t taps = kernel_size * kernel_size, blocks = p.C * divide_up(taps, kTaps);
   const int64_t splits = std::clamp<int64_t>(
       std::min(divide_up(4096, std::max<int64_t>(blocks, 1)), p.B * p.Ho * p.Wo / 1024), 1, 1024);
+  const bool banded = grad.numel() > 0 && banded_fits(p, v, mul, add);
   std::array<Tensor, 2> parts;
   for (int i : {0, 1})
-    if (output_mask[2 + i])
+    if (output_mask[2 + i] && !banded)
       parts[i] = at::zeros({splits, p.C, kernel_size, kernel_size},
                            options.dtype(accumulation_type(v)));
 
   if (grad.numel() == 0) {
     grads[0].zero_();
     grads[1].zero_();
+  } else if (banded) {
+    parts[1] = banded_backward(p, grad, v, h, add, ghost_is_exact(v, ghost_add), grads[0], grads[1],
+                               output_mask[3]);
   } else {
     const auto stream = c10::cuda::getCurrentCUDAStream();
     ELSA_DISPATCH(v, [&] {

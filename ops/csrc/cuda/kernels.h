@@ -10,9 +10,11 @@
 
 #ifdef __CUDACC__
 #define ELSA_DEVICE __device__ __forceinline__
+#define ELSA_SLOW __device__ __noinline__
 #define ELSA_BOTH __host__ __device__ inline
 #else
 #define ELSA_DEVICE inline
+#define ELSA_SLOW inline
 #define ELSA_BOTH inline
 #endif
 

@@ -1,0 +1,687 @@
+// Tensor-core kernels for halves, stride 1, dilation 1, no ghost_mul, k = 3, 5, 7 or 9 and a head
+// depth that is a multiple of 8 up to 64. kernels.h has the general ones.
+//
+// A segment is 8 pixels of a row. Its part of a window row is a product with a banded matrix:
+//
+//   out[channel, n] += sum over q < 16 of v[channel, q] * band[q, n],   q from 4 columns before it
+//   band[q, n] = h[tap (dy, j), pixel n] where j = q - n - (4 - k / 2) is in 0 .. k - 1, else 0
+//
+// The ghost head's part is a product of the same kind per channel: segments in place of channels,
+// and a band (Toeplitz) of the channel's weights. The gradient of v is the same with the window
+// turned round. The gradients of the weights are the bands of the products v * grad over channels
+// (h_attn) or over segments (ghost_add). Sums are in float32; a float32 ghost head is split into
+// two halves, whose products are added.
+//
+// A block works on one head of one image, 8 segments wide and high in all: `segments` side by side
+// times `strips` of `rows` rows. Warp w has segment w % segments of strip w / segments, or, for the
+// ghost head, every eighth channel.
+//
+// A zero of the band does not silence a NaN or an infinity of v, which would spoil the 8 pixels of
+// a segment instead of those whose window covers it. So a block that finds one in its tile (or a
+// ghost weight too large for a half) computes the tile with kernels.h. A product with NaN or
+// infinity in h stays with its own pixel; v is zero outside the image, so it gives NaN there. Where
+// v has a NaN or an infinity, the ghost gradient's k * k sums of that channel may all be NaN.
+//
+// Written for one thread, apart from what warp.h offers (warp_on_host.h in the tests). No atomics,
+// and every sum has a fixed order.
+#pragma once
+
+#ifdef __CUDACC__
+#include "warp.h"
+#endif
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../problem.h"
+#include "kernels.h"
+
+namespace elsa {
+
+constexpr int kBandThreads = 256;
+constexpr int kSegment = 8;  // pixels
+constexpr int kLeft = 4;     // columns before a segment that its products read
+
+struct Tile {
+  int depth;     // channels of a head
+  int segments;  // side by side: 1, 2, 4 or 8
+  int strips;    // 8 / segments
+  int rows;      // of a strip, even
+  int pitch;     // elements of a channel's row in shared memory, 8 more than the segments' pixels
+  int row_pitch; // elements of a row of all channels
+  int vector;    // elements per copy: 4, 2 or 1, a divisor of W
+  int across, down;  // tiles
+
+  ELSA_BOTH int width() const { return segments * kSegment; }
+  ELSA_BOTH int height() const { return strips * rows; }
+};
+
+constexpr int kSumPitch = 2 * 8 * kSegment + 8;  // floats of a channel's sums for a pair of rows
+
+// Shared memory of a block, in order: v, h twice for a pair of rows, the ghost head's sums.
+ELSA_BOTH int64_t value_bytes(const Tile& t, int k) {
+  return 2 * int64_t{t.height() + k - 1} * t.row_pitch;
+}
+ELSA_BOTH int64_t weight_bytes(const Tile& t, int k) {
+  return int64_t{4} * t.strips * k * k * t.pitch;
+}
+ELSA_BOTH int64_t product_bytes(const Tile& t, int k, bool ghost) {
+  const int64_t sums = ghost ? int64_t{4} * t.depth * kSumPitch : 0;
+  return value_bytes(t, k) + 2 * weight_bytes(t, k) + sums;
+}
+
+// The same for the gradients of weights: v, grad, the gradient of h for a pair of rows.
+ELSA_BOTH int64_t upstream_bytes(const Tile& t) { return int64_t{2} * t.height() * t.row_pitch; }
+ELSA_BOTH int band_pitch(const Tile& t) { return t.width() + 4; }
+ELSA_BOTH int64_t gradient_bytes(const Tile& t, int k) {
+  return value_bytes(t, k) + upstream_bytes(t) + int64_t{4} * t.strips * k * k * band_pitch(t);
+}
+
+// The tile with the least copying and arithmetic of those that fit. Two blocks fit a processor
+// within `budget` bytes each; beyond that a tile has to be much better. No rows: none fits `limit`.
+template <class Bytes>
+Tile choose_tile(const Problem& p, int vector, int row_padding, int64_t budget, int64_t limit,
+                 const Bytes& bytes) {
+  Tile best{};
+  double least = 0;
+  const int k = static_cast<int>(p.kernel_size);
+  for (int segments = 8; segments > 0; segments /= 2) {
+    for (int rows = 2; rows <= 16; rows += 2) {
+      Tile t{};
+      t.depth = static_cast<int>(p.C / p.G);
+      t.segments = segments;
+      t.strips = 8 / segments;
+      t.rows = rows;
+      t.pitch = t.width() + 2 * kLeft;
+      t.row_pitch = t.depth * t.pitch + row_padding;
+      t.vector = vector;
+      t.across = static_cast<int>(divide_up(p.W, t.width()));
+      t.down = static_cast<int>(divide_up(p.H, t.height()));
+      const int64_t size = bytes(t);
+      if (size > limit) continue;
+      const double copied = double(t.height() + k - 1) * t.depth * t.pitch;
+      const double computed = 64.0 * rows * (k * k + 2 * t.depth);
+      const double cost = t.across * t.down * (copied + computed) * (size > budget ? 1.5 : 1);
+      if (best.rows == 0 || cost < least) {
+        best = t;
+        least = cost;
+      }
+    }
+  }
+  return best;
+}
+
+inline bool has_banded(const Problem& p) {
+  const int64_t k = p.kernel_size, depth = p.C / p.G, area = p.H * p.W;
+  return p.stride == 1 && p.dilation == 1 && k % 2 == 1 && k >= 3 && k <= 9 && depth % 8 == 0 &&
+         depth > 0 && depth <= 64 && area * (depth > k * k ? depth : k * k) < (int64_t{1} << 31);
+}
+
+// Where a block works. The tile's first row and column may be the last of the image.
+struct Corner {
+  int64_t b, g;
+  int y, x;
+};
+
+ELSA_DEVICE Corner corner(const Problem& p, const Tile& t, int64_t block) {
+  Corner at;
+  at.x = static_cast<int>(block % t.across) * t.width();
+  block /= t.across;
+  at.y = static_cast<int>(block % t.down) * t.height();
+  block /= t.down;
+  at.g = block % p.G;
+  at.b = block / p.G;
+  return at;
+}
+
+ELSA_DEVICE uint32_t pair_at(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
+
+template <class T>
+ELSA_DEVICE uint32_t pack(float first, float second) {
+  return T(first).x | static_cast<uint32_t>(T(second).x) << 16;
+}
+
+// The fields of a band's fragment of this lane: element e of the low (high) half is tap
+// j = 2 t + e - n - (4 - k / 2) (8 more) of pixel n. For k < 9 only one of the two is in the band.
+template <int K>
+struct BandLane {
+  static constexpr bool kBoth = K > 8;
+  uint32_t mask[2] = {0, 0};
+  int tap[2][2];  // of [half][element], one of 0 .. k - 1 even outside the band
+  bool high[2];   // for k < 9: tap[0] and tap[1] are those of the high half
+  int first;      // j of element 0 of the low half
+
+  ELSA_DEVICE explicit BandLane(int lane) {
+    first = 2 * (lane % 4) - lane / 4 - (kLeft - K / 2);
+    for (int e = 0; e < 2; ++e) {
+      bool in[2];
+      for (int half = 0; half < 2; ++half) {
+        const int j = first + e + 8 * half;
+        in[half] = j >= 0 && j < K;
+        tap[half][e] = in[half] ? j : 0;
+        if (in[half]) mask[half] |= 0xffffu << (16 * e);
+      }
+      high[e] = !in[0] && in[1];
+      if (!kBoth) tap[0][e] = tap[1][e] = in[0] ? tap[0][e] : tap[1][e];
+    }
+  }
+};
+
+// The ghost head as fragments of bands: (C, parts, k, turn) words, word i the weights of the taps
+// i and i + 1 modulo turn of a window row, turned round for the gradient of v. With two parts the
+// second is what rounding to T leaves of the first.
+template <int K>
+constexpr int kTurn = K > 8 ? 16 : 8;
+
+template <class T, int K, bool TURNED>
+ELSA_DEVICE void ghost_word(int64_t index, int parts, const float* add, uint32_t* words) {
+  constexpr int turn = kTurn<K>;
+  const int i = static_cast<int>(index % turn);
+  const int dy = static_cast<int>(index / turn % K);
+  const int part = static_cast<int>(index / (turn * K) % parts);
+  const int64_t c = index / (turn * K * parts);
+  const float* weights = add + (c * K + (TURNED ? K - 1 - dy : dy)) * K;
+  float w[2];
+  for (int e = 0; e < 2; ++e) {
+    const int j = (i + e) % turn;
+    w[e] = j < K ? weights[TURNED ? K - 1 - j : j] : 0;
+    if (part == 1) w[e] -= static_cast<float>(T(w[e]));
+  }
+  words[index] = pack<T>(w[0], w[1]);
+}
+
+// Calls f(line, vector) for every vector of every line, shared out over the block's threads.
+template <class F>
+ELSA_DEVICE void for_each_vector(int lines, int vectors, const F& f) {
+  int line = thread_index() / vectors, vector = thread_index() % vectors;
+  const int more_lines = kBandThreads / vectors, more_vectors = kBandThreads % vectors;
+  while (line < lines) {
+    f(line, vector);
+    line += more_lines;
+    vector += more_vectors;
+    if (vector >= vectors) {
+      vector -= vectors;
+      ++line;
+    }
+  }
+}
+
+template <int N>
+ELSA_DEVICE void copy_elements(uint16_t* to, const uint16_t* from, bool inside) {
+  if constexpr (N == 1)
+    *to = inside ? *from : uint16_t{0};
+  else
+    copy_async<2 * N>(to, from, inside);
+}
+
+// Starts the copy of `rows` rows of all channels of a head, from row y and column x on, `vectors`
+// vectors a row, with zeros outside the image.
+template <int N>
+ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* head, int rows, int y,
+                             int x, int width, uint16_t* shared) {
+  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
+  // line / depth by a product, exact for fewer than 2^14 lines.
+  const unsigned inverse = ((1u << 20) + t.depth - 1) / t.depth;
+  for_each_vector(rows * t.depth, width / N, [&](int line, int vector) {
+    const int row = static_cast<int>(line * inverse >> 20), c = line - row * t.depth;
+    const int from_y = y + row, from_x = x + vector * N;
+    const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
+    copy_elements<N>(shared + row * t.row_pitch + c * t.pitch + vector * N,
+                     head + (inside ? (c * H + from_y) * W + from_x : 0), inside);
+  });
+}
+
+ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* head, int rows, int y,
+                             int x, int width, uint16_t* shared) {
+  if (t.vector == 4) return copy_values<4>(p, t, head, rows, y, x, width, shared);
+  if (t.vector == 2) return copy_values<2>(p, t, head, rows, y, x, width, shared);
+  copy_values<1>(p, t, head, rows, y, x, width, shared);
+}
+
+// Starts the copy of the weights of rows y + r, y + r + 1 of every strip: (strips, 2, k*k, pitch).
+// For the gradient of v, TURNED, those of the outputs that read these rows, taps in reverse.
+template <int K, bool TURNED, int N>
+ELSA_DEVICE void copy_weights(const Problem& p, const Tile& t, const uint16_t* head, int y, int x,
+                              uint16_t* shared) {
+  constexpr int taps = K * K;
+  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
+  const int from = TURNED ? 0 : kLeft, width = TURNED ? t.pitch : t.width();
+  for_each_vector(2 * t.strips * taps, width / N, [&](int line, int vector) {
+    const int row = line / taps, tap = line % taps;
+    const int at = from + vector * N;
+    const int from_x = x - kLeft + at;
+    const int from_y = y + row / 2 * t.rows + row % 2 + (TURNED ? tap / K - K / 2 : 0);
+    const int from_tap = TURNED ? taps - 1 - tap : tap;
+    const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
+    copy_elements<N>(shared + line * t.pitch + at,
+                     head + (inside ? (from_tap * H + from_y) * W + from_x : 0), inside);
+  });
+}
+
+template <int K, bool TURNED>
+ELSA_DEVICE void copy_weights(const Problem& p, const Tile& t, const uint16_t* head, int y, int x,
+                              uint16_t* shared) {
+  if (t.vector == 4) return copy_weights<K, TURNED, 4>(p, t, head, y, x, shared);
+  if (t.vector == 2) return copy_weights<K, TURNED, 2>(p, t, head, y, x, shared);
+  copy_weights<K, TURNED, 1>(p, t, head, y, x, shared);
+}
+
+// Whether one of the block's words has an element with all bits of the exponent set.
+template <class T>
+ELSA_DEVICE bool block_not_finite(const uint32_t* values, int count, const uint32_t* ghost,
+                                  int ghost_count) {
+  constexpr uint32_t exponent = std::is_same_v<T, c10::BFloat16> ? 0x7f807f80u : 0x7c007c00u;
+  constexpr uint32_t last = std::is_same_v<T, c10::BFloat16> ? 0x00800080u : 0x04000400u;
+  uint32_t found = 0;
+  for (int i = thread_index(); i < count; i += kBandThreads)
+    found |= (values[i] & exponent) + last;
+  for (int i = thread_index(); i < ghost_count; i += kBandThreads)
+    found |= (read_only(ghost + i) & exponent) + last;
+  return block_any((found & 0x80008000u) != 0);
+}
+
+// The tile by the functions of kernels.h.
+template <class T, bool TURNED>
+ELSA_SLOW void plain_tile(const Problem& p, const Tile& t, const Corner& at, const T* source,
+                          const T* h, const float* add, T* result) {
+  const int pixels = t.height() * t.width();
+  for (int i = thread_index(); i < t.depth / kChannels * pixels; i += kBandThreads) {
+    const int64_t y = at.y + i % pixels / t.width(), x = at.x + i % t.width();
+    if (y >= p.H || x >= p.W) continue;
+    const int64_t part = (at.b * p.G + at.g) * (t.depth / kChannels) + i / pixels;
+    const int64_t index = (part * p.H + y) * p.W + x;
+    const float* none = nullptr;
+    if (TURNED) {
+      if (add)
+        grad_v<false, true>(p, index, source, h, none, add, result);
+      else
+        grad_v<false, false>(p, index, source, h, none, add, result);
+    } else {
+      if (add)
+        forward<false, true>(p, index, source, h, none, add, result);
+      else
+        forward<false, false>(p, index, source, h, none, add, result);
+    }
+  }
+}
+
+// The ghost head's part of a pair of rows of every strip for one channel, into `sums` (2, 8, 8).
+// `values`: v from the pair's first input row and the channel's first column on.
+template <class T, int K>
+ELSA_DEVICE void ghost_product(const Tile& t, const BandLane<K>& band, const uint16_t* values,
+                               const uint32_t* words, int parts, float* sums) {
+  constexpr int turn = kTurn<K>;
+  const int lane = thread_index() % 32, slot = lane / 4;
+  const uint16_t* from = values + slot / t.segments * t.rows * t.row_pitch +
+                         slot % t.segments * kSegment + 2 * (lane % 4);
+  uint32_t a[K + 1][2];
+#pragma unroll
+  for (int i = 0; i < K + 1; ++i, from += t.row_pitch) {
+    a[i][0] = pair_at(from);
+    a[i][1] = pair_at(from + 8);
+  }
+  const int low = band.first & (turn - 1), high = (band.first + 8) & (turn - 1);
+  float sum[2][4] = {};
+#pragma unroll 1
+  for (int part = 0; part < parts; ++part, words += K * turn) {
+#pragma unroll
+    for (int dy = 0; dy < K; ++dy) {
+      const uint32_t b0 = read_only(words + low + dy * turn);
+      const uint32_t b1 = BandLane<K>::kBoth ? read_only(words + high + dy * turn) : b0;
+      const uint32_t rows[4] = {a[dy][0], a[dy + 1][0], a[dy][1], a[dy + 1][1]};
+      mma<T>(sum[dy % 2], rows, b0 & band.mask[0], b1 & band.mask[1]);
+    }
+  }
+  float* to = sums + slot * kSegment + 2 * (lane % 4);
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    to[row * 64] = sum[0][2 * row] + sum[1][2 * row];
+    to[row * 64 + 1] = sum[0][2 * row + 1] + sum[1][2 * row + 1];
+  }
+}
+
+// The attention's part of a pair of rows for the warp's segment and BLOCKS times 16 channels, added
+// to acc[block][row]. `values`: v from the first channel and input row and the segment's first
+// column on; `weights`: those of the first row, from the segment's first column on.
+template <class T, int K, bool TURNED, int BLOCKS>
+ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const uint16_t* values,
+                                   const uint16_t* weights, float (&acc)[BLOCKS][2][4]) {
+  const int lane = thread_index() % 32, n = lane / 4, quad = lane % 4;
+  const uint16_t* from = values + n * t.pitch + 2 * quad;
+  const uint16_t* at[2][2];  // [half][element]
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool upper = BandLane<K>::kBoth ? half == 1 : band.high[e];
+      at[half][e] = weights + band.tap[half][e] * t.pitch +
+                    (TURNED ? 2 * quad + e + (upper ? 8 : 0) : kLeft + n);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < K + 1; ++i) {
+    uint32_t a[BLOCKS][4];
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      const uint16_t* row = from + i * t.row_pitch + block * 16 * t.pitch;
+      a[block][0] = pair_at(row);
+      a[block][1] = pair_at(row + 8 * t.pitch);
+      a[block][2] = pair_at(row + 8);
+      a[block][3] = pair_at(row + 8 * t.pitch + 8);
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int dy = i - row;
+      if (dy < 0 || dy >= K) continue;
+      const int offset = (row * K + dy) * K * t.pitch;
+      const uint32_t low = at[0][0][offset] | static_cast<uint32_t>(at[0][1][offset]) << 16;
+      uint32_t high = low;
+      if constexpr (BandLane<K>::kBoth)
+        high = at[1][0][offset] | static_cast<uint32_t>(at[1][1][offset]) << 16;
+      const uint32_t b0 = low & band.mask[0], b1 = high & band.mask[1];
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block) mma<T>(acc[block][row], a[block], b0, b1);
+    }
+  }
+}
+
+// Both parts of a pair of rows for the warp's segment and the channels c, ..., BLOCKS * 16 of them
+// or as many as the head has. `sums`: the ghost head's part or null; `result`: from the head's
+// channel 0, the pair's first row and this lane's first pixel on, `columns` (`below`) pixels (rows)
+// before the edge of the image.
+template <class T, int K, bool TURNED, int BLOCKS>
+ELSA_DEVICE void segment_product(const Problem& p, const Tile& t, const BandLane<K>& band, int c,
+                                 const uint16_t* values, const uint16_t* weights,
+                                 const float* sums, T* result, int columns, int below) {
+  const int lane = thread_index() % 32;
+  float acc[BLOCKS][2][4] = {};
+  if (sums) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS * 4; ++i) {
+      const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
+      if (channel >= t.depth) continue;
+      const float* from = sums + channel * kSumPitch + row * 64;
+      acc[i / 4][row][i % 2 * 2] = from[0];
+      acc[i / 4][row][i % 2 * 2 + 1] = from[1];
+    }
+  }
+  attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
+#pragma unroll
+  for (int i = 0; i < BLOCKS * 4; ++i) {
+    const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
+    if (channel >= t.depth || row >= below) continue;
+    T* to = result + channel * p.H * p.W + row * p.W;
+    const float* value = acc[i / 4][row] + i % 2 * 2;
+    if (t.vector > 1) {
+      if (columns > 0) *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
+    } else {
+      if (columns > 0) to[0] = T(value[0]);
+      if (columns > 1) to[1] = T(value[1]);
+    }
+  }
+}
+
+// `forward`, or with TURNED `grad_v`, of the block's tile. `words`: of ghost_word, in `parts`
+// parts, or null; then `add` is null too.
+template <class T, int K, bool TURNED>
+ELSA_DEVICE void banded_product(const Problem& p, const Tile& t, int64_t block,
+                                unsigned char* shared, const T* source, const T* h,
+                                const uint32_t* words, int parts, const float* add, T* result) {
+  const Corner at = corner(p, t, block);
+  const int64_t area = p.H * p.W;
+  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
+  const int warp = thread_index() / 32, lane = thread_index() % 32;
+  uint16_t* values = reinterpret_cast<uint16_t*>(shared);
+  uint16_t* weights = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
+  float* sums = reinterpret_cast<float*>(shared + value_bytes(t, K) + 2 * weight_bytes(t, K));
+  const int64_t head = at.b * p.G + at.g;
+  const uint16_t* h_head = reinterpret_cast<const uint16_t*>(h) + head * K * K * area;
+  const int rows = t.height() + K - 1;
+  const int words_per_channel = K * parts * kTurn<K>;
+  if (words) words += at.g * t.depth * words_per_channel;
+
+  copy_values(p, t, reinterpret_cast<const uint16_t*>(source) + head * t.depth * area, rows,
+              at.y - K / 2, at.x - kLeft, t.pitch, values);
+  const int padding = t.row_pitch - t.depth * t.pitch;
+  for (int i = thread_index(); i < rows * padding; i += kBandThreads)
+    values[(i / padding + 1) * t.row_pitch - padding + i % padding] = 0;
+  copy_weights<K, TURNED>(p, t, h_head, at.y, at.x, weights);
+  wait_copies();
+  block_sync();
+  if (block_not_finite<T>(reinterpret_cast<const uint32_t*>(values), rows * t.row_pitch / 2, words,
+                          words ? t.depth * words_per_channel : 0))
+    return plain_tile<T, TURNED>(p, t, at, source, h, add, result);
+
+  const BandLane<K> band(lane);
+  const int strip = warp / t.segments * t.rows, column = warp % t.segments * kSegment;
+  const int x = at.x + column + 2 * (lane % 4);
+  for (int r = 0; r < t.rows && at.y + r < H; r += 2) {
+    const uint16_t* current = weights + r / 2 % 2 * (weight_bytes(t, K) / 2);
+    if (r > 0) {
+      wait_copies();
+      block_sync();
+    }
+    if (r + 2 < t.rows) {
+      copy_weights<K, TURNED>(p, t, h_head, at.y + r + 2, at.x,
+                              weights + (r / 2 + 1) % 2 * (weight_bytes(t, K) / 2));
+        }
+    if (words) {
+      for (int c = warp; c < t.depth; c += 8)
+        ghost_product<T, K>(t, band, values + r * t.row_pitch + c * t.pitch,
+                            words + c * words_per_channel, parts, sums + c * kSumPitch);
+      block_sync();
+    }
+    const int y = at.y + strip + r;
+    const uint16_t* from = values + (strip + r) * t.row_pitch + column;
+    const uint16_t* by = current + warp / t.segments * 2 * K * K * t.pitch + column;
+    const float* ghost = words ? sums + warp * kSegment + 2 * (lane % 4) : nullptr;
+    T* to = result + head * t.depth * area + int64_t{y} * W + x;
+    for (int c = 0; c < t.depth; c += 32) {
+      if (t.depth - c > 16)
+        segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+      else
+        segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+    }
+  }
+}
+
+// The gradient of h of a pair of rows for the warp's segment, into `band_rows` (2, k*k, pitch),
+// from the segment's first column on. `values`, `upstream`: from the first channel, the first input
+// (output) row and the segment's first column on; `spare`: where a lane may write what no one
+// reads, from band_rows on. BLOCKS times 16 channels, or 8 less.
+template <class T, int K, int BLOCKS>
+ELSA_DEVICE void weight_gradient(const Tile& t, const uint16_t* values, const uint16_t* upstream,
+                                 uint16_t* band_rows, int spare) {
+  const int lane = thread_index() % 32;
+  // Of a last block of 8 channels the other 8 are read again, as zeros.
+  const bool cut = t.depth % 16 != 0;
+  const uint32_t keep = cut ? 0 : 0xffffffffu;
+  // Rows of the matrices that this lane names.
+  const uint16_t* from = values + lane % 8 * t.pitch + lane / 8 % 2 * 8;
+  const uint16_t* up = upstream + lane % 8 * t.pitch;
+  const int from_second = lane / 16 * 8 * t.pitch, up_second = lane / 8 % 2 * 8 * t.pitch;
+  uint32_t b[2][BLOCKS][2];
+#pragma unroll
+  for (int block = 0; block < BLOCKS; ++block) {
+    const bool last = block == BLOCKS - 1;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      load_transposed(b[row][block], up + row * t.row_pitch + block * 16 * t.pitch +
+                                         (last && cut ? 0 : up_second));
+      if (last) b[row][block][1] &= keep;
+    }
+  }
+  // Fragment d: element (q, n) with q = lane / 4 (8 more for 2, 3), n = 2 (lane % 4) (+ 1).
+  const int q = lane / 4, n = 2 * (lane % 4);
+  const int pitch = band_pitch(t);
+  bool low[2], high[2];
+  int place[2][2];  // in a window row's bands, of [low, high][e]; for k < 9 [0] is of either
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int j = q - n - e - (kLeft - K / 2);
+    low[e] = j >= 0 && j < K;
+    high[e] = j + 8 >= 0 && j + 8 < K;
+    place[0][e] = low[e] ? j * pitch + n + e : spare + (n + e) % 4;
+    place[1][e] = high[e] ? (j + 8) * pitch + n + e : spare + (n + e) % 4;
+    if (!BandLane<K>::kBoth && high[e]) place[0][e] = place[1][e];
+  }
+#pragma unroll
+  for (int i = 0; i < K + 1; ++i) {
+    uint32_t a[BLOCKS][4];
+#pragma unroll
+    for (int block = 0; block < BLOCKS; ++block) {
+      const bool last = block == BLOCKS - 1;
+      load_transposed(a[block], from + i * t.row_pitch + block * 16 * t.pitch +
+                                    (last && cut ? 0 : from_second));
+      if (last) {
+        a[block][2] &= keep;
+        a[block][3] &= keep;
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const int dy = i - row;
+      if (dy < 0 || dy >= K) continue;
+      float d[4] = {};
+#pragma unroll
+      for (int block = 0; block < BLOCKS; ++block)
+        mma<T>(d, a[block], b[row][block][0], b[row][block][1]);
+      uint16_t* to = band_rows + (row * K + dy) * K * pitch;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if constexpr (BandLane<K>::kBoth) {
+          to[place[0][e]] = T(d[e]).x;
+          to[place[1][e]] = T(d[2 + e]).x;
+        } else {
+          to[place[0][e]] = T(low[e] ? d[e] : d[2 + e]).x;
+        }
+      }
+    }
+  }
+}
+
+// The ghost gradient of one channel over the tile: the sum for tap (dy, m) into `result` by the
+// lanes 4 m. `values`, `upstream`: from the channel's first column and the first row on.
+template <class T, int K>
+ELSA_DEVICE void ghost_gradient(const Tile& t, const uint16_t* values, const uint16_t* upstream,
+                                bool first, float* result) {
+  const int lane = thread_index() % 32, slot = lane % 8;
+  const int64_t place = int64_t{slot / t.segments * t.rows} * t.row_pitch + slot % t.segments * 8;
+  // Rows of the matrices that this lane names: of two columns and two input rows, of two rows.
+  const uint16_t* from = values + place + lane / 16 * t.row_pitch + lane / 8 % 2 * 8;
+  const uint16_t* up = upstream + place + lane / 8 % 2 * t.row_pitch;
+  float acc[K][4] = {};
+  for (int r = 0; r < t.rows; r += 2) {
+    uint32_t b[2], a[(K + 1) / 2][4];
+    load_transposed(b, up + r * t.row_pitch);
+#pragma unroll
+    for (int i = 0; i < K + 1; i += 2) load_transposed(a[i / 2], from + (r + i) * t.row_pitch);
+#pragma unroll
+    for (int dy = 0; dy < K; ++dy) {
+      const int u = dy + 1;
+      const uint32_t rows[4] = {a[dy / 2][dy % 2 * 2], a[dy / 2][dy % 2 * 2 + 1],
+                                a[u / 2][u % 2 * 2], a[u / 2][u % 2 * 2 + 1]};
+      mma<T>(acc[dy], rows, b[0], b[1]);
+    }
+  }
+  // The sums along the diagonals q - n. Lane 4 m + i gathers those of tap m with n = 2 i, 2 i + 1
+  // from the lanes that hold them; the four add up.
+  constexpr int shift = kLeft - K / 2;
+  const int m = lane / 4, quad = lane % 4;
+#pragma unroll
+  for (int dy = 0; dy < K; ++dy) {
+#pragma unroll
+    for (int turn = 0; turn < K; turn += 8) {
+      float sum = 0;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int j = lane / 4 - 2 * quad - e - shift;  // of this lane's element
+        const bool low = j >= turn && j < turn + 8, high = j + 8 >= turn && j + 8 < turn + 8;
+        const float mine = low ? acc[dy][e] : high ? acc[dy][2 + e] : 0;
+        sum += shuffle(mine, (m + 2 * quad + e + shift) % 8 * 4 + quad);
+      }
+      sum += shuffle(sum, lane ^ 1);
+      sum += shuffle(sum, lane ^ 2);
+      if (quad == 0 && turn + m < K) {
+        float* to = result + dy * K + turn + m;
+        *to = first ? sum : *to + sum;
+      }
+    }
+  }
+}
+
+// The gradients of h (where `grad_h`) and of ghost_add (where `sums`) of the block's tile in the
+// images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its head's.
+template <class T, int K>
+ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block, int64_t step,
+                                 unsigned char* shared, const T* grad, const T* v, T* grad_h,
+                                 float* sums) {
+  Corner at = corner(p, t, block);
+  const int64_t area = p.H * p.W;
+  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
+  const int warp = thread_index() / 32;
+  uint16_t* values = reinterpret_cast<uint16_t*>(shared);
+  uint16_t* upstream = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
+  uint16_t* bands =
+      reinterpret_cast<uint16_t*>(shared + value_bytes(t, K) + upstream_bytes(t));
+  const int strip = warp / t.segments, column = warp % t.segments * kSegment;
+  const int64_t tile_index = block % (int64_t{t.across} * t.down);
+  if (sums)
+    sums += ((at.b * t.across * t.down + tile_index) * p.C + at.g * t.depth) * K * K;
+
+  for (int64_t b = at.b; b < p.B; b += step) {
+    const int64_t head = b * p.G + at.g;
+    copy_values(p, t, reinterpret_cast<const uint16_t*>(v) + head * t.depth * area,
+                t.height() + K - 1, at.y - K / 2, at.x - kLeft, t.pitch, values);
+    copy_values(p, t, reinterpret_cast<const uint16_t*>(grad) + head * t.depth * area, t.height(),
+                at.y, at.x, t.width(), upstream);
+      wait_copies();
+    block_sync();
+    if (sums)
+      for (int c = warp; c < t.depth; c += 8)
+        ghost_gradient<T, K>(t, values + c * t.pitch, upstream + c * t.pitch, b == at.b,
+                             sums + c * K * K);
+    if (grad_h) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(grad_h) + head * K * K * area;
+      const int pitch = band_pitch(t);
+      for (int r = 0; r < t.rows && at.y + r < H; r += 2) {
+        const int first = (strip * t.rows + r) * t.row_pitch + column;
+        uint16_t* band = bands + strip * 2 * K * K * pitch + column;
+        const int spare = t.width() - column;
+        switch ((t.depth + 15) / 16) {
+          case 1:
+            weight_gradient<T, K, 1>(t, values + first, upstream + first, band, spare);
+            break;
+          case 2:
+            weight_gradient<T, K, 2>(t, values + first, upstream + first, band, spare);
+            break;
+          case 3:
+            weight_gradient<T, K, 3>(t, values + first, upstream + first, band, spare);
+            break;
+          default:
+            weight_gradient<T, K, 4>(t, values + first, upstream + first, band, spare);
+        }
+        block_sync();
+        const int vector = t.vector;
+        for_each_vector(2 * t.strips * K * K, t.width() / vector, [&](int line, int i) {
+          const int row = line / (K * K), tap = line % (K * K);
+          const int y = at.y + row / 2 * t.rows + r + row % 2, x = at.x + i * vector;
+          if (y >= H || x >= W) return;
+          uint16_t* target = to + (tap * H + y) * W + x;
+          const uint16_t* from = bands + line * pitch + i * vector;
+          if (vector == 4)
+            *reinterpret_cast<uint64_t*>(target) = *reinterpret_cast<const uint64_t*>(from);
+          else if (vector == 2)
+            *reinterpret_cast<uint32_t*>(target) = *reinterpret_cast<const uint32_t*>(from);
+          else
+            *target = *from;
+        });
+        block_sync();
+      }
+    }
+    block_sync();  // before the next image's copies
+  }
+}
+
+}  // namespace elsa

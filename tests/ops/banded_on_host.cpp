@@ -1,0 +1,134 @@
+// Runs the kernels of ops/csrc/cuda/banded.h block by block on the CPU.
+#include "warp_on_host.h"
+//
+#include "../../ops/csrc/cuda/banded.h"
+
+using namespace elsa;
+
+namespace {
+
+struct Tensors {
+  const void *grad, *v, *h;
+  const float* add;
+  void *out, *grad_v, *grad_h;
+  float* grad_add;  // (splits, tiles, C, k, k)
+};
+
+struct Setting {
+  int64_t vector, segments, rows, parts, splits, reversed;
+};
+
+// Shared memory with a guard behind it; both start as NaN.
+class Shared {
+ public:
+  explicit Shared(int64_t bytes) : bytes_(bytes), words_(bytes / 8 + 64) {}
+  unsigned char* fresh() {
+    std::memset(words_.data(), 0xff, words_.size() * 8);
+    return reinterpret_cast<unsigned char*>(words_.data() + words_.size() % 2);
+  }
+  void check() {
+    for (const auto* at = fresh_end(); at < end(); ++at)
+      HostBlock::require(*at == 0xff, "a write behind shared memory");
+  }
+
+ private:
+  const unsigned char* end() const {
+    return reinterpret_cast<const unsigned char*>(words_.data() + words_.size());
+  }
+  const unsigned char* fresh_end() const {
+    return reinterpret_cast<const unsigned char*>(words_.data() + words_.size() % 2) + bytes_;
+  }
+  int64_t bytes_;
+  std::vector<uint64_t> words_;
+};
+
+template <class Bytes>
+Tile tile_for(const Problem& p, const Setting& s, int padding, const Bytes& bytes) {
+  Tile t = choose_tile(p, static_cast<int>(s.vector), padding, 115200, 232448, bytes);
+  if (s.segments) {
+    t.segments = static_cast<int>(s.segments);
+    t.strips = 8 / t.segments;
+    t.rows = static_cast<int>(s.rows);
+    t.pitch = t.width() + 2 * kLeft;
+    t.row_pitch = t.depth * t.pitch + padding;
+    t.across = static_cast<int>(divide_up(p.W, t.width()));
+    t.down = static_cast<int>(divide_up(p.H, t.height()));
+  }
+  return t;
+}
+
+template <class T, int K, bool TURNED>
+void product(const Problem& p, const Setting& s, const Tensors& x, const void* source,
+             void* result) {
+  const int parts = static_cast<int>(s.parts);
+  std::vector<uint32_t> words(x.add ? p.C * K * parts * kTurn<K> : 0);
+  for (size_t i = 0; i < words.size(); ++i)
+    ghost_word<T, K, TURNED>(static_cast<int64_t>(i), parts, x.add, words.data());
+  const auto bytes = [&](const Tile& t) { return product_bytes(t, K, x.add != nullptr); };
+  const Tile t = tile_for(p, s, 4, bytes);
+  Shared shared(bytes(t));
+  for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
+    unsigned char* memory = shared.fresh();
+    HostBlock::get().run(
+        [&] {
+          banded_product<T, K, TURNED>(p, t, block, memory, static_cast<const T*>(source),
+                                       static_cast<const T*>(x.h),
+                                       x.add ? words.data() : nullptr, parts, x.add,
+                                       static_cast<T*>(result));
+        },
+        s.reversed);
+    shared.check();
+  }
+}
+
+template <class T, int K>
+void all(const Problem& p, const Setting& s, const Tensors& x) {
+  product<T, K, false>(p, s, x, x.v, x.out);
+  product<T, K, true>(p, s, x, x.grad, x.grad_v);
+  const auto bytes = [](const Tile& t) { return gradient_bytes(t, K); };
+  const Tile t = tile_for(p, s, 0, bytes);
+  Shared shared(bytes(t));
+  const int64_t tiles = t.across * t.down, sums = p.C * K * K;
+  std::vector<float> part(s.splits * tiles * sums, NAN);
+  for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
+    unsigned char* memory = shared.fresh();
+    HostBlock::get().run(
+        [&] {
+          banded_gradient<T, K>(p, t, block, s.splits, memory, static_cast<const T*>(x.grad),
+                                static_cast<const T*>(x.v), static_cast<T*>(x.grad_h),
+                                x.add ? part.data() : nullptr);
+        },
+        s.reversed);
+    shared.check();
+  }
+  if (!x.add) return;
+  for (int64_t i = 0; i < sums; ++i) {
+    x.grad_add[i] = 0;
+    for (int64_t split = 0; split < s.splits * tiles; ++split)
+      x.grad_add[i] += part[split * sums + i];
+  }
+}
+
+template <class T>
+void with_kernel_size(const Problem& p, const Setting& s, const Tensors& x) {
+  if (p.kernel_size == 3) all<T, 3>(p, s, x);
+  if (p.kernel_size == 5) all<T, 5>(p, s, x);
+  if (p.kernel_size == 7) all<T, 7>(p, s, x);
+  if (p.kernel_size == 9) all<T, 9>(p, s, x);
+}
+
+}  // namespace
+
+extern "C" void run_banded(bool bfloat16, const int64_t* sizes, const int64_t* setting,
+                           void* const* pointers) {
+  const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+                  sizes[3], sizes[4], sizes[5], 1,        1};
+  HostBlock::require(has_banded(p), "no banded kernel for these sizes");
+  const Setting s{setting[0], setting[1], setting[2], setting[3], setting[4], setting[5]};
+  const Tensors x{pointers[0], pointers[1], pointers[2], static_cast<const float*>(pointers[3]),
+                  pointers[4], pointers[5], pointers[6], static_cast<float*>(pointers[7])};
+  if (bfloat16)
+    with_kernel_size<c10::BFloat16>(p, s, x);
+  else
+    with_kernel_size<c10::Half>(p, s, x);
+}
