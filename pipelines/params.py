@@ -116,8 +116,16 @@ class Training(Section):
 class Pretrain(Training):
     num_classes: Positive
     img_size: Annotated[int, Field(ge=16)]
+    accumulate: Positive
+    """Micro-batches of each optimizer step, so that fewer or smaller GPUs reach `batch_size`: each
+    forward pass takes `batch_size / (scaling.num_workers * accumulate)` images."""
+    lr_base_size: Positive | None
+    """The rule of the learning rate: `lr` belongs to this global batch and scales linearly with
+    `batch_size`; `warmup_lr` and `min_lr` stay. null takes `lr` as given."""
     opt: str
     sched: Literal["cosine", "step", "poly", "tanh"]
+    sched_on_updates: bool
+    """The schedule moves with every step; false moves it once per epoch, timm's default."""
     warmup_epochs: NonNegative
     warmup_lr: Rate
     min_lr: Rate
@@ -135,7 +143,20 @@ class Pretrain(Training):
     crop_pct: Annotated[float, Field(gt=0, le=1)]
     model_ema: bool
     model_ema_decay: Annotated[float, Field(gt=0, lt=1)]
-    amp: Literal["none", "bfloat16", "float16"]
+    amp: Literal["auto", "none", "bfloat16", "float16"]
+    """Autocast's type. auto: on a GPU bfloat16 if it has it, else float16; none on a CPU. float16
+    comes with a loss scaler."""
+    grad_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    channels_last: bool
+    compile: bool
+    """`torch.compile` of the training step's forward and backward."""
+    prefetch_factor: Positive
+    """Batches that each of the `data_workers` prepares ahead."""
+    persistent_workers: bool
+    """Keep the `data_workers` from epoch to epoch. The images are the same either way."""
+    pin_memory: bool
+    """Page-locked batches, for asynchronous copies to a GPU; nothing on a CPU."""
     holdout: Annotated[float, Field(ge=0, lt=0.5)]
     """Share of the training images held out to choose the best epoch. With 0 the validation
     images choose it, as timm does; then the reported accuracy is that of a chosen epoch."""
@@ -146,11 +167,15 @@ class Pretrain(Training):
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}"
             )
-        if self.amp == "float16":
-            raise ValueError(
-                "amp=float16 needs a loss scaler, which is not built yet: use bfloat16"
-            )
         return self
+
+    def scaled_lr(self) -> float:
+        """The learning rate of `batch_size`, by the rule of `lr_base_size`."""
+        return self.lr * self.batch_size / self.lr_base_size if self.lr_base_size else self.lr
+
+    def micro_batch(self, workers: int) -> int:
+        """Images of one forward pass on one of `workers`."""
+        return self.batch_size // (workers * self.accumulate)
 
 
 class Downstream(Training):
@@ -208,6 +233,20 @@ class Params(Section):
                     f"{name}.batch_size={batch_size} is the global batch and must be a multiple"
                     f" of scaling.num_workers={workers}"
                 )
+        pretrain = self.pretrain
+        if pretrain.batch_size % (workers * pretrain.accumulate):
+            raise ValueError(
+                f"pretrain.batch_size={pretrain.batch_size} is the global batch and must be a"
+                f" multiple of scaling.num_workers={workers} x pretrain.accumulate="
+                f"{pretrain.accumulate}"
+            )
+        micro_batch = pretrain.micro_batch(workers)
+        if (pretrain.mixup or pretrain.cutmix) and micro_batch % 2:
+            raise ValueError(
+                f"pretrain.mixup and pretrain.cutmix mix pairs, and each forward pass has"
+                f" {micro_batch} images (pretrain.batch_size / scaling.num_workers /"
+                " pretrain.accumulate); make that an even number"
+            )
         return self
 
 
