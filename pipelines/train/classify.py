@@ -7,10 +7,11 @@ else: a resumed run repeats an undisturbed one bit for bit on the CPU.
 
 import json
 import math
+import multiprocessing
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -21,7 +22,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from timm.data import FastCollateMixup, ImageDataset, Mixup, create_loader, create_transform
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -158,9 +159,9 @@ class Classifier:
         }
         mixes = p.mixup > 0 or p.cutmix > 0
         # As in timm's script: where batches are prefetched they are mixed as they are collated.
-        prefetch = device.type == "cuda"
-        self.mixup = Mixup(**mixup) if mixes and not prefetch else None
-        collate = FastCollateMixup(**mixup) if mixes and prefetch else None
+        self.prefetch = device.type == "cuda"
+        self.mixup = Mixup(**mixup) if mixes and not self.prefetch else None
+        collate = FastCollateMixup(**mixup) if mixes and self.prefetch else None
         self.loss: nn.Module = (
             SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(p.smoothing)
         )
@@ -218,7 +219,10 @@ class Classifier:
             scores = self._evaluate(chosen, self.choice_loader)
             metrics |= {f"{name}_{key}": scores[key] for key in ("top1", "top5", "loss")}
             if scores["top1"] > self.best["top1"]:
-                weights = {k: v.detach().cpu().clone() for k, v in chosen.state_dict().items()}
+                weights = {  # contiguous, as safetensors asks: channels_last has other strides
+                    k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    for k, v in chosen.state_dict().items()
+                }
                 self.best = {"epoch": epoch, "top1": scores["top1"], "weights": weights}
             self.history.append({"epoch": epoch + 1, **metrics})
             result = self._final() if epoch + 1 == self.epochs else None
@@ -239,20 +243,6 @@ class Classifier:
         p, rank, world = self.params, self.reporter.rank, self.reporter.world_size
         train = ImageDataset(str(data / "train"))
         kept, held = split_holdout(len(train), p.holdout, p.seed)
-        prefetch = self.device.type == "cuda"
-        workers: dict[str, Any] = {
-            "num_workers": p.data_workers,
-            "pin_memory": p.pin_memory and prefetch,
-        }
-        lasting: dict[str, Any] = {}
-        if p.data_workers:
-            lasting = {
-                "prefetch_factor": p.prefetch_factor,
-                "persistent_workers": p.persistent_workers,
-                # An iterator takes a seed, and that of lasting workers is made only once: taken
-                # from the global generator, it would make epochs differ after a resume.
-                "generator": torch.Generator(),
-            }
         train.transform = create_transform(
             p.img_size,
             is_training=True,
@@ -263,43 +253,64 @@ class Classifier:
             interpolation=p.interpolation,
             re_prob=p.reprob,
             re_mode="pixel",
-            use_prefetcher=prefetch,
+            use_prefetcher=self.prefetch,
         )
         part = Part(train, kept, p.seed)
         # One worker has it too: then a step has the same images on any number of workers.
         sampler = EpochSampler if p.data_workers else DistributedSampler
-        train_loader: Any = DataLoader(
+        train_loader = self._loader(
             part,
-            batch_size=p.micro_batch(world),
+            {"re_prob": p.reprob, "re_mode": "pixel"},
             sampler=sampler(part, num_replicas=world, rank=rank, seed=p.seed),
-            collate_fn=collate or (fast_collate if prefetch else None),
             drop_last=True,
-            **workers,
-            **lasting,
+            persistent_workers=p.persistent_workers and p.data_workers > 0,
+            collate_fn=collate,
         )
-        if prefetch:
-            train_loader = PrefetchLoader(
-                train_loader, device=self.device, re_prob=p.reprob, re_mode="pixel"
-            )
 
         def evaluation(folder: str, indices: list[int]) -> Any:
             # Every rank takes its own images, so none is padded or counted twice.
             mine = Part(ImageDataset(str(data / folder)), indices[rank::world])
-            return create_loader(
-                mine,
-                input_size=(3, p.img_size, p.img_size),
-                batch_size=p.micro_batch(world),
-                is_training=False,
+            mine.transform = create_transform(
+                p.img_size,
                 crop_pct=p.crop_pct,
                 interpolation=p.interpolation,
-                persistent_workers=False,
-                use_prefetcher=prefetch,
-                device=self.device,
-                **workers,
+                use_prefetcher=self.prefetch,
             )
+            return self._loader(mine)
 
         val = evaluation("val", list(range(len(ImageDataset(str(data / "val"))))))
         return train_loader, evaluation("train", held) if held else val, val
+
+    def _loader(
+        self,
+        part: Part,
+        erasing: Mapping[str, Any] | None = None,
+        collate_fn: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """timm's `create_loader`, but for any sampler, and for processes that are safe to start."""
+        p = self.params
+        if p.data_workers:
+            # A fork of a process with threads, such as Ray's or autograd's, can hang.
+            multiprocessing.set_forkserver_preload([__name__])
+            kwargs |= {
+                "multiprocessing_context": "forkserver",
+                "prefetch_factor": p.prefetch_factor,
+                # An iterator takes a seed, and that of lasting workers is made only once: taken
+                # from the global generator, it would make epochs differ after a resume.
+                "generator": torch.Generator(),
+            }
+        loader = DataLoader(
+            part,
+            batch_size=p.micro_batch(self.reporter.world_size),
+            num_workers=p.data_workers,
+            pin_memory=p.pin_memory and self.prefetch,
+            collate_fn=collate_fn or (fast_collate if self.prefetch else None),
+            **kwargs,
+        )
+        if self.prefetch:
+            return PrefetchLoader(loader, device=self.device, **(erasing or {}))
+        return loader
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         p, cuda = self.params, self.device.type == "cuda"
