@@ -143,12 +143,24 @@ class Training(Section):
     seed: NonNegative
     epochs: Positive
     batch_size: Positive
+    accumulate: Positive
+    """Passes that one step's batch is split into, so that fewer or smaller GPUs reach the same
+    batch: each takes `batch_size / (scaling.num_workers * accumulate)` images."""
     lr: Rate
+    base_batch_size: Positive
+    """The global batch that `lr` is for; with another `batch_size` it is scaled linearly."""
+    amp: Literal["auto", "none", "bfloat16", "float16"]
+    """Precision of training on GPUs. auto: bfloat16 where the GPU has it, else float16 with a loss
+    scaler; none on a CPU."""
     weight_decay: Annotated[float, Field(ge=0)]
     clip_grad: Annotated[float, Field(ge=0)]
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
     data_workers: NonNegative
     """Loader processes of each worker; 0 loads in the worker itself."""
+
+    def scaled_lr(self) -> float:
+        """The learning rate of `batch_size`."""
+        return self.lr * (self.batch_size / self.base_batch_size)
 
 
 class Pretrain(Training):
@@ -156,6 +168,8 @@ class Pretrain(Training):
     img_size: Annotated[int, Field(ge=16)]
     opt: str
     sched: Literal["cosine", "step", "poly", "tanh"]
+    sched_on_updates: bool
+    """The schedule moves with every step; false moves it once per epoch, timm's default."""
     warmup_epochs: NonNegative
     warmup_lr: Rate
     min_lr: Rate
@@ -173,7 +187,17 @@ class Pretrain(Training):
     crop_pct: Annotated[float, Field(gt=0, le=1)]
     model_ema: bool
     model_ema_decay: Annotated[float, Field(gt=0, lt=1)]
-    amp: Literal["none", "bfloat16", "float16"]
+    grad_checkpointing: bool
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    channels_last: bool
+    compile: bool
+    """`torch.compile` of the training step's forward and backward."""
+    prefetch_factor: Positive
+    """Batches that each of the `data_workers` prepares ahead."""
+    persistent_workers: bool
+    """Keep the `data_workers` from epoch to epoch. The images are the same either way."""
+    pin_memory: bool
+    """Page-locked batches, for asynchronous copies to a GPU; nothing on a CPU."""
     holdout: Annotated[float, Field(ge=0, lt=0.5)]
     """Share of the training images held out to choose the best epoch. With 0 the validation
     images choose it, as timm does; then the reported accuracy is that of a chosen epoch."""
@@ -184,24 +208,17 @@ class Pretrain(Training):
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}"
             )
-        if self.amp == "float16":
-            raise ValueError(
-                "amp=float16 needs a loss scaler, which is not built yet: use bfloat16"
-            )
         return self
+
+    def micro_batch(self, workers: int) -> int:
+        """Images of one forward pass on one of `workers`."""
+        return self.batch_size // (workers * self.accumulate)
 
 
 class Downstream(Training):
     method: str
     schedule: str
     num_classes: Positive
-    base_batch_size: Positive
-    """The global batch that `lr` is for; with another one it is scaled linearly."""
-    accumulate: Positive
-    """Passes that one step's batch is split into, so that fewer GPUs reach the same batch."""
-    amp: Literal["none", "auto", "bfloat16", "float16"]
-    """Precision of training on GPUs; auto: bfloat16 where the GPU has it, else float16 with a
-    loss scaler. On a CPU auto means none."""
     with_cp: bool
     """Recompute the backbone's activations in the backward pass, to save memory."""
     img_size: Annotated[int, Field(ge=32)]
@@ -210,10 +227,6 @@ class Downstream(Training):
     """Optimizer steps."""
     val_interval: Positive
     """Epochs between evaluations; the last epoch is always evaluated."""
-
-    def step_lr(self) -> float:
-        """Learning rate for the global batch of one optimizer step."""
-        return self.lr * (self.batch_size / self.base_batch_size)
 
 
 class Detect(Downstream):
@@ -267,12 +280,11 @@ class Params(Section):
     def consistent(self) -> "Params":
         for name in ("pretrain", "detect", "segment"):
             section, workers = getattr(self, name), self.scaling.num_workers
-            passes = section.accumulate if isinstance(section, Downstream) else 1
-            if section.batch_size % (workers * passes):
-                times = f" times {name}.accumulate={passes}" if passes > 1 else ""
+            if section.batch_size % (workers * section.accumulate):
                 raise ValueError(
                     f"{name}.batch_size={section.batch_size} is the global batch and must be a"
-                    f" multiple of scaling.num_workers={workers}{times}"
+                    f" multiple of scaling.num_workers={workers} times"
+                    f" {name}.accumulate={section.accumulate}"
                 )
             cast = isinstance(section, Downstream) and section.amp not in ("none", "auto")
             if cast and not self.scaling.use_gpu:
@@ -280,6 +292,14 @@ class Params(Section):
                     f"{name}.amp={section.amp} needs GPUs, but scaling.use_gpu is false: use none"
                     " or auto"
                 )
+        pretrain = self.pretrain
+        micro_batch = pretrain.micro_batch(workers)
+        if (pretrain.mixup or pretrain.cutmix) and micro_batch % 2:
+            raise ValueError(
+                f"pretrain.mixup and pretrain.cutmix mix pairs, and each forward pass has"
+                f" {micro_batch} images (pretrain.batch_size / scaling.num_workers /"
+                " pretrain.accumulate); make that an even number"
+            )
         return self
 
 

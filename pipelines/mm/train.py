@@ -144,7 +144,7 @@ def _set_optimizer(config: Config, job: Job) -> None:
     """Optimizer, precision, schedule and length; the loop counts passes, the parameters steps."""
     section = job.section
     wrapper = config.optim_wrapper
-    wrapper.optimizer.update(lr=section.step_lr(), weight_decay=section.weight_decay)
+    wrapper.optimizer.update(lr=section.scaled_lr(), weight_decay=section.weight_decay)
     if section.clip_grad:
         wrapper.clip_grad = {"max_norm": section.clip_grad}
     if section.accumulate > 1:

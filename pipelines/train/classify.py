@@ -6,33 +6,43 @@ else: a resumed run repeats an undisturbed one bit for bit on the CPU.
 """
 
 import json
+import math
+import multiprocessing
+import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from timm.data import ImageDataset, Mixup, create_loader
+from timm.data import FastCollateMixup, ImageDataset, Mixup, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler
 
 import elsa  # noqa: F401  registers the models
 from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, Pretrain
 from pipelines.run.reporting import Reporter
+from pipelines.train.cost import BACKWARD_FACTOR, StepClock, flops_per_image, peak_flops
 
 LARGEST_CONFUSION = 100
 """With more classes than this, no confusion matrix is kept."""
+
+REPORT_EVERY = 10
+"""Steps between metrics. A GPU's loss is read as often: each reading stalls the GPU."""
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimizers of torch that update all parameters in one call, far faster on a CPU."""
@@ -55,12 +65,25 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
         raise PipelineError(f"model: {model.name} can't be built: {error}") from error
 
 
-class Part(ImageDataset):
-    """The images of `dataset` at `indices`; a transform set here is the data set's."""
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What `pretrain.amp` means on `device`: autocast's type, or None for no autocast."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return None if amp == "none" else getattr(torch, amp)
 
-    def __init__(self, dataset: Images, indices: list[int]) -> None:
+
+class Part(ImageDataset):
+    """The images of `dataset` at `indices`; a transform set here is the data set's.
+
+    Asked for (epoch, index), it draws the augmentation from `seed` and the two alone.
+    """
+
+    def __init__(self, dataset: Images, indices: list[int], seed: int = 0) -> None:
         # A view: what the base class would set up is the data set's own.
-        self.dataset, self.indices = dataset, indices
+        self.dataset, self.indices, self.seed = dataset, indices, seed
 
     @property
     def transform(self) -> Any:
@@ -73,12 +96,28 @@ class Part(ImageDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        if isinstance(index, tuple):
+            epoch, index = index
+            seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            # Not `torch.manual_seed`, which would queue a call for CUDA each time.
+            torch.default_generator.manual_seed(seed)
         return self.dataset[self.indices[index]]
 
-    def __getitems__(self, indices: list[int]) -> list[Any]:
-        self.dataset.prefetch([self.indices[index] for index in indices])
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        places = (index[1] if isinstance(index, tuple) else index for index in indices)
+        self.dataset.prefetch([self.indices[place] for place in places])
         return [self[index] for index in indices]
+
+
+class EpochSampler(DistributedSampler):
+    """Asks for (epoch, index). So loader processes hold no random state: their number, and how
+    long they live, leave no trace in the images."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
 
 
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -106,13 +145,36 @@ class Classifier:
         p = self.params
         random_seed(p.seed, 0)  # the same initial weights on every rank
         self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
+        self.memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
+        if p.channels_last:
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if p.grad_checkpointing:
+            _checkpoint_gradients(self.model, params.model.name)
         self.ema = ModelEmaV3(self.model, decay=p.model_ema_decay) if p.model_ema else None
         fused: dict[str, Any] = {"fused": True} if p.opt in FUSED else {}
         self.optimizer = create_optimizer_v2(
-            self.model, opt=p.opt, lr=p.lr, weight_decay=p.weight_decay, **fused
+            self.model, opt=p.opt, lr=p.scaled_lr(), weight_decay=p.weight_decay, **fused
         )
-        self.train_loader, self.choice_loader, self.val_loader = self._loaders(data)
-        if not len(self.train_loader):
+        self.amp = amp_dtype(p.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
+        mixup = {
+            "mixup_alpha": p.mixup,
+            "cutmix_alpha": p.cutmix,
+            "label_smoothing": p.smoothing,
+            "num_classes": p.num_classes,
+        }
+        mixes = p.mixup > 0 or p.cutmix > 0
+        # As in timm's script: where batches are prefetched they are mixed as they are collated.
+        self.prefetch = device.type == "cuda"
+        self.mixup = Mixup(**mixup) if mixes and not self.prefetch else None
+        collate = FastCollateMixup(**mixup) if mixes and self.prefetch else None
+        self.loss: nn.Module = (
+            SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(p.smoothing)
+        )
+        self.train_loader, self.choice_loader, self.val_loader = self._loaders(data, collate)
+        # The same with any number of workers, and every step has the whole global batch.
+        self.steps = len(self.train_loader.dataset) // p.batch_size
+        if not self.steps:
             raise PipelineError(
                 f"pretrain.batch_size={p.batch_size} is larger than the"
                 f" {len(self.train_loader.dataset)} images to train on; lower it"
@@ -125,25 +187,25 @@ class Classifier:
             warmup_lr=p.warmup_lr,
             min_lr=p.min_lr,
             cooldown_epochs=p.cooldown_epochs,
-            step_on_epochs=False,
-            updates_per_epoch=len(self.train_loader),
+            step_on_epochs=not p.sched_on_updates,
+            updates_per_epoch=self.steps,
         )
-        self.mixup: Mixup | None = None
-        self.loss: nn.Module = LabelSmoothingCrossEntropy(p.smoothing)
-        if p.mixup > 0 or p.cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=p.mixup,
-                cutmix_alpha=p.cutmix,
-                label_smoothing=p.smoothing,
-                num_classes=p.num_classes,
-            )
-            self.loss = SoftTargetCrossEntropy()
         distributed = reporter.world_size > 1
         self.wrapped = (
             nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
             if distributed
             else self.model
         )
+        if p.compile:
+            self.wrapped.compile()  # in place: the names of the weights stay
+        self.peak: float | None = None
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            self.peak = peak_flops(torch.cuda.get_device_name(device)) if self.amp else None
+        if self.peak:
+            with torch.device("meta"):
+                shape_only = build_model(params.model, p.num_classes)
+            self.flops = flops_per_image(shape_only, p.img_size)
         self.start_epoch = 0
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
         self.history: list[dict[str, float]] = []
@@ -163,7 +225,10 @@ class Classifier:
             scores = self._evaluate(chosen, self.choice_loader)
             metrics |= {f"{name}_{key}": scores[key] for key in ("top1", "top5", "loss")}
             if scores["top1"] > self.best["top1"]:
-                weights = {k: v.detach().cpu().clone() for k, v in chosen.state_dict().items()}
+                weights = {  # contiguous, as safetensors asks: channels_last has other strides
+                    k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+                    for k, v in chosen.state_dict().items()
+                }
                 self.best = {"epoch": epoch, "top1": scores["top1"], "weights": weights}
             self.history.append({"epoch": epoch + 1, **metrics})
             result = self._final() if epoch + 1 == self.epochs else None
@@ -180,108 +245,208 @@ class Classifier:
             "parameters": sum(p.numel() for p in chosen.parameters()),
         }
 
-    def _loaders(self, data: DataPlace) -> tuple[Any, Any, Any]:
-        p, world = self.params, self.reporter.world_size
+    def _loaders(self, data: DataPlace, collate: Any) -> tuple[Any, Any, Any]:
+        p, rank, world = self.params, self.reporter.rank, self.reporter.world_size
         train, val_images = data.images("train"), data.images("val")
         kept, held = split_holdout(len(train), p.holdout, p.seed)
-        common: dict[str, Any] = {
-            "input_size": (3, p.img_size, p.img_size),
-            "batch_size": p.batch_size // world,
-            "interpolation": p.interpolation,
-            "num_workers": p.data_workers,
-            "persistent_workers": False,  # workers that live on would carry RNG state over epochs
-            "use_prefetcher": self.device.type == "cuda",
-            "device": self.device,
-        }
-        train_loader = create_loader(
-            Part(train, kept),
+        train.transform = create_transform(
+            p.img_size,
             is_training=True,
-            distributed=world > 1,
             scale=(p.scale_min, 1.0),
             hflip=p.hflip,
             color_jitter=p.color_jitter,
             auto_augment=p.aa or None,
+            interpolation=p.interpolation,
             re_prob=p.reprob,
             re_mode="pixel",
-            **common,
+            use_prefetcher=self.prefetch,
         )
-        rank = self.reporter.rank
+        part = Part(train, kept, p.seed)
+        # One worker has it too: then a step has the same images on any number of workers.
+        sampler = EpochSampler if p.data_workers else DistributedSampler
+        train_loader = self._loader(
+            part,
+            {"re_prob": p.reprob, "re_mode": "pixel"},
+            sampler=sampler(part, num_replicas=world, rank=rank, seed=p.seed),
+            drop_last=True,
+            persistent_workers=p.persistent_workers and p.data_workers > 0,
+            collate_fn=collate,
+        )
 
         def evaluation(images: Images, indices: list[int]) -> Any:
             # Every rank takes its own images, so none is padded or counted twice.
             mine = Part(images, indices[rank::world])
-            return create_loader(mine, is_training=False, crop_pct=p.crop_pct, **common)
+            mine.transform = create_transform(
+                p.img_size,
+                crop_pct=p.crop_pct,
+                interpolation=p.interpolation,
+                use_prefetcher=self.prefetch,
+            )
+            return self._loader(mine)
 
         val = evaluation(val_images, list(range(len(val_images))))
         # A data set of its own: it has another transform than the training images.
         return train_loader, evaluation(data.images("train"), held) if held else val, val
 
+    def _loader(
+        self,
+        part: Part,
+        erasing: Mapping[str, Any] | None = None,
+        collate_fn: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """timm's `create_loader`, but for any sampler, and for processes that are safe to start."""
+        p = self.params
+        if p.data_workers:
+            # A fork of a process with threads, such as Ray's or autograd's, can hang.
+            multiprocessing.set_forkserver_preload([__name__])
+            kwargs |= {
+                "multiprocessing_context": "forkserver",
+                "prefetch_factor": p.prefetch_factor,
+                # An iterator takes a seed, and that of lasting workers is made only once: taken
+                # from the global generator, it would make epochs differ after a resume.
+                "generator": torch.Generator(),
+            }
+        loader = DataLoader(
+            part,
+            batch_size=p.micro_batch(self.reporter.world_size),
+            num_workers=p.data_workers,
+            pin_memory=p.pin_memory and self.prefetch,
+            collate_fn=collate_fn or (fast_collate if self.prefetch else None),
+            **kwargs,
+        )
+        if self.prefetch:
+            return PrefetchLoader(loader, device=self.device, **(erasing or {}))
+        return loader
+
     def _train_epoch(self, epoch: int) -> dict[str, float]:
-        p, loader = self.params, self.train_loader
+        p, cuda = self.params, self.device.type == "cuda"
         random_seed(p.seed + 1000 * (epoch + 1), self.reporter.rank)
-        if hasattr(loader.sampler, "set_epoch"):
-            loader.sampler.set_epoch(epoch)
+        self.train_loader.sampler.set_epoch(epoch)
         self.wrapped.train()
-        started, total_loss, images = time.monotonic(), 0.0, 0
-        global_batch = p.batch_size // self.reporter.world_size * self.reporter.world_size
-        for index, (input, target) in enumerate(loader):
-            step = epoch * len(loader) + index
-            input, target = input.to(self.device), target.to(self.device)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started, total_loss, skipped = time.monotonic(), 0.0, 0
+        unread: list[Tensor] = []
+        clock, batches = StepClock(self.device), iter(self.train_loader)
+        for index in range(self.steps):
+            step = epoch * self.steps + index
+            loss, updated = self._step(batches, step, clock)
+            unread.append(loss)
+            skipped += not updated
+            self.scheduler.step_update(step + 1)
+            if cuda and index % REPORT_EVERY and index + 1 < self.steps:
+                continue
+            losses = torch.stack(unread).tolist()
+            unread.clear()
+            self._check_finite(losses, step, epoch)
+            for value in losses:
+                total_loss += value
+            clock.read()
+            self.reporter.progress(
+                (step + 1) * p.batch_size,
+                self.epochs * self.steps * p.batch_size,
+                "img",
+                f"epoch {epoch + 1}/{self.epochs} loss {losses[-1]:.3f}",
+            )
+            if index % REPORT_EVERY == 0:
+                lr = self.optimizer.param_groups[0]["lr"]
+                self.reporter.metrics({"step/loss": losses[-1], "step/lr": lr}, step)
+        self.scheduler.step(epoch + 1)
+        if skipped == self.steps:
+            raise PipelineError(
+                f"no step of epoch {epoch + 1} had finite gradients in float16; set"
+                " pretrain.amp=none or lower pretrain.lr"
+            )
+        images_per_second = self.steps * p.batch_size / (time.monotonic() - started)
+        mean_loss = self._sum(torch.tensor([total_loss, self.steps], dtype=torch.float64))
+        metrics = {
+            "train_loss": (mean_loss[0] / mean_loss[1]).item(),
+            "images_per_second": images_per_second,
+        }
+        metrics |= {f"{phase}_ms": 1000 * s / self.steps for phase, s in clock.read().items()}
+        if self.scaler.is_enabled():
+            metrics["skipped_steps"] = skipped
+        if cuda:
+            metrics["max_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        if self.peak:
+            done = BACKWARD_FACTOR * self.flops * images_per_second / self.reporter.world_size
+            metrics["mfu"] = 100 * done / self.peak
+        return metrics
+
+    def _step(self, batches: Iterator[Any], step: int, clock: StepClock) -> tuple[Tensor, bool]:
+        """One optimizer step: its mean loss, still on the device, and whether weights changed."""
+        p = self.params
+        self.optimizer.zero_grad()
+        mean_loss = torch.zeros((), device=self.device)
+        for micro in range(p.accumulate):
+            input, target = next(batches)
+            input = input.to(self.device, memory_format=self.memory_format)
+            target = target.to(self.device)
             if self.mixup:
                 input, target = self.mixup(input, target)
+            clock.mark("data")
+            with nullcontext() if micro + 1 == p.accumulate else self._no_sync():
+                loss = self._forward(input, target) / p.accumulate
+                self.scaler.scale(loss).backward()
+            mean_loss += loss.detach()
+            clock.mark("forward_backward")
+        if p.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), p.clip_grad)
+        # float16's scale falls when gradients overflowed, and that step left the weights alone. The
+        # schedule goes on: it follows the images seen. Without a scaler the scale is always 1.
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        updated = self.scaler.get_scale() >= scale
+        if self.ema and updated:
+            self.ema.update(self.model, step=step)
+        clock.mark("optimizer")
+        return mean_loss, updated
+
+    def _forward(self, input: Tensor, target: Tensor) -> Tensor:
+        try:
             with self._autocast():
-                loss = self.loss(self.wrapped(input), target)
-            if not torch.isfinite(loss):
+                return self.loss(self.wrapped(input), target)
+        except Exception as error:
+            if not self.params.compile or not type(error).__module__.startswith("torch._"):
+                raise
+            raise PipelineError(
+                f"pretrain.compile: torch can't compile this model here: {error}\nSet it to false"
+            ) from error
+
+    def _check_finite(self, losses: list[float], last_step: int, epoch: int) -> None:
+        for step, loss in enumerate(losses, last_step + 1 - len(losses)):
+            if not math.isfinite(loss):
                 raise PipelineError(
-                    f"the loss is {loss.item()} at step {step} (epoch {epoch + 1}); lower"
-                    " pretrain.lr, raise pretrain.warmup_epochs or set pretrain.clip_grad"
+                    f"the loss is {loss} at step {step} (epoch {epoch + 1}); lower pretrain.lr,"
+                    " raise pretrain.warmup_epochs or set pretrain.clip_grad"
                 )
-            self.optimizer.zero_grad()
-            loss.backward()
-            if p.clip_grad:
-                nn.utils.clip_grad_norm_(self.model.parameters(), p.clip_grad)
-            self.optimizer.step()
-            if self.ema:
-                self.ema.update(self.model, step=step)
-            self.scheduler.step_update(step + 1)
-            total_loss, images = total_loss + loss.item(), images + global_batch
-            done = epoch * len(loader) + index + 1
-            self.reporter.progress(
-                done * global_batch,
-                self.epochs * len(loader) * global_batch,
-                "img",
-                f"epoch {epoch + 1}/{self.epochs} loss {loss.item():.3f}",
-            )
-            if index % 10 == 0:
-                lr = self.optimizer.param_groups[0]["lr"]
-                self.reporter.metrics({"step/loss": loss.item(), "step/lr": lr}, step)
-        mean_loss = self._sum(torch.tensor([total_loss, len(loader)], dtype=torch.float64))
-        return {
-            "train_loss": (mean_loss[0] / mean_loss[1]).item(),
-            "images_per_second": images / (time.monotonic() - started),
-        }
 
     @torch.inference_mode()
     def _evaluate(self, model: nn.Module, loader: Any, confusion: bool = False) -> dict[str, Any]:
         """Exact scores over all ranks, accuracies in percent."""
         model.eval()
         classes = self.params.num_classes
-        sums = torch.zeros(4, dtype=torch.float64)  # top1, top5, loss, images
-        matrix = torch.zeros(classes * classes, dtype=torch.float64)
+        confusion = confusion and classes <= LARGEST_CONFUSION
+        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # top1, top5, loss, images
+        matrix = torch.zeros(classes * classes, dtype=torch.float64, device=self.device)
         for input, target in loader:
-            input, target = input.to(self.device), target.to(self.device)
+            input = input.to(self.device, memory_format=self.memory_format)
+            target = target.to(self.device)
             with self._autocast():
                 output = model(input).float()
             top1, top5 = accuracy(output, target, topk=(1, min(5, classes)))
             loss = nn.functional.cross_entropy(output, target)
-            batch = torch.stack([top1, top5, loss, torch.ones_like(loss)]).double().cpu()
-            sums += batch * len(target)
-            pairs = target.cpu() * classes + output.argmax(1).cpu()
-            matrix += torch.bincount(pairs, minlength=classes * classes)
+            sums += torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target)
+            if confusion:
+                pairs = target * classes + output.argmax(1)
+                matrix += torch.bincount(pairs, minlength=classes * classes)
         sums = self._sum(sums)
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
         scores: dict[str, Any] = {"top1": top1, "top5": top5, "loss": loss}
-        if confusion and classes <= LARGEST_CONFUSION:
+        if confusion:
             scores["confusion"] = self._sum(matrix).long().view(classes, classes).tolist()
         return scores
 
@@ -292,9 +457,13 @@ class Classifier:
         return values.cpu()
 
     def _autocast(self) -> Any:
-        if self.params.amp == "none":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=getattr(torch, self.params.amp))
+        return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
+
+    def _no_sync(self) -> Any:
+        """Within it, gradients stay on their worker."""
+        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
 
     def _save(self, epoch: int, metrics: dict[str, float], result: dict[str, Any] | None) -> None:
         with _temporary_folder() if self.reporter.rank == 0 else nullcontext() as folder:
@@ -306,6 +475,7 @@ class Classifier:
                     "model": self.model.state_dict(),
                     "ema": self.ema.module.state_dict() if self.ema else None,
                     "optimizer": self.optimizer.state_dict(),
+                    "scaler": self.scaler.state_dict(),
                     "best": best,
                     "history": self.history,
                 }
@@ -324,7 +494,19 @@ class Classifier:
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = {**state["best"], "weights": load_file(str(folder / "best.safetensors"))}
         self.history, self.start_epoch = state["history"], state["epoch"] + 1
-        self.scheduler.step_update(self.start_epoch * len(self.train_loader))
+        if state["scaler"]:  # empty without float16
+            self.scaler.load_state_dict(state["scaler"])
+        self.scheduler.step_update(self.start_epoch * self.steps)
+        self.scheduler.step(self.start_epoch)
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError) as error:
+        raise PipelineError(
+            f"pretrain.grad_checkpointing: {name} does not support it; set it to false"
+        ) from error
 
 
 @contextmanager

@@ -1,0 +1,88 @@
+"""What training costs: the time of a step's phases, FLOPs, and the peak of a GPU."""
+
+import time
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+BACKWARD_FACTOR = 3
+"""A backward pass multiplies twice as much as its forward pass. Recomputing does not count."""
+
+PEAK_FLOPS = {
+    "b200": 2250e12,
+    "h200": 989e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "l40s": 362e12,
+    "a100": 312e12,
+    "v100": 125e12,
+    "l4": 121e12,
+    "t4": 65e12,
+}
+"""Dense tensor-core FLOP/s of bfloat16 or float16, by NVIDIA's data sheets. The first name that
+occurs in the device's name counts."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of a GPU in bfloat16 or float16; None if it is not in the table."""
+    return next((v for k, v in PEAK_FLOPS.items() if k in device_name.lower()), None)
+
+
+def elsa_flops(
+    v: Any, h_attn: Any, ghost_mul: Any, ghost_add: Any, kernel_size: int, *args: Any, **kwargs: Any
+) -> int:
+    """FLOPs of `elsa_attention` from its shapes: weight (2 with ghosts) times value, added up."""
+    out = kwargs["out_shape"]
+    per_tap = 2 + (ghost_mul is not None) + (ghost_add is not None)
+    return per_tap * kernel_size**2 * out[0] * out[1] * out[2] * out[3]
+
+
+def forward_flops(call: Any) -> int:
+    """Multiplications and additions of matrix products, convolutions and ELSA in `call()`."""
+    call_op = getattr(torch.ops.elsa, "elsa_attention", None)
+    ours = {} if call_op is None or call_op in flop_registry else {call_op: elsa_flops}
+    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def flops_per_image(model: nn.Module, img_size: int) -> int:
+    """FLOPs of one image's forward pass through a model on the `meta` device."""
+    image = torch.empty(1, 3, img_size, img_size, device="meta")
+    return forward_flops(lambda: model.eval()(image))
+
+
+class StepClock:
+    """Where the time of a step goes: wall time on a CPU, CUDA events on a GPU.
+
+    Events time the GPU without waiting for it; `data` is then the time that it had no work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._stamps: list[tuple[str, Any]] = [("", self._now())]
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    def mark(self, phase: str) -> None:
+        """The time since the last mark was spent on `phase`."""
+        self._stamps.append((phase, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds of each phase so far. On a GPU this waits until it has done what was asked."""
+        if self._cuda:
+            self._stamps[-1][1].synchronize()
+        for (_, before), (phase, now) in zip(self._stamps, self._stamps[1:], strict=False):
+            self._seconds[phase] += before.elapsed_time(now) / 1000 if self._cuda else now - before
+        self._stamps = self._stamps[-1:]
+        return dict(self._seconds)
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

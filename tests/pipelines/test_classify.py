@@ -1,0 +1,363 @@
+"""Pretraining: what must be equal however it is spread, resumed or fed, and parity with timm."""
+
+import argparse
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageDataset, Mixup, create_loader
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler_factory import scheduler_kwargs
+from torch import multiprocessing
+
+from pipelines.data.images import DataPlace
+from pipelines.errors import PipelineError
+from pipelines.params import Params, load_params
+from pipelines.run.reporting import LocalReporter
+from pipelines.train.classify import Classifier, amp_dtype
+from pipelines.train.cost import StepClock, flops_per_image
+
+CPU = torch.device("cpu")
+DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}
+PUBLISHED = {
+    "epochs": 300,
+    "lr": 1e-3,
+    "min_lr": 1e-5,
+    "warmup_lr": 1e-6,
+    "warmup_epochs": 20,
+    "cooldown_epochs": 10,
+    "weight_decay": 0.05,
+    "clip_grad": 5.0,
+    "smoothing": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "aa": "rand-m9-mstd0.5-inc1",
+    "reprob": 0.25,
+    "color_jitter": 0.4,
+    "hflip": 0.5,
+    "scale_min": 0.08,
+    "interpolation": "bicubic",
+    "crop_pct": 0.9,
+    "model_ema": True,
+    "model_ema_decay": 0.99992,
+}
+"""ELSA's recipe on ImageNet, but for the size."""
+
+
+class Recorder(LocalReporter):
+    """Keeps what is reported, as any rank; can stop after an epoch, as if killed."""
+
+    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1, stop: int = -1) -> None:
+        super().__init__(folder / "checkpoint", quiet=True)
+        self.rank, self.world_size, self.stop = rank, world_size, stop
+        self.epochs: list[Mapping[str, float]] = []
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        super().save(metrics, epoch, folder)
+        self.epochs.append(metrics)
+        if epoch == self.stop:
+            raise InterruptedError
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return torch.load(self.folder / "state.pt", weights_only=True)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten classes of colours: 60 images to train on, 10 to validate."""
+    root, random = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 1)):
+        for label, colour in enumerate(random.integers(0, 200, (10, 3))):
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for image in range(count):
+                pixels = colour + random.integers(0, 55, (40, 40, 3))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{image}.png")
+    return root
+
+
+def smoke(**pretrain: Any) -> Params:
+    """The smoke recipe, smaller, through the same validation as a user's parameters."""
+    values = load_params("smoke").model_dump()
+    values["scaling"]["num_workers"] = 1
+    values["pretrain"] |= {"epochs": 2, "batch_size": 8, "amp": "none"} | pretrain
+    return Params.model_validate(values)
+
+
+def fit(params: Params, data: Path, reporter: Recorder) -> Classifier:
+    classifier = Classifier(params, DataPlace(str(data)), CPU, reporter)
+    classifier.fit()
+    return classifier
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate": 2, "amp": "float16"},
+        {"data_workers": 2, "persistent_workers": True, "sched_on_updates": False},
+    ],
+    ids=["accumulation and scaler", "workers that live on"],
+)
+def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
+    data: Path, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So high that the first steps overflow: the state of the scaler matters.
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**22, enabled=enabled)
+    )
+    params = smoke(epochs=3, **settings)
+    undisturbed = Recorder(tmp_path / "a")
+    killed = Recorder(tmp_path / "b", stop=0)
+    for reporter in (undisturbed, killed):
+        reporter.folder.parent.mkdir()
+    fit(params, data, undisturbed)
+    with pytest.raises(InterruptedError):
+        fit(params, data, killed)
+    fit(params, data, Recorder(tmp_path / "b"))
+    state, other = undisturbed.state, killed.state
+    for part in ("model", "ema", "optimizer", "scaler"):
+        assert_equal(other[part], state[part])
+    assert [row["train_loss"] for row in other["history"]] == [
+        row["train_loss"] for row in state["history"]
+    ]
+    if params.pretrain.amp == "float16":
+        skipped = sum(row["skipped_steps"] for row in state["history"])
+        assert skipped > 0
+        assert state["scaler"]["scale"] == 2.0 ** (22 - skipped)
+        steps = {int(value["step"]) for value in state["optimizer"]["state"].values()}
+        assert steps == {3 * (54 // 8) - skipped}
+
+
+def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    fit(params, data, Recorder(folder, rank, 2))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Path) -> None:
+    """Also with augmentation, and with other numbers of micro-batches and loader processes."""
+    common = {"opt": "sgd", "lr": 0.05, "drop_path_rate": 0.0, "mixup": 0.0, "holdout": 0.0}
+    for folder in ("one", "whole", "two"):
+        (tmp_path / folder).mkdir()
+    one, whole = Recorder(tmp_path / "one"), Recorder(tmp_path / "whole")
+    with threads(1):
+        fit(smoke(**common, accumulate=4, data_workers=2), data, one)
+        fit(smoke(**common, data_workers=1, persistent_workers=False), data, whole)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    two = smoke(**common, accumulate=2, data_workers=1)
+    two = two.model_copy(update={"scaling": two.scaling.model_copy(update={"num_workers": 2})})
+    multiprocessing.spawn(_worker, (port, two, data, tmp_path / "two"), nprocs=2)
+    reference = whole.state
+    assert reference["model"].keys() == one.state["model"].keys()
+    for state in (one.state, Recorder(tmp_path / "two").state):
+        for part in ("model", "ema"):
+            torch.testing.assert_close(state[part], reference[part], rtol=1e-4, atol=1e-5)
+        for row, expected in zip(state["history"], reference["history"], strict=True):
+            for key in ("train_loss", "val_loss", "val_top1"):
+                assert row[key] == pytest.approx(expected[key], rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "setting", [{"grad_checkpointing": True}, {"channels_last": True}, {"compile": True}], ids=str
+)
+def test_what_only_makes_it_faster_or_smaller_gives_the_same_model(
+    data: Path, tmp_path: Path, setting: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "compile" in setting:  # all of dynamo and autograd, without minutes of C++ compilation
+        compile = torch.nn.Module.compile
+        monkeypatch.setattr(
+            torch.nn.Module, "compile", lambda self: compile(self, backend="aot_eager")
+        )
+    common = {"opt": "sgd", "epochs": 1, "warmup_epochs": 0, **DETERMINISTIC}
+    states = []
+    for name, extra in (("plain", {}), ("other", setting)):
+        reporter = Recorder(tmp_path / name)
+        reporter.folder.parent.mkdir()
+        fit(smoke(**common, **extra), data, reporter)
+        states.append(reporter.state)
+    plain, other = states
+    assert list(other["model"]) == list(plain["model"])  # no `_orig_mod.`
+    torch.testing.assert_close(other["model"], plain["model"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_checkpointed_is_refused(data: Path, tmp_path: Path) -> None:
+    params = smoke(grad_checkpointing=True)
+    params = params.model_copy(update={"model": params.model.__class__(name="pit_ti_224")})
+    with pytest.raises(PipelineError, match=r"grad_checkpointing: pit_ti_224 does not support it"):
+        Classifier(params, DataPlace(str(data)), CPU, Recorder(tmp_path))
+
+
+def test_diverging_run_ends_at_once_and_keeps_no_checkpoint(data: Path, tmp_path: Path) -> None:
+    reporter = Recorder(tmp_path)
+    with pytest.raises(PipelineError, match=r"the loss is \S+ at step \d \(epoch 1\); lower"):
+        fit(smoke(opt="sgd", lr=1e30, warmup_epochs=0, clip_grad=0.0), data, reporter)
+    assert not reporter.epochs
+
+
+def test_batch_size_that_no_epoch_can_fill_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"batch_size=64 is larger than the 54 images"):
+        Classifier(smoke(batch_size=64), DataPlace(str(data)), CPU, Recorder(tmp_path))
+
+
+def test_epoch_reports_what_it_cost(data: Path, tmp_path: Path) -> None:
+    reporter = Recorder(tmp_path)
+    fit(smoke(epochs=1, warmup_epochs=0, amp="auto"), data, reporter)
+    cost = reporter.epochs[0]
+    parts = [cost[f"{phase}_ms"] for phase in ("data", "forward_backward", "optimizer")]
+    assert min(parts) > 0
+    assert sum(parts) <= 1000 * 8 / cost["images_per_second"]
+    assert "mfu" not in cost  # a CPU's peak is not known
+
+
+def test_clock_adds_up_phases_over_reads() -> None:
+    clock = StepClock(CPU)
+    for _ in range(2):
+        clock.mark("data")
+        clock.mark("optimizer")
+        total = clock.read()
+    assert set(total) == {"data", "optimizer"}
+    assert total == clock.read()
+
+
+def test_flops_are_those_that_are_published() -> None:
+    for name, giga in (("swin_tiny_patch4_window7_224", 4.5), ("elsa_swin_tiny", 4.6)):
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        assert flops_per_image(model, 224) / 2e9 == pytest.approx(giga, rel=0.03)  # as mult-adds
+
+
+def test_auto_amp_is_none_on_a_cpu() -> None:
+    assert amp_dtype("auto", CPU) is None
+    assert amp_dtype("float16", CPU) is torch.float16
+
+
+@pytest.fixture(scope="module")
+def published(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+    params = smoke(**PUBLISHED, batch_size=8, base_batch_size=16)
+    return Classifier(params, DataPlace(str(data)), CPU, Recorder(tmp_path_factory.mktemp("run")))
+
+
+TIMM = argparse.Namespace(
+    **{k: PUBLISHED[k] for k in ("epochs", "min_lr", "warmup_lr", "warmup_epochs")},
+    cooldown_epochs=10,
+    sched="cosine",
+    sched_on_updates=True,
+    opt="adamw",
+    lr=1e-3 * 8 / 16,  # timm's --lr-base 1e-3 --lr-base-size 16 at a global batch of 8
+    weight_decay=0.05,
+    momentum=0.9,
+)
+"""The arguments of timm's train.py for the published recipe."""
+
+
+def test_transforms_are_those_of_timm(published: Classifier, data: Path) -> None:
+    train, val = (
+        create_loader(
+            ImageDataset(str(data / split)),
+            input_size=(3, 32, 32),
+            batch_size=8,
+            is_training=split == "train",
+            use_prefetcher=False,
+            interpolation="bicubic",
+            crop_pct=0.9,
+            re_prob=0.25,
+            re_mode="pixel",
+            color_jitter=0.4,
+            auto_augment="rand-m9-mstd0.5-inc1",
+            num_workers=0,
+        ).dataset
+        for split in ("train", "val")
+    )
+    ours = published.train_loader.dataset.transform
+    assert "RandAugment" in repr(ours)
+    assert "RandomErasing" in repr([type(t) for t in ours.transforms])
+    assert repr(ours) == repr(train.transform)
+    assert repr(published.val_loader.dataset.transform) == repr(val.transform)
+
+
+@pytest.mark.parametrize("on_updates", [True, False])
+def test_learning_rates_are_those_of_timm(published: Classifier, data, on_updates: bool) -> None:
+    arguments = argparse.Namespace(**vars(TIMM) | {"sched_on_updates": on_updates})
+    optimizer = create_optimizer_v2(torch.nn.Linear(1, 1), **optimizer_kwargs(cfg=arguments))
+    steps = published.steps
+    theirs, epochs = create_scheduler_v2(
+        optimizer, **scheduler_kwargs(arguments), updates_per_epoch=steps
+    )
+    ours = published
+    if not on_updates:
+        params = smoke(**PUBLISHED, batch_size=8, base_batch_size=16, sched_on_updates=False)
+        ours = Classifier(params, DataPlace(str(data)), CPU, published.reporter)
+    assert ours.epochs == epochs == 310
+    rates = []
+    for epoch in range(epochs):
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            assert ours.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+            rates.append(optimizer.param_groups[0]["lr"])
+            for scheduler in (ours.scheduler, theirs):
+                scheduler.step_update(step + 1)
+        for scheduler in (ours.scheduler, theirs):
+            scheduler.step(epoch + 1)
+    assert rates[0] == 1e-6
+    assert max(rates) == pytest.approx(5e-4, rel=0.02)  # the cosine has begun under the warm-up
+    assert set(rates[300 * steps :]) == {1e-5}
+
+
+def test_parameter_groups_are_those_of_timm(published: Classifier) -> None:
+    expected = create_optimizer_v2(published.model, **optimizer_kwargs(cfg=TIMM))
+    groups = published.optimizer.param_groups
+    for ours, theirs in zip(groups, expected.param_groups, strict=True):
+        assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
+        for key in ("weight_decay", "betas", "eps"):
+            assert ours[key] == theirs[key]
+        assert ours["initial_lr"] == theirs["lr"]
+    kept = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
+    for name, parameter in published.model.named_parameters():
+        undecayed = parameter.ndim <= 1 or name.endswith("relative_position_bias_table")
+        assert (id(parameter) in kept) == undecayed, name
+
+
+def test_mixing_and_averaging_are_those_of_timm(published: Classifier) -> None:
+    theirs = Mixup(
+        mixup_alpha=0.8,
+        cutmix_alpha=1.0,
+        cutmix_minmax=None,
+        prob=1.0,
+        switch_prob=0.5,
+        mode="batch",
+        label_smoothing=0.1,
+        num_classes=10,
+    )
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    for seed in range(4):  # both kinds of mixing
+        np.random.seed(seed)
+        expected = theirs(images.clone(), labels)
+        np.random.seed(seed)
+        assert_equal(published.mixup(images.clone(), labels), expected)
+    assert (published.ema.decay, published.ema.use_warmup) == (0.99992, False)

@@ -1,0 +1,57 @@
+"""The estimate before a run: its arithmetic, and that it moves as a real step would."""
+
+import subprocess
+import sys
+
+import pytest
+
+from pipelines import plan
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT, Params, load_params
+from pipelines.train.cost import PEAK_FLOPS
+
+
+def smoke(**pretrain) -> Params:
+    values = load_params("smoke").model_dump()
+    values["pretrain"] |= pretrain
+    return Params.model_validate(values)
+
+
+def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "training_images", lambda params, stage: 3600)
+    rows = plan.plan(smoke(cooldown_epochs=2), 2, "h100", 0.5, {"pretrain": 10.0})
+    pretrain, detect, segment = rows
+    assert [row["stage"] for row in rows] == ["pretrain", "detect", "segment"]
+    assert (pretrain["hours"], pretrain["GPU-hours"]) == ("0.4", "0.8")  # (6 + 2) * 3600 / 20 s
+    assert pretrain["batch/GPU"] == "8 x 1"
+    for row in (detect, segment):
+        assert row["from"] == "FLOPs"
+        needed = 3 * float(row["GFLOPs/image"]) * 1e9 * 3600 * row["epochs"]
+        hours = needed / (2 * 0.5 * PEAK_FLOPS["h100"]) / 3600
+        assert float(row["hours"]) == pytest.approx(hours, rel=0.02)
+
+
+def test_memory_grows_with_the_batch_and_falls_with_checkpointing() -> None:
+    model, forward = plan.model_of(smoke(), "pretrain")
+    one, some, more, most = (
+        plan.memory(model, forward, n, ema=False, half=True) for n in (1, 128, 256, 512)
+    )
+    # Weights, gradients and Adam's two moments are the least.
+    assert one > 4 * 4 * sum(p.numel() for p in model.parameters()) / 2**30
+    assert most - more == pytest.approx(2 * (more - some), rel=0.05)
+    checkpointed, forward = plan.model_of(smoke(grad_checkpointing=True), "pretrain")
+    assert plan.memory(checkpointed, forward, 512, ema=False, half=True) < 0.8 * most
+
+
+def test_images_are_those_of_the_public_set_or_those_prepared(monkeypatch, tmp_path) -> None:
+    assert plan.training_images(smoke(num_classes=1000, holdout=0.0), "pretrain") == 1_281_167
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    with pytest.raises(PipelineError, match="no images in data/coco to count"):
+        plan.training_images(smoke(), "detect")
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused_with_the_key() -> None:
+    command = [sys.executable, "-m", "pipelines.plan", "demo", "--gpus", "7"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "--gpus 7: pretrain.batch_size=64 is the global batch" in done.stderr
