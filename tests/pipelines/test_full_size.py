@@ -1,0 +1,444 @@
+"""The full-size configs through the stage's own code, with a small model on small images."""
+
+import json
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import (
+    DATA_SAMPLERS,
+    MODELS,
+    PARAM_SCHEDULERS,
+    DefaultScope,
+    init_default_scope,
+)
+from safetensors.torch import load_file, save_file
+
+import elsa
+from pipelines.mm.hooks import HISTORY, WEIGHTS
+from pipelines.mm.train import Job, build_config, train
+from pipelines.params import load_params
+from pipelines.run.reporting import LocalReporter
+
+DATASETS = {"detect": "coco", "segment": "ade20k"}
+VARIANTS = [
+    ("detect", "mask-rcnn", "1x"),
+    ("detect", "cascade-mask-rcnn", "3x"),
+    ("segment", "upernet", "160k"),
+]
+ON_CPU = {"num_workers": 1, "use_gpu": False}
+MICRO = {"name": "elsa_swin_micro", "depths": [1, 1, 1, 1]}
+SMALL = {
+    "detect": {"num_classes": 10, "img_size": 64, "epochs": 1},
+    "segment": {"num_classes": 11, "img_size": 64, "crop_size": 64, "epochs": 1, "epoch_iters": 2},
+}
+SHORT = {"batch_size": 4, "warmup_iters": 1, "val_interval": 1, "data_workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """For tensors this small, threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_job(tiny_data, tmp_path):
+    """A job of the recipe with overrides, as `dvc exp run -S` sets them, on the tiny data."""
+
+    def make(stage, recipe="elsa_swin_tiny", model=MICRO, scaling=ON_CPU, **overrides):
+        path = tmp_path / "params.yaml"
+        sections = {"model": model, "scaling": scaling, stage: overrides}
+        path.write_text(json.dumps({"recipe": recipe, **sections}))  # YAML takes JSON
+        data = tiny_data / DATASETS[stage]
+        classes = json.loads((data / "manifest.json").read_text())["classes"]
+        return Job(stage, load_params(path=path), str(data), tuple(classes), None)
+
+    return make
+
+
+def small_config(*args):
+    """`build_config` with narrow heads and few boxes: the real ones take minutes on a CPU."""
+    config = build_config(*args)
+    model = config.model
+    if "decode_head" in model:
+        model.decode_head.channels = model.auxiliary_head.channels = 32
+        return config
+    heads, stages = model.roi_head.bbox_head, model.train_cfg.rcnn
+    for head in heads if isinstance(heads, list) else [heads]:
+        head.fc_out_channels = 16
+        if "conv_out_channels" in head:
+            head.conv_out_channels = 16
+    for stage in stages if isinstance(stages, list) else [stages]:
+        stage.sampler.num = 8
+    model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 16
+    return config
+
+
+@pytest.fixture
+def small_heads(monkeypatch):
+    monkeypatch.setattr("pipelines.mm.train.build_config", small_config)
+
+
+def build_model(job, tmp_path):
+    config = small_config(job, tmp_path, 1)
+    DefaultScope._instance_dict.clear()
+    init_default_scope(config.default_scope)
+    return MODELS.build(config.model)
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "schedule", "recipe", "model"),
+    [
+        (*VARIANTS[0], "elsa_swin_tiny", MICRO),
+        (*VARIANTS[1], "elsa_swin_small", MICRO),
+        (
+            *VARIANTS[0],
+            "swin_tiny",
+            {"embed_dim": 24, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 3, 4]},
+        ),
+    ],
+)
+def test_trains_and_evaluates_at_small_size(
+    stage, method, schedule, recipe, model, make_job, small_heads, tmp_path
+):
+    job = make_job(
+        stage,
+        recipe,
+        model,
+        method=method,
+        schedule=schedule,
+        accumulate=2,
+        with_cp=True,
+        **SMALL[stage] | SHORT,
+    )
+    DefaultScope._instance_dict.clear()
+    train(job, LocalReporter(tmp_path / "run", quiet=True))
+    [row] = json.loads((tmp_path / "run" / HISTORY).read_text())
+    assert row["loss"] > 0
+    assert {"bbox_mAP", "segm_mAP"} <= row.keys()
+    untrained = build_model(job, tmp_path).state_dict()
+    assert load_file(tmp_path / "run" / WEIGHTS).keys() == untrained.keys()
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StoppingReporter(LocalReporter):
+    """Dies after the first epoch was saved."""
+
+    def save(self, metrics, epoch, folder):
+        super().save(metrics, epoch, folder)
+        raise StoppedError
+
+
+def test_training_by_steps_resumes_exactly(make_job, small_heads, tmp_path):
+    options = SMALL["segment"] | SHORT | {"epochs": 2, "epoch_iters": 3, "accumulate": 2}
+    job = make_job("segment", **options)
+    DefaultScope._instance_dict.clear()
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(job, LocalReporter(straight, quiet=True))
+    with pytest.raises(StoppedError):
+        train(job, StoppingReporter(resumed, quiet=True))
+    train(job, LocalReporter(resumed, quiet=True))
+    expected, found = load_file(straight / WEIGHTS), load_file(resumed / WEIGHTS)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    rows = json.loads((resumed / HISTORY).read_text())
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert {"mIoU", "mIoU_ms_flip"} <= rows[-1].keys()
+
+
+def test_epochs_of_steps_are_the_stream_of_mmengines_infinite_sampler():
+    from itertools import islice
+
+    data = range(7)
+    stream = DATA_SAMPLERS.build({"type": "InfiniteSampler", "dataset": data, "seed": 3})
+    sampler = DATA_SAMPLERS.build(
+        {"type": "IntervalSampler", "dataset": data, "seed": 3, "samples": 5}
+    )
+    found = []
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        found += list(sampler)
+    assert found == list(islice(iter(stream), 20))
+    assert len(sampler) == 5
+
+
+SHIPPED = {
+    "1x": "mmdet::_base_/schedules/schedule_1x.py",
+    "3x": "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py",
+    "160k": "mmseg::swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "method", "schedule"), [*VARIANTS, ("detect", "mask-rcnn", "3x")]
+)
+def test_schedules_are_those_of_mmdet_and_mmseg(stage, method, schedule, make_job, tmp_path):
+    (tmp_path / "shipped.py").write_text(f'_base_ = "{SHIPPED[schedule]}"')
+    shipped = Config.fromfile(tmp_path / "shipped.py", import_custom_modules=False)
+    job = make_job(stage, method=method, schedule=schedule)
+    config = build_config(job, tmp_path, 1)
+
+    def plain(schedulers):
+        return [{k: v for k, v in s.items() if k != "_scope_"} for s in schedulers]
+
+    expected = plain(shipped.param_scheduler)
+    if schedule == "3x":
+        expected[0]["end"] = 500  # the paper's; mmdet warms up for 1000
+    assert plain(config.param_scheduler) == expected
+    cut = 12 if schedule == "1x" else 36
+    assert config.train_cfg.max_epochs == (40 if stage == "segment" else cut)
+
+
+def rates(config, passes):
+    """The learning rate of each pass, by mmengine's schedulers."""
+    optimizer = torch.optim.SGD(
+        [torch.nn.Parameter(torch.zeros(1))], config.optim_wrapper.optimizer.lr
+    )
+    built = [
+        PARAM_SCHEDULERS.build({**s, "optimizer": optimizer, "_scope_": "mmengine"})
+        for s in config.param_scheduler
+    ]
+    found = []
+    for _ in range(passes):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for scheduler in built:
+            scheduler.step()
+    return found
+
+
+def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
+    short = {"epochs": 2, "epoch_iters": 50, "warmup_iters": 20}
+    plain = build_config(make_job("segment", **short), tmp_path, 1)
+    split = build_config(make_job("segment", accumulate=4, **short), tmp_path, 1)
+    half = build_config(make_job("segment", batch_size=8, **short), tmp_path, 1)
+    steps = torch.tensor(rates(plain, 100))
+    assert steps[0] == pytest.approx(6e-5 * 1e-6)
+    assert steps[20] == pytest.approx(6e-5, rel=1e-3)
+    assert steps[60] == pytest.approx(3e-5, rel=0.02)  # power 1: half way, half the rate
+    per_pass = torch.tensor(rates(split, 400)).view(100, 4)
+    # Warm-up rises within a step too, by 3e-6 per step.
+    torch.testing.assert_close(per_pass.mean(1), steps, rtol=0.02, atol=1.5e-6)
+    torch.testing.assert_close(torch.tensor(rates(half, 100)), steps / 2)
+    assert split.optim_wrapper.accumulative_counts == 4
+    batches = [c.train_dataloader.batch_size for c in (plain, split, half)]
+    assert batches == [16, 4, 8]
+    samples = [c.train_dataloader.sampler.samples for c in (plain, split, half)]
+    assert samples == [800, 800, 400]
+
+
+@pytest.mark.parametrize(("stage", "method", "schedule"), VARIANTS)
+def test_norms_and_position_tables_are_not_decayed(stage, method, schedule, make_job, tmp_path):
+    from mmengine.optim import build_optim_wrapper
+
+    job = make_job(stage, method=method, schedule=schedule)
+    with torch.device("meta"):
+        model = build_model(job, tmp_path)
+    config = build_config(job, tmp_path, 1)
+    optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.9, 0.999)
+    decays = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    norms = (torch.nn.LayerNorm, torch.nn.modules.batchnorm._BatchNorm)
+    free = {p for m in model.modules() if isinstance(m, norms) for p in m.parameters()}
+    free |= {p for n, p in model.named_parameters() if n.endswith("relative_position_bias_table")}
+    assert len(free) > 20
+    assert all(decays[p] == 0 for p in free)
+    assert {decays[p] for p in model.parameters() if p not in free} == {job.section.weight_decay}
+
+
+def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
+    on_gpu = {"num_workers": 8, "use_gpu": True}
+    cascade = make_job("detect", method="cascade-mask-rcnn", schedule="1x", scaling=on_gpu)
+    config = build_config(cascade, tmp_path, 8)
+    for head in config.model.roi_head.bbox_head:
+        assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
+        assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ("GIoULoss", 10.0)
+        assert (head.norm_cfg.type, head.num_classes) == ("SyncBN", 80)
+    flip, choice = config.train_dataloader.dataset.pipeline[2:4]
+    assert (flip.type, flip.prob) == ("RandomFlip", 0.5)
+    plain, cropped = choice.transforms
+    assert plain[0].scales == [(side, 1333) for side in range(480, 801, 32)]
+    assert [part.type for part in cropped] == [
+        "RandomChoiceResize",
+        "RandomCrop",
+        "RandomChoiceResize",
+    ]
+    assert (cropped[0].scales, cropped[1].crop_size) == (
+        [(400, 1333), (500, 1333), (600, 1333)],
+        (384, 600),
+    )
+    assert config.train_dataloader.batch_size == 2
+    assert config.optim_wrapper.type == "AmpOptimWrapper"
+
+    segment = build_config(make_job("segment", scaling=on_gpu), tmp_path, 8)
+    assert segment.model.auxiliary_head.loss_decode.loss_weight == 0.4
+    assert segment.model.decode_head.norm_cfg.type == "SyncBN"
+    resize, crop = segment.train_dataloader.dataset.pipeline[2:4]
+    assert (resize.scale, resize.ratio_range) == ((2048, 512), (0.5, 2.0))
+    assert crop.crop_size == (512, 512)
+    assert segment.train_dataloader.dataset.pipeline[5].type == "PhotoMetricDistortion"
+    ratios, flips = segment.tta_pipeline[1].transforms[:2]
+    assert [r.scale for r in ratios] == [(2048 * k // 4, 512 * k // 4) for k in (2, 3, 4, 5, 6, 7)]
+    assert [f.prob for f in flips] == [0.0, 1.0]
+
+    small = build_config(make_job("detect", img_size=80), tmp_path, 1)
+    assert small.val_dataloader.dataset.pipeline[1].scale == (133, 80)
+    assert small.train_dataloader.dataset.pipeline[3].transforms[1][1].crop_size == (38, 60)
+    assert small.optim_wrapper.type == "OptimWrapper"  # amp: auto, on a CPU
+
+
+@pytest.mark.parametrize(
+    ("amp", "native", "dtype", "scale"),
+    [
+        ("auto", True, "bfloat16", {"enabled": False}),
+        ("auto", False, "float16", "dynamic"),
+        ("float16", True, "float16", "dynamic"),
+        ("none", True, None, None),
+    ],
+)
+def test_precision_follows_the_gpu(amp, native, dtype, scale, make_job, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    job = make_job("detect", amp=amp, scaling={"num_workers": 1, "use_gpu": True})
+    wrapper = build_config(job, tmp_path, 1).optim_wrapper
+    assert (wrapper.get("dtype"), wrapper.get("loss_scale")) == (dtype, scale)
+
+
+def test_boxes_are_pooled_in_float32_whatever_the_features():
+    from pipelines.mm.roi_extractor import Float32RoIExtractor
+
+    extractor = Float32RoIExtractor(
+        roi_layer={"type": "RoIAlign", "output_size": 7, "sampling_ratio": 0},
+        out_channels=4,
+        featmap_strides=[4, 8],
+    )
+    maps = [torch.rand(1, 4, 40, 40).bfloat16().requires_grad_() for _ in range(2)]
+    boxes = torch.tensor([[0, 3.3, 4.7, 101.9, 120.1], [0, 8.0, 8.0, 24.0, 30.0]])
+    pooled = extractor(maps, boxes)
+    expected = extractor([m.float() for m in maps], boxes)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
+    pooled.sum().backward()
+    assert maps[0].grad.dtype == torch.bfloat16
+
+
+PUBLISHED = {
+    "name": "elsa_swin_tiny",
+    "embed_dim": 16,
+    "depths": [1, 1, 1, 2],
+    "num_heads": [2, 2, 4, 4],
+    "kernel_size": 3,
+    "group_width": 2,
+}
+
+
+def as_published(state_dict):
+    """A whole model of ours in the layout of the authors' files, by its description."""
+    inside, published = "backbone.model.model.", {}
+    for name, value in state_dict.items():
+        if name.endswith("num_batches_tracked"):
+            continue  # files of old versions lack it
+        name = name.replace(inside, "backbone.")
+        stage, _, rest = name.removeprefix("backbone.layers.").partition(".")
+        if rest.startswith("downsample."):  # merging closes a stage there, opens one here
+            name = f"backbone.layers.{int(stage) - 1}.{rest}"
+        elif "backbone.layers.3." in name and ".attn." in name:
+            name = name.replace(".qkv.", ".pre_proj.").replace(".attn.proj.", ".attn.post_proj.")
+            if ".pre_proj." in name:
+                q, k, v = value.chunk(3)
+                value = torch.cat((v, q, k))
+            elif name.endswith("relative_position_bias_table"):
+                name = name.replace("relative_position_bias_table", "rb")
+                value = value.t().flip(1)
+        published[name] = value.clone()
+    for block in range(2):
+        published[f"backbone.layers.3.blocks.{block}.attn.relative_id"] = torch.zeros(2401).long()
+    published["backbone.layers.3.blocks.1.attn.attn_mask"] = torch.zeros(4, 49, 49)
+    return published
+
+
+def randomise(model):
+    generator = torch.Generator().manual_seed(0)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.copy_(torch.rand(value.shape, generator=generator) * 0.1 + 0.01)
+
+
+@torch.no_grad()
+def predictions(model, image):
+    """All tensors that the heads give."""
+    if hasattr(model, "decode_head"):
+        features = model.extract_feat(image)
+        return [model.decode_head(features), model.auxiliary_head(features)]
+    features = model.extract_feat(image)
+    boxes = torch.tensor([[0.0, 3.0, 5.0, 60.0, 66.0], [0.0, 20.0, 8.0, 90.0, 40.0]])
+    scores, deltas = model.rpn_head(features)
+    found = [*scores, *deltas]
+    stages = (
+        [(0,), (1,), (2,)] if isinstance(model.roi_head.bbox_head, torch.nn.ModuleList) else [()]
+    )
+    for stage in stages:
+        box = model.roi_head._bbox_forward(*stage, features, boxes)
+        mask = model.roi_head._mask_forward(*stage, features, boxes)
+        found += [box["cls_score"], box["bbox_pred"], mask["mask_preds"]]
+    return found
+
+
+@pytest.mark.parametrize(("stage", "method", "schedule"), VARIANTS)
+def test_published_detectors_and_segmentors_load_whole(stage, method, schedule, make_job, tmp_path):
+    job = make_job(stage, model=PUBLISHED, method=method, schedule=schedule)
+    source, model = (build_model(job, tmp_path).eval() for _ in range(2))
+    randomise(source)
+    weights = as_published(source.state_dict())
+    torch.save({"meta": {"epoch": 12}, "state_dict": weights}, tmp_path / "published.pth")
+    report = elsa.load_checkpoint(model, tmp_path / "published.pth")
+    assert all(name.endswith("num_batches_tracked") for name in report.kept)
+    assert sorted(report.dropped) == [
+        "backbone.layers.3.blocks.0.attn.relative_id",
+        "backbone.layers.3.blocks.1.attn.attn_mask",
+        "backbone.layers.3.blocks.1.attn.relative_id",
+    ]
+    image = torch.rand(1, 3, 90, 100)
+    torch.testing.assert_close(
+        predictions(model, image), predictions(source, image), rtol=0, atol=0
+    )
+
+    save_file(source.state_dict(), tmp_path / "ours.safetensors")
+    randomise_again = build_model(job, tmp_path)
+    assert elsa.load_checkpoint(randomise_again, tmp_path / "ours.safetensors") == elsa.LoadReport()
+    torch.testing.assert_close(randomise_again.state_dict(), source.state_dict())
+    # The backbone alone takes the same file.
+    backbone = build_model(job, tmp_path).backbone
+    elsa.load_checkpoint(backbone, tmp_path / "published.pth")
+    torch.testing.assert_close(backbone.state_dict(), source.backbone.state_dict())
+
+
+def test_a_segmentor_refuses_what_is_not_all_of_it(make_job, tmp_path):
+    model = build_model(make_job("segment", model=PUBLISHED), tmp_path)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    weights = as_published(model.state_dict())
+    del weights["decode_head.bottleneck.conv.weight"], weights["backbone.norm2.bias"]
+    weights["decode_head.conv_seg.weight"] = torch.zeros(3, 32, 1, 1)
+    weights["decode_head.extra"] = torch.zeros(2)
+    torch.save({"state_dict": weights}, tmp_path / "file.pth")
+    with pytest.raises(elsa.CheckpointError) as error:
+        elsa.load_checkpoint(model, tmp_path / "file.pth")
+    for part in (
+        "does not fit EncoderDecoder (4 of",
+        "missing key decode_head.bottleneck.conv.weight (32, 256, 3, 3)",
+        "missing key backbone.norm2.bias (64,)",
+        "decode_head.conv_seg.weight is (3, 32, 1, 1) in the file, (150, 32, 1, 1) in the model",
+        "unknown key decode_head.extra (2,)",
+    ):
+        assert part in str(error.value)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+    classifier = elsa.ELSASwin(embed_dim=16, depths=(1, 1, 1, 2), num_heads=(2, 2, 4, 4))
+    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
+    with pytest.raises(elsa.CheckpointError, match=r"pass model\.backbone"):
+        elsa.load_checkpoint(model, tmp_path / "classifier.safetensors")
