@@ -41,8 +41,9 @@ def test_null_keeps_the_recipe_and_a_value_overrides_it(write) -> None:
 
 
 def test_learning_rate_scales_with_the_global_batch_from_the_batch_it_is_for(write) -> None:
-    text = "recipe: demo\npretrain: {{lr: 1e-3, batch_size: 256, accumulate: {}, lr_base_size: {}}}"
-    assert load_params(path=write(text.format(1, "null"))).pretrain.scaled_lr() == 1e-3
+    text = (
+        "recipe: demo\npretrain: {{lr: 1e-3, batch_size: 256, accumulate: {}, base_batch_size: {}}}"
+    )
     for accumulate in (1, 4):  # how a step is cut into passes does not matter
         params = load_params(path=write(text.format(accumulate, 1024)))
         assert params.pretrain.scaled_lr() == 1e-3 / 4
@@ -67,7 +68,7 @@ def test_learning_rate_scales_with_the_global_batch_from_the_batch_it_is_for(wri
         ),
         ("recipe: demo\npretrain: {sched: cosin}", "'cosine'"),
         ("recipe: demo\npretrain: {batch_size: 33}", "pretrain.batch_size=33 is the global batch"),
-        ("recipe: demo\npretrain: {accumulate: 3}", "num_workers=2 x pretrain.accumulate=3"),
+        ("recipe: demo\npretrain: {accumulate: 3}", "num_workers=2 times pretrain.accumulate=3"),
         ("recipe: demo\npretrain: {batch_size: 2, mixup: 0.8}", "each forward pass has 1 images"),
         ("recipe: demo\nsegment: {crop_size: 512}", "crop_size=512 is larger than img_size=112"),
         ("recipe: demo\nmodel: {kernel_size: 4}", "kernel_size=4 is even"),
