@@ -123,7 +123,7 @@ def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]
         "recipe": stage.params.recipe,
         "commit": git.get("mlflow.source.git.commit", "unknown")[:12],
         "dirty": git.get("git_dirty") == "true",
-        "results": result_rows(metrics),
+        "results": result_rows(metrics, stage.params),
         "choice": (
             f"The classifier is the best epoch on {holdout:.0%} of the training images held out."
             if holdout

@@ -8,9 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT
+from pipelines.params import ROOT, Downstream, Params, load_params
+from pipelines.published import compare
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment")
+TASKS = {"pretrain": "classify", "detect": "detect", "segment": "segment"}
+PUBLIC_CLASSES = {"pretrain": 1000, "detect": 80, "segment": 150}
+"""Of ImageNet-1K, COCO and ADE20K: results on other classes are compared with nothing."""
 
 RESULTS = (
     ("pretrain", "classification (ImageNet layout)", ("top1", "top5")),
@@ -35,19 +39,42 @@ def load_metrics(stages: Sequence[str]) -> dict[str, dict[str, Any]]:
     return {name: json.loads((ROOT / f"metrics/{name}.json").read_text()) for name in stages}
 
 
-def result_rows(metrics: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the results table: stage, task, metric, number, value (as shown)."""
-    return [
-        {
-            "stage": stage,
-            "task": task,
-            "metric": key,
-            "number": metrics[stage][key],
-            "value": f"{metrics[stage][key]:.1f}",
-        }
-        for stage, task, keys in RESULTS
-        for key in keys
-    ]
+def result_rows(metrics: dict[str, dict[str, Any]], params: Params) -> list[dict[str, Any]]:
+    """Rows of the results table: stage, task, metric, number, value and published (as shown).
+
+    `published` is empty where the paper has no number for this model, data, method and schedule.
+    """
+    rows = []
+    for stage, task, keys in RESULTS:
+        published = _published(metrics[stage], stage, params)
+        rows += [
+            {
+                "stage": stage,
+                "task": task,
+                "metric": key,
+                "number": metrics[stage][key],
+                "value": f"{metrics[stage][key]:.1f}",
+                "published": published.get(key, ""),
+            }
+            for key in keys
+        ]
+    return rows
+
+
+def _published(metrics: dict[str, Any], stage: str, params: Params) -> dict[str, str]:
+    """By metric: the published number, the difference, and whether that is within tolerance."""
+    section = getattr(params, stage)
+    if params.model.overrides() or section.num_classes != PUBLIC_CLASSES[stage]:
+        return {}
+    how = {}
+    if isinstance(section, Downstream):
+        how = {"method": section.method, "schedule": section.schedule}
+    found = compare(metrics, model=params.model.name, task=TASKS[stage], **how)
+    return {
+        one.published.metric: f"{one.published.value:.1f} ({one.difference:+.1f}, "
+        f"{'within' if one.within else 'not within'} {one.published.tolerance})"
+        for one in found
+    }
 
 
 def duration(seconds: float) -> str:
@@ -62,6 +89,7 @@ def main() -> None:
     ).parse_args()
     try:
         metrics = load_metrics(STAGES)
+        rows = result_rows(metrics, load_params())
     except PipelineError as error:
         sys.exit(f"error: {error}")
     from rich.console import Console
@@ -70,8 +98,12 @@ def main() -> None:
     console = Console()
     table = Table("task", "metric", title="Results (percent, validation images)")
     table.add_column("value", justify="right")
-    for row in result_rows(metrics):
-        table.add_row(row["task"], row["metric"], row["value"])
+    compared = any(row["published"] for row in rows)
+    if compared:
+        table.add_column("published")
+    for row in rows:
+        shown = [row["published"]] if compared else []
+        table.add_row(row["task"], row["metric"], row["value"], *shown)
     console.print(table)
     times = "  ".join(f"{name} {duration(metrics[name]['wall_time_s'])}" for name in STAGES)
     console.print(f"Wall time: {times}", highlight=False)

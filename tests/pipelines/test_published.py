@@ -7,6 +7,7 @@ import torch
 
 from pipelines.params import load_params
 from pipelines.published import compare, load_published
+from pipelines.summary import RESULTS, result_rows
 
 DROP_PATH = {
     "tiny": {"mask-rcnn": (0.1, 0.2), "cascade-mask-rcnn": (0.0, 0.2)},
@@ -42,6 +43,23 @@ def test_ours_beside_published():
     [top1] = compare({"top1": 82.6}, model="elsa_swin_tiny", task="classify")
     assert top1.within
     assert compare({"top1": 96.0}, model="elsa_swin_micro", task="classify") == []
+
+
+def test_results_table_shows_the_published_number_where_there_is_one(params):
+    metrics = {stage: dict.fromkeys(keys, 47.9) for stage, _, keys in RESULTS}
+
+    def shown(recipe, **overrides):
+        rows = result_rows(metrics, params(recipe, **overrides))
+        return {row["metric"]: row["published"] for row in rows}
+
+    full = shown("elsa_swin_tiny")
+    assert full["bbox_mAP"] == "45.7 (+2.2, not within 0.2)"
+    assert full["mIoU_ms_flip"] == "47.9 (+0.0, within 0.2)"
+    assert full["mIoU"] == full["top5"] == ""
+    # Another model, other classes: nothing to compare with.
+    assert not any(shown("demo").values())
+    assert not any(shown("elsa_swin_tiny", model={"kernel_size": 5}).values())
+    assert shown("elsa_swin_tiny", detect={"num_classes": 20})["bbox_mAP"] == ""
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])
