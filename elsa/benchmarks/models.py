@@ -187,7 +187,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 def _speed(speeds: dict[str, float], name: str) -> str:
     peer = PEERS.get(name)
     ratio = f" ({speeds[name] / speeds[peer]:.2f}x)" if peer in speeds else ""
-    return f"{speeds[name]:.1f}{ratio}"
+    return f"{speeds[name]:.2f}{ratio}"
 
 
 def main(argv: list[str] | None = None) -> int:
