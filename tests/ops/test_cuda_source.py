@@ -115,13 +115,15 @@ class Banded:
         grads = torch.autograd.grad(out, inputs, self.grad.double())
         self.expected = [out.detach(), *grads]
 
-    def run(self, run_banded, segments=0, rows=0, splits=1, reverse=False):
+    def run(self, run_banded, segments=0, rows=0, splits=1, reverse=False, only_add=False):
         vector = next(n for n in (4, 2, 1) if self.sizes[4] % n == 0)
         setting = (vector, segments, rows, self.parts, splits, reverse)
         nan = float("nan")
         results = [torch.full_like(t, nan) for t in (self.v, self.v, self.h)]
         if self.add is not None:
             results.append(torch.full_like(self.add, nan))
+        if only_add:
+            results[2] = None
         tensors = [self.grad, self.v, self.h, self.add, *results, None]
         run_banded(
             self.dtype == torch.bfloat16,
@@ -177,6 +179,13 @@ def test_banded_kernels_match_the_reference(run_banded, sizes, add, dtype):
 def test_banded_kernels_with_any_tile_and_order_of_warps(run_banded, segments, rows, k, reverse):
     case = Banded((3, 16, 1, 13, 22, k), torch.bfloat16, "float")
     case.compare(case.run(run_banded, segments, rows, splits=2, reverse=reverse))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_ghost_gradient_alone(run_banded, reverse):
+    case = Banded((3, 16, 1, 9, 16, 3), torch.bfloat16, "half")
+    grad_add = case.run(run_banded, splits=1, reverse=reverse, only_add=True)[3]
+    torch.testing.assert_close(grad_add.double(), case.expected[3], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("add", ["", "float"])
