@@ -612,7 +612,8 @@ ELSA_DEVICE void ghost_gradient(const Tile& t, const uint16_t* values, const uin
 }
 
 // The gradients of h (where `grad_h`) and of ghost_add (where `sums`) of the block's tile in the
-// images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its head's.
+// images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its
+// head's share of them.
 template <class T, int K>
 ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block, int64_t step,
                                  unsigned char* shared, const T* grad, const T* v, T* grad_h,
