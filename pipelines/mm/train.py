@@ -238,6 +238,17 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
     }
     per_pass = section.batch_size // (workers * section.accumulate)
     config.train_dataloader.update(batch_size=per_pass, **loader)
+    normed = per_pass * (workers if job.params.scaling.use_gpu else 1)
+    if (
+        normed < 2
+        and "decode_head" in config.model
+        and "BN" in config.model.decode_head.norm_cfg.type
+    ):
+        raise PipelineError(
+            f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one: lower"
+            f" {job.stage}.accumulate={section.accumulate} or raise"
+            f" {job.stage}.batch_size={section.batch_size}"
+        )
     if isinstance(section, Segment) and section.epoch_iters:
         samples = section.epoch_iters * section.batch_size // workers
         config.train_dataloader.sampler = {"type": "IntervalSampler", "samples": samples}

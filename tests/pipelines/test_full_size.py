@@ -15,6 +15,7 @@ from mmengine.registry import (
 from safetensors.torch import load_file, save_file
 
 import elsa
+from pipelines.errors import PipelineError
 from pipelines.mm.hooks import HISTORY, WEIGHTS
 from pipelines.mm.train import Job, build_config, train
 from pipelines.params import load_params
@@ -230,6 +231,13 @@ def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
     assert batches == [16, 4, 8]
     samples = [c.train_dataloader.sampler.samples for c in (plain, split, half)]
     assert samples == [800, 800, 400]
+
+
+def test_one_image_per_pass_is_too_few_for_batch_norm(make_job, tmp_path):
+    with pytest.raises(PipelineError, match=r"lower segment\.accumulate=16"):
+        build_config(make_job("segment", accumulate=16), tmp_path, 1)
+    on_gpus = make_job("segment", accumulate=8, scaling={"num_workers": 2, "use_gpu": True})
+    assert build_config(on_gpus, tmp_path, 2).train_dataloader.batch_size == 1
 
 
 @pytest.mark.parametrize(("stage", "method", "schedule"), VARIANTS)
