@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,7 +213,7 @@ def _neighbourhood(shape: Shape) -> Callable[..., Tensor]:
         return near_y & ((q % width - kv % width).abs() <= k // 2)
 
     block_mask = create_block_mask(mask, None, None, height * width, height * width, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
+    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
 
 
@@ -248,7 +248,6 @@ def measure_shape(
     """Times of ours, the peers and the limits, with `ghost_add` only, as in ELSA-Swin; and the
     extra memory of ours and of `unfold`."""
     batch, channels, heads, height, width, k = shape
-    options = {"dtype": dtype, "device": bench.device}
     v = torch.randn(batch, channels, height, width, device=bench.device).to(dtype)
     h = torch.randn(batch, heads, k * k, height, width, device=bench.device).softmax(2).to(dtype)
     add = torch.randn(channels, k, k, device=bench.device).to(dtype)
@@ -271,7 +270,8 @@ def measure_shape(
         memory["unfold"] = bench.extra_memory(_unfolded(shape), [v, h, add])
     if bench.device == "cuda":
         depth = channels // heads
-        qkv = [torch.randn(batch, heads, height * width, depth, **options) for _ in range(3)]
+        size = (batch, heads, height * width, depth)
+        qkv = [torch.randn(size, dtype=dtype, device="cuda") for _ in range(3)]
         times["flex_attention"] = bench.measure(_neighbourhood(shape), qkv)
     if plain is not None:
         wide = [t.float() for t in (v, h, add)]

@@ -134,11 +134,15 @@ def test_order_labels_names_and_webdataset_members(root: Path) -> None:
     assert len(classes) > 5 * len(names), "a shard that is streamed has mixed classes"
 
 
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy())
+
+
 def test_every_worker_count_sees_each_image_once(root: Path) -> None:
     """Also across ranks: what one rank sees no other does, and none is missing."""
     for workers in (0, 1, 3):
         data = images.Images(str(root / "shards"), "val")
-        data.transform = lambda image: torch.from_numpy(np.asarray(image).copy())
+        data.transform = to_tensor
         seen = []
         for rank in range(2):
             part = Part(data, list(range(len(data)))[rank::2])
