@@ -20,10 +20,12 @@ demo: setup
 test: setup
 	$(UV) run pytest
 
-# Leaks are Python's own; the tests of values and inputs are those that run the kernels.
+# Leaks are Python's own. Exceptions need libstdc++ loaded as early as the sanitizer. The tests of
+# values and inputs are those that run the kernels.
 asan: setup
 	$(UV) run python -m ops.build --sanitize --out build/asan
-	$(UV) run env LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so)" \
+	cxx="$${CXX:-c++}"; $(UV) run env \
+	  LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ELSA_OPS_LIBRARY=build/asan \
 	  pytest tests/ops/test_values.py tests/ops/test_inputs.py
 
