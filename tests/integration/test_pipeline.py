@@ -138,7 +138,9 @@ def train_workers(process: subprocess.Popen) -> list[psutil.Process]:
 
 
 def kill_all(process: subprocess.Popen) -> None:
-    for victim in [*descendants(process), psutil.Process(process.pid)]:
+    """DVC first: were its command to die before it, it would be killed while it writes its lock,
+    and DVC does not write that whole or not at all (README, "When something is wrong")."""
+    for victim in [psutil.Process(process.pid), *descendants(process)]:
         with suppress(ProcessLookupError):
             os.kill(victim.pid, signal.SIGKILL)
     process.wait()
