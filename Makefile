@@ -11,7 +11,7 @@ help:
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
 setup: | $(UV)
-	@$(UV) sync || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
+	@$(UV) sync --compile-bytecode || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
 
 demo: setup
 	$(UV) run dvc repro
