@@ -41,6 +41,8 @@ def ray_session() -> Iterator[None]:
         environment["GLOO_SOCKET_IFNAME"] = "lo"
         # Its process takes seconds of a small machine's start, and no cloud preempts this one.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+        # A worker's report waits for the controller's next look at it, every 2 s otherwise.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
         common |= {
             "address": "local",
             "include_dashboard": True,
