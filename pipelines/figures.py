@@ -178,6 +178,36 @@ def segmentations(data: Path, results: Path, classes: Sequence[str], count: int)
     return figure
 
 
+def mistakes(
+    images: Any, predictions: Mapping[str, np.ndarray], classes: Sequence[str], count: int
+) -> Figure:
+    """The surest wrong answers of a classifier: the image, what it is and what it was taken for.
+
+    Args:
+        images: the data set, without a transform.
+        predictions: see `pipelines.train.evaluation.predict`.
+    """
+    first, sure = predictions["classes"][:, 0], predictions["probabilities"][:, 0]
+    wrong = np.flatnonzero(first != predictions["target"])
+    chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:count]
+    columns = max(1, min(len(chosen), 8))
+    rows = max(1, -(-len(chosen) // columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, index in zip(axes.flat, chosen, strict=False):
+        axis.imshow(np.asarray(images[int(index)][0]))
+        axis.set_title(
+            f"{classes[predictions['target'][index]]}, taken for\n{classes[first[index]]}"
+            f" ({100 * sure[index]:.0f}%)",
+            fontsize=7,
+        )
+    if not len(chosen):
+        figure.suptitle("no image is classified wrongly")
+    figure.tight_layout()
+    return figure
+
+
 def attention(weights: Path, data: Path, count: int = 3) -> Figure:
     """What the first ELSA layer of the pretrained model looks at, on detection scenes.
 

@@ -8,6 +8,7 @@ and an edit of the file work the same way.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -308,12 +309,17 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") -> Params:
+def load_params(
+    recipe: str | None = None,
+    path: Path = ROOT / "params.yaml",
+    changes: Mapping[str, Any] | None = None,
+) -> Params:
     """Resolved parameters.
 
     Args:
         recipe: a recipe alone, without the overrides of `path`; None reads `path`.
         path: the file with `recipe` and the overrides.
+        changes: values by dotted key, such as `{"detect.lr": 1e-3}`, over all others.
 
     Raises:
         ParamsError: a file that is missing or not YAML, an unknown recipe or key, a wrong
@@ -321,6 +327,8 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
     """
     overrides: dict[str, Any] = {} if recipe else _read(path)
     name = recipe or overrides.pop("recipe", None)
+    for key, value in (changes or {}).items():
+        overrides = _merge(overrides, _nested(key, value))
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
     resolved = _merge(_choose_variants(_read(RECIPES / f"{name}.yaml"), overrides, name), overrides)
@@ -330,6 +338,27 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
         return Params.model_validate_json(json.dumps(resolved), strict=True)
     except ValidationError as error:
         raise ParamsError(_explain(error, name)) from None
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Dotted key and value of `key=value`, the value as YAML has it: what `-S` takes.
+
+    Raises:
+        ParamsError: not of that form.
+    """
+    key, equals, value = text.partition("=")
+    try:
+        if not equals or not key:
+            raise ValueError
+        return key, YAML(typ="safe").load(value)
+    except (ValueError, YAMLError):
+        raise ParamsError(f"-S {text}: not of the form section.key=value") from None
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 def _read(path: Path) -> dict[str, Any]:

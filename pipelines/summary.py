@@ -4,7 +4,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.errors import PipelineError
@@ -46,7 +46,7 @@ def result_rows(metrics: dict[str, dict[str, Any]], params: Params) -> list[dict
     """
     rows = []
     for stage, task, keys in RESULTS:
-        published = _published(metrics[stage], stage, params)
+        published = published_beside(metrics[stage], stage, params)
         rows += [
             {
                 "stage": stage,
@@ -61,8 +61,12 @@ def result_rows(metrics: dict[str, dict[str, Any]], params: Params) -> list[dict
     return rows
 
 
-def _published(metrics: dict[str, Any], stage: str, params: Params) -> dict[str, str]:
-    """By metric: the published number, the difference, and whether that is within tolerance."""
+def published_beside(metrics: Mapping[str, Any], stage: str, params: Params) -> dict[str, str]:
+    """By metric: the published number, the difference, and whether that is within tolerance.
+
+    Args:
+        metrics: ours, of `stage` (`pretrain`, `detect` or `segment`), in percent.
+    """
     section = getattr(params, stage)
     if params.model.overrides() or section.num_classes != PUBLIC_CLASSES[stage]:
         return {}

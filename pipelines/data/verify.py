@@ -182,25 +182,27 @@ def _class_folders(place: Path, split: str) -> list[str]:
     return sorted(folders, key=natural_key)
 
 
-def class_names(place: Path, kind: str) -> list[str]:
-    """The classes of a data set in the order of their labels.
+def class_names(place: Path, kind: str, splits: Sequence[str] = ("train", "val")) -> list[str]:
+    """The classes of a data set in the order of their labels, as its `splits` have them.
 
     ImageNet: the class folders. COCO: the categories. ADE20K: the lines of `classes.txt`; the
     150 names that mmseg has if there is the public `objectInfo150.txt` instead.
     """
     if kind == "imagenet":
-        splits = {split: _class_folders(place, split) for split in ("train", "val")}
-        odd = sorted(set(splits["train"]) ^ set(splits["val"]))
-        if odd:
+        found = {split: _class_folders(place, split) for split in splits}
+        first, last = found[splits[0]], found[splits[-1]]
+        if odd := sorted(set(first) ^ set(last)):
             raise DataError(
-                f"{place}: train has {len(splits['train'])} class folders and val"
-                f" {len(splits['val'])}; they differ in {', '.join(odd[:5])}"
+                f"{place}: train has {len(first)} class folders and val {len(last)}; they differ"
+                f" in {', '.join(odd[:5])}"
             )
-        return splits["train"]
+        return first
     if kind == "coco":
-        path = place / INSTANCES.format("train2017")
+        path = place / INSTANCES.format(f"{splits[0]}2017")
         try:
             return [category["name"] for category in json.loads(path.read_bytes())["categories"]]
+        except OSError as error:
+            raise DataError(f"{path} can't be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} has no list of named categories ({error!r})") from None
     if (place / "classes.txt").is_file():

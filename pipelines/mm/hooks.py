@@ -5,7 +5,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class ReportHook(Hook):
         self.folder.mkdir(parents=True)
         runner.save_checkpoint(str(self.folder), CHECKPOINT)
         if self.reporter.rank == 0:
-            state = _unwrapped(runner).state_dict()
+            state = unwrapped(runner).state_dict()
             weights = {name: value.contiguous() for name, value in state.items()}
             save_file(weights, str(self.folder / WEIGHTS))
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
@@ -153,19 +153,40 @@ def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float
     return found
 
 
-@torch.no_grad()
 def evaluate_tta(runner: Any, tta: Mapping[str, Any]) -> dict[str, float]:
     """Metrics of the runner's model under test-time augmentation, by all ranks together."""
-    model = MODELS.build(dict(tta["model"], module=_unwrapped(runner))).eval()
-    loader = runner.build_dataloader(tta["dataloader"], seed=runner.seed)
-    evaluator = Evaluator(tta["evaluator"])
-    evaluator.dataset_meta = loader.dataset.metainfo
+    model = MODELS.build(dict(tta["model"], module=unwrapped(runner)))
+    return evaluate(runner, model, tta["dataloader"], tta["evaluator"])
+
+
+@torch.no_grad()
+def evaluate(
+    runner: Any,
+    model: Any,
+    dataloader: Any,
+    evaluator: Any,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Metrics of `model`, by all ranks together, each image counted once.
+
+    Args:
+        dataloader, evaluator: their configs.
+        progress: gets the images done so far, and all.
+    """
+    model.eval()
+    loader = runner.build_dataloader(dataloader, seed=runner.seed)
+    judge = Evaluator(evaluator)
+    judge.dataset_meta = loader.dataset.metainfo
+    done, total = 0, len(loader.dataset)
     for batch in loader:
-        evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
-    return evaluator.evaluate(len(loader.dataset))
+        samples = model.test_step(batch)
+        judge.process(data_samples=samples, data_batch=batch)
+        done += len(samples) * runner.world_size
+        progress(min(done, total), total)
+    return judge.evaluate(total)
 
 
-def _unwrapped(runner: Any) -> torch.nn.Module:
+def unwrapped(runner: Any) -> torch.nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 

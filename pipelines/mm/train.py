@@ -56,32 +56,16 @@ def train(job: Job, reporter: Reporter) -> None:
 
     One call per process: mmengine's logger, message hub and visualizer are singletons.
     """
-    import torch
-    from mmengine.runner import Runner
-
     work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
     try:
         with reporter.checkpoint() as found:
             folder = work / "checkpoint"
             config = build_config(job, folder, reporter.world_size)
-            config.work_dir = str(work / "runner")
-            config.experiment_name = work.name
             history = []
             if found:
                 history = json.loads((found / HISTORY).read_text())
                 config.load_from, config.resume = str(found / CHECKPOINT), True
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            if distributed:
-                config.launcher = "pytorch"
-                cuda = torch.cuda.is_available()
-                config.model_wrapper_cfg = {
-                    "type": "MMDistributedDataParallel",
-                    # mmengine would name a device, which DDP refuses on a CPU.
-                    "device_ids": [torch.cuda.current_device()] if cuda else None,
-                    "broadcast_buffers": False,
-                    "gradient_as_bucket_view": True,
-                }
-            runner = Runner.from_cfg(config)
+            runner = make_runner(config, work)
             runner.register_hook(
                 ReportHook(
                     reporter,
@@ -89,12 +73,32 @@ def train(job: Job, reporter: Reporter) -> None:
                     job.section.seed,
                     history,
                     REPORT_INTERVAL,
-                    _test_time_augmentation(config),
+                    test_time_augmentation(config),
                 )
             )
             runner.train()
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def make_runner(config: Config, work: Path) -> Any:
+    """mmengine's Runner below `work`, one of `torch.distributed`'s processes where it runs."""
+    import torch
+    from mmengine.runner import Runner
+
+    config.work_dir = str(work / "runner")
+    config.experiment_name = work.name
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        config.launcher = "pytorch"
+        cuda = torch.cuda.is_available()
+        config.model_wrapper_cfg = {
+            "type": "MMDistributedDataParallel",
+            # mmengine would name a device, which DDP refuses on a CPU.
+            "device_ids": [torch.cuda.current_device()] if cuda else None,
+            "broadcast_buffers": False,
+            "gradient_as_bucket_view": True,
+        }
+    return Runner.from_cfg(config)
 
 
 def config_name(stage: str, method: str, schedule: str) -> str:
@@ -306,7 +310,7 @@ def _ade20k_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _test_time_augmentation(config: Config) -> dict[str, Any] | None:
+def test_time_augmentation(config: Config) -> dict[str, Any] | None:
     """What `ReportHook` evaluates after the last epoch, for configs that have `tta_model`."""
     if "tta_model" not in config or config.default_scope != "mmseg":
         return None

@@ -176,6 +176,13 @@ def fit(
     return result.checkpoint
 
 
+def forget(checkpoint: "ray.train.Checkpoint") -> None:
+    """Delete the storage of the run that made `checkpoint`, of which nothing more is needed."""
+    run, _, _ = checkpoint.path.rpartition("/")
+    assert checkpoint.filesystem is not None
+    checkpoint.filesystem.delete_dir(run)
+
+
 def _raylet_errors() -> str:
     """The last lines of this node's raylet.err, where Ray says why a process did not start."""
     node: Any = ray._private.worker._global_node

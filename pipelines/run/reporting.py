@@ -100,6 +100,11 @@ class RayReporter:
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
         ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
 
+    def hand_over(self, folder: Path) -> None:
+        """Give the driver what rank 0 wrote to `folder`, as the checkpoint that `fit` returns."""
+        mine = ray.train.Checkpoint.from_directory(str(folder)) if self.rank == 0 else None
+        ray.train.report({}, checkpoint=mine)
+
     def close(self) -> None:
         """Stop the system monitor."""
         if self._monitor:

@@ -120,6 +120,58 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
+def make_loader(
+    p: Pretrain,
+    part: Part,
+    workers: int,
+    device: torch.device,
+    erasing: Mapping[str, Any] | None = None,
+    collate_fn: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """timm's `create_loader`, but for any sampler, and for processes that are safe to start.
+
+    Args:
+        workers: how many processes share the global batch.
+        device: batches for a GPU are prefetched, as bytes that are normalised there.
+        erasing: random erasing on the GPU, for training.
+    """
+    prefetch = device.type == "cuda"
+    if p.data_workers:
+        # A fork of a process with threads, such as Ray's or autograd's, can hang.
+        multiprocessing.set_forkserver_preload([__name__])
+        kwargs |= {
+            "multiprocessing_context": "forkserver",
+            "prefetch_factor": p.prefetch_factor,
+            # An iterator takes a seed, and that of lasting workers is made only once: taken
+            # from the global generator, it would make epochs differ after a resume.
+            "generator": torch.Generator(),
+        }
+    loader = DataLoader(
+        part,
+        batch_size=p.micro_batch(workers),
+        num_workers=p.data_workers,
+        pin_memory=p.pin_memory and prefetch,
+        collate_fn=collate_fn or (fast_collate if prefetch else None),
+        **kwargs,
+    )
+    return PrefetchLoader(loader, device=device, **(erasing or {})) if prefetch else loader
+
+
+def evaluation_loader(
+    p: Pretrain, images: Images, indices: list[int], rank: int, workers: int, device: torch.device
+) -> Any:
+    """Every rank takes its own of the images at `indices`, so none is padded or counted twice."""
+    mine = Part(images, indices[rank::workers])
+    mine.transform = create_transform(
+        p.img_size,
+        crop_pct=p.crop_pct,
+        interpolation=p.interpolation,
+        use_prefetcher=device.type == "cuda",
+    )
+    return make_loader(p, mine, workers, device)
+
+
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices to train on, and indices held out to choose the best epoch; both sorted."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -264,8 +316,11 @@ class Classifier:
         part = Part(train, kept, p.seed)
         # One worker has it too: then a step has the same images on any number of workers.
         sampler = EpochSampler if p.data_workers else DistributedSampler
-        train_loader = self._loader(
+        train_loader = make_loader(
+            p,
             part,
+            world,
+            self.device,
             {"re_prob": p.reprob, "re_mode": "pixel"},
             sampler=sampler(part, num_replicas=world, rank=rank, seed=p.seed),
             drop_last=True,
@@ -274,50 +329,11 @@ class Classifier:
         )
 
         def evaluation(images: Images, indices: list[int]) -> Any:
-            # Every rank takes its own images, so none is padded or counted twice.
-            mine = Part(images, indices[rank::world])
-            mine.transform = create_transform(
-                p.img_size,
-                crop_pct=p.crop_pct,
-                interpolation=p.interpolation,
-                use_prefetcher=self.prefetch,
-            )
-            return self._loader(mine)
+            return evaluation_loader(p, images, indices, rank, world, self.device)
 
         val = evaluation(val_images, list(range(len(val_images))))
         # A data set of its own: it has another transform than the training images.
         return train_loader, evaluation(data.images("train"), held) if held else val, val
-
-    def _loader(
-        self,
-        part: Part,
-        erasing: Mapping[str, Any] | None = None,
-        collate_fn: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """timm's `create_loader`, but for any sampler, and for processes that are safe to start."""
-        p = self.params
-        if p.data_workers:
-            # A fork of a process with threads, such as Ray's or autograd's, can hang.
-            multiprocessing.set_forkserver_preload([__name__])
-            kwargs |= {
-                "multiprocessing_context": "forkserver",
-                "prefetch_factor": p.prefetch_factor,
-                # An iterator takes a seed, and that of lasting workers is made only once: taken
-                # from the global generator, it would make epochs differ after a resume.
-                "generator": torch.Generator(),
-            }
-        loader = DataLoader(
-            part,
-            batch_size=p.micro_batch(self.reporter.world_size),
-            num_workers=p.data_workers,
-            pin_memory=p.pin_memory and self.prefetch,
-            collate_fn=collate_fn or (fast_collate if self.prefetch else None),
-            **kwargs,
-        )
-        if self.prefetch:
-            return PrefetchLoader(loader, device=self.device, **(erasing or {}))
-        return loader
 
     def _train_epoch(self, epoch: int) -> dict[str, float]:
         p, cuda = self.params, self.device.type == "cuda"
