@@ -84,6 +84,26 @@ def test_downstream_weights_record_what_they_started_from(workspace: Workspace) 
         assert tags["upstream_run_id"] == pretrained["mlflow_run_id"]
 
 
+def test_evaluation_of_the_weights_repeats_what_training_reported(workspace: Workspace) -> None:
+    code, output = workspace.run(
+        *(sys.executable, "-m", "pipelines.evaluate", "--task", "segment", "--ms-flip"),
+        *("--weights", "weights/segment", "--data", "data/ade20k", "--out", "evaluation"),
+    )
+    assert code == 0, output
+    folder = workspace.root / "evaluation"
+    found = json.loads((folder / "metrics.json").read_text())
+    trained = metrics(workspace, "segment")
+    assert found["mIoU_ms_flip"] == pytest.approx(trained["mIoU_ms_flip"], abs=0.01)
+    assert found["weights_sha256"] == weights(workspace, "segment")["sha256"]
+    validation = workspace.root / "data/ade20k/annotations/validation"
+    names = {file.name for file in validation.glob("*.png")}
+    assert {file.name for file in (folder / "masks").iterdir()} == names
+    run = MlflowClient(f"sqlite:///{workspace.root / 'mlflow.db'}").get_run(found["mlflow_run_id"])
+    assert run.data.tags["upstream_run_id"] == trained["mlflow_run_id"]
+    assert run.data.metrics["final/mIoU_ms_flip"] == pytest.approx(found["mIoU_ms_flip"], abs=1e-3)
+    assert not list(workspace.root.glob("storage/evaluate-*"))  # nothing to resume, nothing left
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_mlflow_holds_the_run_of_each_stage(workspace: Workspace, stage: str) -> None:
     client, run = mlflow_run(workspace, stage)

@@ -25,6 +25,7 @@ from pipelines.params import Params, load_params
 from pipelines.run.reporting import LocalReporter
 from pipelines.train.classify import Classifier, amp_dtype
 from pipelines.train.cost import StepClock, flops_per_image
+from pipelines.train.evaluation import predict
 
 CPU = torch.device("cpu")
 DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}
@@ -155,7 +156,12 @@ def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> N
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    fit(params, data, Recorder(folder, rank, 2))
+    reporter = Recorder(folder, rank, 2)
+    trained = fit(params, data, reporter)
+    found = predict(params.pretrain, trained.model, DataPlace(str(data)), CPU, reporter)
+    assert (found is None) == (rank == 1)
+    if found:
+        np.savez(folder / "predictions.npz", **found)
     torch.distributed.destroy_process_group()
 
 
@@ -167,7 +173,7 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
     one, whole = Recorder(tmp_path / "one"), Recorder(tmp_path / "whole")
     with threads(1):
         fit(smoke(**common, accumulate=4, data_workers=2), data, one)
-        fit(smoke(**common, data_workers=1, persistent_workers=False), data, whole)
+        trained = fit(smoke(**common, data_workers=1, persistent_workers=False), data, whole)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -182,6 +188,14 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
         for row, expected in zip(state["history"], reference["history"], strict=True):
             for key in ("train_loss", "val_loss", "val_top1"):
                 assert row[key] == pytest.approx(expected[key], rel=1e-4), key
+    # Evaluation alone: every image once and in its place, whoever had it.
+    place = DataPlace(str(data))
+    found = predict(two.pretrain, trained.model, place, CPU, LocalReporter(tmp_path))
+    assert list(found["name"]) == place.images("val").filenames()
+    assert found["target"].tolist() == [label for _, label in place.images("val")]
+    shared = np.load(tmp_path / "two/predictions.npz")
+    np.testing.assert_array_equal(shared["target"], found["target"])
+    np.testing.assert_allclose(shared["probabilities"], found["probabilities"], rtol=1e-3)
 
 
 @pytest.mark.parametrize(
