@@ -46,18 +46,6 @@ class Evaluation:
         return STAGES[self.task]
 
 
-def find_weights(given: str) -> Path:
-    """The file with the weights: `given`, or `model.safetensors` in that folder."""
-    path = Path(given).expanduser()
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise PipelineError(
-            f"--weights {given}: there is no such file, nor a folder with model.safetensors"
-            " (`dvc repro` and `dvc pull` make weights/pretrain, weights/detect, weights/segment)"
-        )
-    return path
-
-
 def choose_params(
     task: str, weights: Path, recipe: str | None, changes: Mapping[str, Any]
 ) -> Params:
@@ -387,7 +375,7 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
 def prepare(arguments: argparse.Namespace) -> Evaluation:
     """Check everything that can be checked before Ray starts."""
     from pipelines.build_op import check_library
-    from pipelines.run.identity import content_digest
+    from pipelines.run.identity import content_digest, weights_file
 
     task = arguments.task
     if arguments.ms_flip and task != "segment":
@@ -401,7 +389,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
         if value
     }
     check_library()
-    file = find_weights(arguments.weights)
+    file = weights_file(arguments.weights, Path.cwd())
     description = file.parent / "model.json"
     upstream = json.loads(description.read_text()) if description.is_file() else {}
     params = choose_params(task, file, arguments.recipe, changes)

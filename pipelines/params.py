@@ -165,6 +165,12 @@ class Training(Section):
 
 
 class Pretrain(Training):
+    epochs: NonNegative
+    """0 only evaluates `weights`, and hands them on to detection and segmentation."""
+    weights: str | None
+    """A checkpoint to start from, as a file or a folder that a stage wrote (relative to the
+    repository; all nodes must see it). Its classifier is taken where it has as many classes. DVC
+    compares the name alone, so give other weights another name. Null: random weights."""
     num_classes: Positive
     img_size: Annotated[int, Field(ge=16)]
     opt: str
@@ -205,7 +211,9 @@ class Pretrain(Training):
 
     @model_validator(mode="after")
     def consistent(self) -> "Pretrain":
-        if self.warmup_epochs >= self.epochs:
+        if not self.epochs and not self.weights:
+            raise ValueError("epochs=0 trains nothing: set weights to what is to be evaluated")
+        if self.epochs and self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}"
             )

@@ -13,6 +13,11 @@ from pipelines.run.stage import Stage, run_stage
 
 def check(params: Params) -> dict[str, Any]:
     check_library()
+    if params.pretrain.weights:
+        from pipelines.train.classify import build_model, load_weights
+
+        # Here, so that a fault is told before Ray starts; each worker loads them for itself.
+        load_weights(build_model(params.model, params.pretrain.num_classes), params.pretrain)
     return places.check(params, "imagenet", params.pretrain.num_classes)
 
 

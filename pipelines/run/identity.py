@@ -51,14 +51,31 @@ def stage_identity(stage: str, params: Params, root: Path = ROOT) -> str:
             continue  # a name; its values count
         dropped = NOT_IDENTIFYING.get(section, set())
         if dropped is not None:
-            inputs["params"][section] = {
-                key: value for key, value in resolved[section].items() if key not in dropped
-            }
+            values = {k: v for k, v in resolved[section].items() if k not in dropped}
+            if values.get("weights"):  # what they are counts, not where
+                values["weights"] = content_digest(weights_file(values["weights"], root))
+            inputs["params"][section] = values
     for dep in definition.get("deps", []):
         if "${" in dep:
             continue  # the recipe's file: its values are in the parameters
         inputs["deps"][dep] = content_digest(root / dep)
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def weights_file(given: str, root: Path = ROOT) -> Path:
+    """The file with weights: `given`, or `model.safetensors` in that folder; relative to `root`.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    path = root / Path(given).expanduser()
+    path = path / "model.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise PipelineError(
+            f"weights {given}: there is no such file, nor a folder with model.safetensors. Give a"
+            " checkpoint, or a folder such as weights/pretrain, made by `dvc repro` or `dvc pull`"
+        )
+    return path
 
 
 def content_digest(path: Path) -> str:

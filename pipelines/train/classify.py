@@ -31,10 +31,11 @@ from timm.utils import ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-import elsa  # noqa: F401  registers the models
+import elsa
 from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, Pretrain
+from pipelines.run.identity import weights_file
 from pipelines.run.reporting import Reporter
 from pipelines.train.cost import BACKWARD_FACTOR, StepClock, flops_per_image, peak_flops
 
@@ -54,15 +55,44 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
     Raises:
         PipelineError: an unknown name, or arguments that the model refuses.
     """
+    # Not every model of timm has drop path.
+    drop_path: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
     try:
         return timm.create_model(
-            model.name,
-            num_classes=num_classes,
-            drop_path_rate=drop_path_rate,
-            **model.overrides(),
+            model.name, num_classes=num_classes, **drop_path, **model.overrides()
         )
     except (RuntimeError, TypeError, ValueError) as error:
         raise PipelineError(f"model: {model.name} can't be built: {error}") from error
+
+
+def load_weights(model: nn.Module, p: Pretrain) -> None:
+    """Load `pretrain.weights`; a classifier of other classes is left out.
+
+    Raises:
+        PipelineError: the weights don't fit; names what differs.
+    """
+    assert p.weights
+    file = weights_file(p.weights)
+    try:
+        state = elsa.read_state_dict(file)
+        if any(isinstance(part, elsa.ELSASwin) for part in model.modules()):
+            found = [state[key] for key in ("head.weight", "head.fc.weight") if key in state]
+            keep = bool(found) and len(found[0]) == p.num_classes
+            report = elsa.load_checkpoint(model, file, head="keep" if keep else "drop")
+            other = [] if keep else report.kept
+        else:
+            own = model.state_dict()
+            names = model.pretrained_cfg["classifier"]  # type: ignore[index, operator]
+            heads = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+            other = [k for k in state if k.startswith(heads) and state[k].shape != own[k].shape]
+            model.load_state_dict(state | {k: own[k] for k in other})
+    except (elsa.CheckpointError, RuntimeError, KeyError) as error:
+        raise PipelineError(f"pretrain.weights={p.weights}: {error}") from error
+    if other and not p.epochs:
+        raise PipelineError(
+            f"pretrain.weights={p.weights} has no classifier of pretrain.num_classes="
+            f"{p.num_classes}, so that pretrain.epochs=0 has nothing to evaluate; train 1 or more"
+        )
 
 
 def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -197,6 +227,8 @@ class Classifier:
         p = self.params
         random_seed(p.seed, 0)  # the same initial weights on every rank
         self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
+        if p.weights:
+            load_weights(self.model, p)
         self.memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
         if p.channels_last:
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -234,7 +266,7 @@ class Classifier:
         self.scheduler, self.epochs = create_scheduler_v2(
             self.optimizer,
             sched=p.sched,
-            num_epochs=p.epochs,
+            num_epochs=max(p.epochs, 1),
             warmup_epochs=p.warmup_epochs,
             warmup_lr=p.warmup_lr,
             min_lr=p.min_lr,
@@ -242,6 +274,7 @@ class Classifier:
             step_on_epochs=not p.sched_on_updates,
             updates_per_epoch=self.steps,
         )
+        self.epochs = self.epochs if p.epochs else 0  # no cooldown after nothing
         distributed = reporter.world_size > 1
         self.wrapped = (
             nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
@@ -270,6 +303,8 @@ class Classifier:
         with self.reporter.checkpoint() as folder:
             if folder:
                 self._load(folder)
+        if not self.epochs:
+            self._evaluate_only()
         for epoch in range(self.start_epoch, self.epochs):
             metrics = self._train_epoch(epoch)
             chosen = self.ema.module if self.ema else self.model
@@ -277,23 +312,36 @@ class Classifier:
             scores = self._evaluate(chosen, self.choice_loader)
             metrics |= {f"{name}_{key}": scores[key] for key in ("top1", "top5", "loss")}
             if scores["top1"] > self.best["top1"]:
-                weights = {  # contiguous, as safetensors asks: channels_last has other strides
-                    k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-                    for k, v in chosen.state_dict().items()
-                }
-                self.best = {"epoch": epoch, "top1": scores["top1"], "weights": weights}
+                self._keep(chosen, epoch, scores["top1"])
             self.history.append({"epoch": epoch + 1, **metrics})
             result = self._final() if epoch + 1 == self.epochs else None
             self._save(epoch, metrics, result)
+
+    def _evaluate_only(self) -> None:
+        """The result of `pretrain.weights` as they are; epoch 0 is the only row of the history."""
+        self._keep(self.model, -1, -1.0)
+        result = self._final()
+        metrics = {f"val_{key}": result[key] for key in ("top1", "top5", "loss")}
+        self.history.append({"epoch": 0, **metrics})
+        self._save(0, metrics, result)
+
+    def _keep(self, model: nn.Module, epoch: int, top1: float) -> None:
+        weights = {  # contiguous, as safetensors asks: channels_last has other strides
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in model.state_dict().items()
+        }
+        self.best = {"epoch": epoch, "top1": top1, "weights": weights}
 
     def _final(self) -> dict[str, Any]:
         chosen = deepcopy(self.model)
         chosen.load_state_dict(self.best["weights"])
         scores = self._evaluate(chosen, self.val_loader, confusion=True)
+        last = self.history[-1] if self.history else {}
+        speed = {k: last[k] for k in ("images_per_second",) if k in last}
         return {
             **scores,
             "best_epoch": self.best["epoch"] + 1,
-            "images_per_second": self.history[-1]["images_per_second"],
+            **speed,
             "parameters": sum(p.numel() for p in chosen.parameters()),
         }
 

@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from timm.data import ImageDataset, Mixup, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -21,7 +22,7 @@ from torch import multiprocessing
 
 from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params
+from pipelines.params import Model, Params, load_params
 from pipelines.run.reporting import LocalReporter
 from pipelines.train.classify import Classifier, amp_dtype
 from pipelines.train.cost import StepClock, flops_per_image
@@ -196,6 +197,39 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
     shared = np.load(tmp_path / "two/predictions.npz")
     np.testing.assert_array_equal(shared["target"], found["target"])
     np.testing.assert_allclose(shared["probabilities"], found["probabilities"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["elsa_swin_micro", "resnet10t"])
+def test_training_starts_from_given_weights(data: Path, tmp_path: Path, name: str) -> None:
+    """Another classifier than theirs begins anew; without an epoch they are only evaluated."""
+
+    def changed(**pretrain: Any) -> Params:
+        params = smoke(drop_path_rate=0.0, weights=str(tmp_path / "weights.pth"), **pretrain)
+        return params.model_copy(update={"model": Model(name=name)})
+
+    trained = timm.create_model(name, num_classes=10)
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "weights.pth")
+    reporter = Recorder(tmp_path / "evaluated")
+    reporter.folder.parent.mkdir()
+    fit(changed(epochs=0, warmup_epochs=0), data, reporter)
+    kept = load_file(reporter.folder / "best.safetensors")
+    for key, value in trained.state_dict().items():
+        assert torch.equal(kept[key], value), key
+    assert [row["epoch"] for row in reporter.state["history"]] == [0]
+    start = Classifier(changed(), DataPlace(str(data)), CPU, LocalReporter(tmp_path)).model
+    assert torch.equal(start.get_classifier().weight, trained.get_classifier().weight)
+
+    other = timm.create_model(name, num_classes=12)
+    torch.save(other.state_dict(), tmp_path / "weights.pth")
+    start = Classifier(changed(), DataPlace(str(data)), CPU, LocalReporter(tmp_path)).model
+    assert start.get_classifier().weight.shape[0] == 10
+    same = [torch.equal(v, other.state_dict()[k]) for k, v in start.state_dict().items()]
+    assert same.count(False) <= 2  # weight and bias of the classifier
+    with pytest.raises(PipelineError, match="nothing to evaluate"):
+        fit(changed(epochs=0, warmup_epochs=0), data, reporter)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "weights.pth")
+    with pytest.raises(PipelineError, match=r"(?s)pretrain\.weights=.*other"):
+        fit(changed(), data, reporter)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,17 @@ def test_a_parameter_of_the_stage_changes_it(root: Path, section, values) -> Non
     assert stage_identity("pretrain", with_params(section, **values), root) != before
 
 
+def test_given_weights_count_by_what_they_are(root: Path) -> None:
+    def identity(weights: str) -> str:
+        return stage_identity("pretrain", with_params("pretrain", weights=weights), root)
+
+    for name, content in (("a.pth", "one"), ("b.pth", "one"), ("c.pth", "other")):
+        (root / name).write_text(content)
+    assert identity("a.pth") == identity("b.pth") != identity("c.pth")
+    with pytest.raises(PipelineError, match=r"weights d\.pth: there is no such file"):
+        identity("d.pth")
+
+
 @pytest.mark.parametrize(
     ("section", "values"),
     [("detect", {"lr": 0.1}), ("scaling", {"max_failures": 9}), ("storage", {"path": "elsewhere"})],
