@@ -37,7 +37,13 @@ from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, Pretrain
 from pipelines.run.identity import weights_file
 from pipelines.run.reporting import Reporter
-from pipelines.train.cost import BACKWARD_FACTOR, StepClock, flops_per_image, peak_flops
+from pipelines.train.cost import (
+    BACKWARD_FACTOR,
+    EnergyMeter,
+    StepClock,
+    flops_per_image,
+    peak_flops,
+)
 
 LARGEST_CONFUSION = 100
 """With more classes than this, no confusion matrix is kept."""
@@ -291,6 +297,7 @@ class Classifier:
             with torch.device("meta"):
                 shape_only = build_model(params.model, p.num_classes)
             self.flops = flops_per_image(shape_only, p.img_size)
+        self.energy = EnergyMeter(device)
         self.start_epoch = 0
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
         self.history: list[dict[str, float]] = []
@@ -337,11 +344,13 @@ class Classifier:
         chosen.load_state_dict(self.best["weights"])
         scores = self._evaluate(chosen, self.val_loader, confusion=True)
         last = self.history[-1] if self.history else {}
-        speed = {k: last[k] for k in ("images_per_second",) if k in last}
+        cost = {k: last[k] for k in ("images_per_second",) if k in last}
+        if "energy_wh" in last:
+            cost["energy_wh"] = sum(row["energy_wh"] for row in self.history)
         return {
             **scores,
             "best_epoch": self.best["epoch"] + 1,
-            **speed,
+            **cost,
             "parameters": sum(p.numel() for p in chosen.parameters()),
         }
 
@@ -432,6 +441,9 @@ class Classifier:
         if self.scaler.is_enabled():
             metrics["skipped_steps"] = skipped
         if cuda:
+            drawn = self._sum(torch.tensor([self.energy.read()], dtype=torch.float64)).item()
+            if math.isfinite(drawn):  # all GPUs tell
+                metrics["energy_wh"] = drawn
             metrics["max_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         if self.peak:
             done = BACKWARD_FACTOR * self.flops * images_per_second / self.reporter.world_size

@@ -1,7 +1,9 @@
 """What training costs: the time of a step's phases, FLOPs, and the peak of a GPU."""
 
+import math
 import time
 from collections import defaultdict
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,6 +56,32 @@ def flops_per_image(model: nn.Module, img_size: int) -> int:
     """FLOPs of one image's forward pass through a model on the `meta` device."""
     image = torch.empty(1, 3, img_size, img_size, device="meta")
     return forward_flops(lambda: model.eval()(image))
+
+
+class EnergyMeter:
+    """Energy that a GPU has drawn, by its own counter (NVML, since Volta)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._handle: Any = None
+        if device.type != "cuda":
+            return
+        import pynvml
+
+        self._nvml = pynvml
+        with suppress(pynvml.NVMLError):  # an older or a virtual GPU has no counter
+            pynvml.nvmlInit()
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            self._last = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+            self._handle = handle
+
+    def read(self) -> float:
+        """Watt-hours since the last call; NaN where the GPU does not tell."""
+        if self._handle is None:
+            return math.nan
+        now = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+        drawn, self._last = now - self._last, now
+        return drawn / 3.6e6  # from millijoules
 
 
 class StepClock:

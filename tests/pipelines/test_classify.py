@@ -1,8 +1,10 @@
 """Pretraining: what must be equal however it is spread, resumed or fed, and parity with timm."""
 
 import argparse
+import math
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +27,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, load_params
 from pipelines.run.reporting import LocalReporter
 from pipelines.train.classify import Classifier, amp_dtype
-from pipelines.train.cost import StepClock, flops_per_image
+from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
 from pipelines.train.evaluation import predict
 
 CPU = torch.device("cpu")
@@ -197,6 +199,27 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
     shared = np.load(tmp_path / "two/predictions.npz")
     np.testing.assert_array_equal(shared["target"], found["target"])
     np.testing.assert_allclose(shared["probabilities"], found["probabilities"], rtol=1e-3)
+
+
+def test_energy_is_what_the_gpus_counter_advanced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML counts millijoules; it is no part of this test, and no GPU."""
+    counts = iter([1_000_000, 4_600_000, 4_600_000])
+
+    nvml = argparse.Namespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-a1": 7}[uuid],
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counts),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="a1")
+    )
+    meter = EnergyMeter(torch.device("cuda"))
+    assert [meter.read(), meter.read()] == [1.0, 0.0]
+    monkeypatch.setattr(nvml, "nvmlInit", lambda: (_ for _ in ()).throw(RuntimeError()))
+    assert math.isnan(EnergyMeter(torch.device("cuda")).read())
+    assert math.isnan(EnergyMeter(CPU).read())
 
 
 @pytest.mark.parametrize("name", ["elsa_swin_micro", "resnet10t"])

@@ -1,0 +1,154 @@
+"""What Ray Train, reporting and checkpoints cost: images/s of one training loop, three ways.
+
+    python -m pipelines.benchmarks.training --epochs 4 --rounds 3
+
+bare: the loop alone, in a process of its own. Ray Train: the same in a Ray Train worker that
+reports nothing. full: with metrics and system metrics to MLflow, progress, and a checkpoint each
+epoch. Counted is everything from the end of the first epoch to the end of the last: steps,
+evaluations, and what the reports and checkpoints between them take. The ways take turns.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipelines.data import places
+from pipelines.data.images import DataPlace
+from pipelines.errors import PipelineError
+from pipelines.params import Params, load_params, parse_change
+
+WAYS = ("bare", "Ray Train", "full")
+
+
+class Timed:
+    """Notes when each epoch ends, and passes everything on to `reporter` if there is one."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, reporter: Any = None) -> None:
+        self.reporter, self.ends = reporter, list[float]()
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        yield None
+
+    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        if self.reporter:
+            self.reporter.progress(done, total, unit, note)
+
+    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        if self.reporter:
+            self.reporter.metrics(metrics, step)
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        self.ends.append(time.monotonic())
+        if self.reporter:
+            self.reporter.save(metrics, epoch, folder)
+
+
+def train(params: Params, data: DataPlace, target: str, reporter: Any = None) -> None:
+    """Train, and write images/s to the file `target`."""
+    import torch
+
+    from pipelines.train.classify import Classifier
+
+    torch.set_num_threads(params.scaling.cpus_per_worker)
+    torch.set_flush_denormal(True)
+    device = torch.device("cuda" if params.scaling.use_gpu else "cpu")
+    timed = Timed(reporter)
+    classifier = Classifier(params, data, device, timed)
+    classifier.fit()
+    images = classifier.steps * params.pretrain.batch_size * (len(timed.ends) - 1)
+    Path(target).write_text(json.dumps(images / (timed.ends[-1] - timed.ends[0])))
+
+
+def loop_per_worker(config: dict[str, Any]) -> None:
+    """What the Ray Train worker runs."""
+    from pipelines.run.reporting import RayReporter
+
+    reporter = RayReporter(config["reporting"]) if config["full"] else None
+    train(config["params"], config["data"], config["target"], reporter)
+    if reporter:
+        reporter.close()
+        return
+    import ray
+
+    with tempfile.TemporaryDirectory() as empty:
+        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
+
+
+def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> float:
+    """Images/s of one way; files go below `scratch`."""
+    target = str(scratch / "rate.json")
+    if way == "bare":
+        process = multiprocessing.get_context("spawn").Process(
+            target=train, args=(params, data, target)
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise PipelineError(f"the bare loop ended with code {process.exitcode}")
+    else:
+        from pipelines.run import launch, tracking
+
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch / 'mlflow.db'}"
+        with launch.ray_session():
+            tracker = tracking.start_run("benchmark", "benchmark", {})
+            launch.fit(
+                loop_per_worker,
+                {"params": params, "data": data, "target": target, "full": way == "full"},
+                params,
+                name=f"benchmark-{time.time_ns():x}",
+                mlflow_run_id=tracker.run_id,
+            )
+    return json.loads(Path(target).read_text())
+
+
+def main() -> None:
+    description, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.benchmarks.training", description=description
+    )
+    parser.add_argument("--epochs", type=int, default=4, help="of each run; default %(default)s")
+    parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
+    parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    with tempfile.TemporaryDirectory() as scratch:
+        changes = dict(parse_change(text) for text in arguments.set) | {
+            "pretrain.epochs": arguments.epochs,
+            "scaling.num_workers": 1,
+            "storage.path": scratch,
+        }
+        try:
+            if arguments.epochs < 2:
+                raise PipelineError("--epochs must be 2 or more: the first is a warm-up")
+            params = load_params(changes=changes)
+            found = places.check(params, "imagenet", params.pretrain.num_classes)
+            data = DataPlace(found["place"], found["skipped"])
+            for _ in range(arguments.rounds):
+                for way in WAYS:
+                    rates[way].append(measure(way, params, data, Path(scratch)))
+                    print(f"{way}: {rates[way][-1]:.1f} img/s", flush=True)
+        except PipelineError as error:
+            sys.exit(f"error: {error}")
+    bare = statistics.median(rates["bare"])
+    print(f"\nrecipe {params.recipe}, {arguments.epochs} epochs, {arguments.rounds} rounds")
+    print("| loop | img/s (median) | lowest to highest | of bare |\n|---|---:|---:|---:|")
+    for way, values in rates.items():
+        middle = statistics.median(values)
+        span = f"{min(values):.1f} to {max(values):.1f}"
+        print(f"| {way} | {middle:.1f} | {span} | {100 * middle / bare:.1f}% |")
+
+
+if __name__ == "__main__":
+    main()
