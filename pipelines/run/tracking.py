@@ -152,12 +152,33 @@ def start_run(
             run_id = run.info.run_id
     except mlflow.exceptions.MlflowException as error:
         raise PipelineError(
-            f"MLflow at {_without_password(tracking_uri())} does not answer: {error.message}."
+            f"MLflow at {without_password(tracking_uri())} does not answer: {error.message}."
             " Check MLFLOW_TRACKING_URI, or unset it to use the local store"
         ) from error
     tracker = Tracker(run_id)
     tracker.set_tags(tags)
     return tracker
+
+
+def ping(uri: str) -> None:
+    """Ask the server or store at `uri` once, without the client's minutes of retries.
+
+    Raises:
+        PipelineError: it can't be reached, or refuses these credentials.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except mlflow.exceptions.MlflowException as error:
+        raise PipelineError(error.message.splitlines()[0]) from error
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def end_pipeline(pipeline: str, metrics: Mapping[str, float]) -> None:
@@ -237,6 +258,7 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
         raise
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """A tracking URI for messages."""
     head, at, tail = uri.rpartition("@")
     return f"{head.split('://')[0]}://...@{tail}" if at else uri
