@@ -47,7 +47,13 @@ def ray_session() -> Iterator[None]:
         ray.init(runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-        raise PipelineError(f"{where} can't be used: {error}") from error
+        mend = (
+            "Check that RAY_ADDRESS names a running cluster with this version of Ray, and that"
+            " ~/.ray/auth_token is the cluster's"
+            if address
+            else "See /tmp/ray/session_latest/logs"
+        )
+        raise PipelineError(f"{where} can't be used: {error}. {mend}") from error
     try:
         yield
     finally:
