@@ -1,5 +1,6 @@
 """A real Ray cluster on loopback, with a token: jobs, the doctor, a node that joins."""
 
+import contextlib
 import os
 import re
 import secrets
@@ -12,9 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = secrets.token_hex(16)
 
 
 class RayCluster:
@@ -81,7 +84,35 @@ class RayCluster:
         join = ("start", f"--address=127.0.0.1:{self.port}")
         self.start(sys.executable, "-c", code, *join, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="1")
 
+    def start_tracking(self) -> None:
+        """The head's tracking server, as `ray up` starts it but on loopback."""
+        credentials = self.folder / ".mlflow/credentials"
+        credentials.parent.mkdir()
+        credentials.write_text(
+            f"[mlflow]\nmlflow_tracking_username = elsa\nmlflow_tracking_password = {PASSWORD}\n"
+        )
+        self.tracking_data = self.folder / "tracking"
+        self.tracking = f"http://127.0.0.1:{(port := free_port())}"
+        self.starting = subprocess.Popen(
+            ["bash", "pipelines/cluster/tracking.sh"],
+            cwd=ROOT,
+            env=self.env
+            | {
+                "ELSA_MLFLOW_HOST": "127.0.0.1",
+                "ELSA_MLFLOW_PORT": str(port),
+                "ELSA_MLFLOW_WORKERS": "1",
+                "ELSA_MLFLOW_DATA": str(self.tracking_data),
+            },
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
     def stop(self) -> None:
+        with contextlib.suppress(FileNotFoundError, psutil.NoSuchProcess):
+            server = psutil.Process(int((self.tracking_data / "server.pid").read_text()))
+            for process in [*server.children(recursive=True), server]:
+                process.terminate()
         for node in reversed(self.nodes):
             node.terminate()
         for node in self.nodes:
@@ -122,6 +153,7 @@ def free_port() -> int:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     started = RayCluster(tmp_path_factory.mktemp("cluster"))
     try:
+        started.start_tracking()
         started.start_head()
         yield started
     finally:
@@ -225,14 +257,31 @@ def test_a_stage_waits_for_a_node_that_joins_and_ends_where_none_does(cluster: R
     )
 
 
-def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_library) -> None:
-    """The second node joined in the test above; it does not reach the driver's sqlite file."""
-    code, output = cluster.run(
-        sys.executable, "-m", "pipelines.doctor", RAY_ADDRESS=f"127.0.0.1:{cluster.port}"
+def test_the_heads_tracking_server_asks_for_a_password_that_no_process_shows(cluster) -> None:
+    output, _ = cluster.starting.communicate(timeout=150)
+    assert cluster.starting.returncode == 0, output
+    ask = (
+        sys.executable,
+        "-c",
+        f"from pipelines.run import tracking; tracking.ping('{cluster.tracking}')",
     )
+    assert cluster.run(*ask) == (0, "")
+    code, output = cluster.run(*ask, HOME="/nonexistent")
+    assert code == 1
+    assert "You are not authenticated" in output
+    server = psutil.Process(int((cluster.tracking_data / "server.pid").read_text()))
+    for process in [server, *server.children(recursive=True)]:
+        assert PASSWORD not in " ".join(process.cmdline())
+
+
+def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_library) -> None:
+    """The second node joined in a test above."""
+    places = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "MLFLOW_TRACKING_URI": cluster.tracking}
+    code, output = cluster.run(sys.executable, "-m", "pipelines.doctor", **places)
     rows = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
     marks = [(row[2], row[1]) for row in rows if len(row) > 5 and row[1]]
-    assert marks.count(("storage", "ok")) == 2, output
-    assert marks.count(("versions", "ok")) == 2
-    assert sorted(mark for check, mark in marks if check == "tracking") == ["fails", "ok"]
-    assert code == 1
+    for check in ("storage", "versions", "tracking", "memory"):
+        assert marks.count((check, "ok")) == 2, output
+    assert ("workers", "ok") in marks
+    assert PASSWORD not in output
+    assert code == (1 if "fails" in [mark for _, mark in marks] else 0)
