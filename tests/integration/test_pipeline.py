@@ -155,7 +155,7 @@ def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
         "from pathlib import Path\n"
         "from pipelines.run.checkpoint import load_model\n"
         "ops.load_library('build/op')\n"
-        "size = load_model(Path('weights/pretrain'))(torch.zeros(1, 3, 56, 56)).shape\n"
+        "size = load_model(Path('weights/pretrain'))(torch.zeros(1, 3, 32, 32)).shape\n"
         "assert size == (1, 10), size"
     )
     code, output = clone.run(sys.executable, "-c", use)
