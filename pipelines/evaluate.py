@@ -249,6 +249,7 @@ def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
                 params,
                 name=f"evaluate-{evaluation.task}-{time.time_ns():x}",
                 mlflow_run_id=tracker.run_id,
+                data={DATASETS[evaluation.task]: evaluation.place},
             )
             with tempfile.TemporaryDirectory(dir=_parent(out)) as scratch:
                 staged = Path(scratch) / out.name

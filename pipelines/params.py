@@ -62,6 +62,9 @@ class Scaling(Section):
     use_gpu: bool
     cpus_per_worker: Positive
     max_failures: NonNegative
+    wait_s: NonNegative
+    """Seconds that a cluster gets to start the nodes for all workers, before the stage ends with
+    what is missing. A local Ray does not grow and is never waited for."""
 
 
 class Model(Section):

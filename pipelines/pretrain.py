@@ -49,6 +49,7 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
         stage.params,
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,
+        data={"imagenet": data["place"]},
     )
     with checkpoint.as_directory() as folder:
         result = json.loads((Path(folder) / "result.json").read_text())

@@ -109,6 +109,7 @@ def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> float:
                 params,
                 name=f"benchmark-{time.time_ns():x}",
                 mlflow_run_id=tracker.run_id,
+                data={"imagenet": data.place},
             )
     return json.loads(Path(target).read_text())
 

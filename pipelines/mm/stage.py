@@ -57,6 +57,7 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
         stage.params,
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,
+        data={name: data["place"]},
     )
     with checkpoint.as_directory() as folder:
         _write_outputs(stage, Path(folder), upstream, headline)

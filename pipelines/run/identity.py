@@ -24,7 +24,11 @@ from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params
 
 # What decides only where things are and how often a run is tried again, not its result.
-NOT_IDENTIFYING = {"storage": None, "data": None, "scaling": {"max_failures", "cpus_per_worker"}}
+NOT_IDENTIFYING = {
+    "storage": None,
+    "data": None,
+    "scaling": {"max_failures", "cpus_per_worker", "wait_s"},
+}
 
 
 class HeldError(PipelineError):

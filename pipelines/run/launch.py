@@ -1,13 +1,11 @@
 """Ray: a local instance or the cluster of `RAY_ADDRESS`, and the only `TorchTrainer` wiring."""
 
 import os
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 import ray.train
 from ray.exceptions import ActorDiedError, ActorUnschedulableError
@@ -17,11 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params
-from pipelines.run import reporting, tracking
-
-OBJECT_STORE = 512 * 2**20
-NEEDED_MEMORY = 2 * 2**30
-SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
+from pipelines.run import preflight, reporting, tracking
+from pipelines.run.loopback import LoopbackTorchConfig
 
 
 @contextmanager
@@ -37,8 +32,8 @@ def ray_session() -> Iterator[None]:
     if address:
         common |= {"address": address}
     else:
-        _check_memory()
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        preflight.check_memory()
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
         # Its process takes seconds of a small machine's start, and no cloud preempts this one.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # A worker's report waits for the controller's next look at it, every 2 s otherwise.
@@ -47,53 +42,24 @@ def ray_session() -> Iterator[None]:
             "address": "local",
             "include_dashboard": True,
             "dashboard_host": "127.0.0.1",
-            "object_store_memory": OBJECT_STORE,
+            "object_store_memory": preflight.OBJECT_STORE,
             "_node_ip_address": "127.0.0.1",
         }
     try:
         ray.init(runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
         where = f"the cluster at RAY_ADDRESS={address}" if address else "a local Ray"
-        raise PipelineError(f"{where} can't be used: {error}") from error
+        mend = (
+            "Check that RAY_ADDRESS names a running cluster with this version of Ray, and that"
+            " ~/.ray/auth_token is the cluster's"
+            if address
+            else "See /tmp/ray/session_latest/logs"
+        )
+        raise PipelineError(f"{where} can't be used: {error}. {mend}") from error
     try:
         yield
     finally:
         ray.shutdown()
-
-
-def _check_memory() -> None:
-    free = psutil.virtual_memory().available
-    if free < NEEDED_MEMORY:
-        raise PipelineError(
-            f"not enough memory: {free / 2**30:.1f} GiB free, a local Ray and its workers need"
-            f" {NEEDED_MEMORY / 2**30:.0f} GiB. End other programs, or set RAY_ADDRESS to a cluster"
-        )
-    shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
-    if shared < OBJECT_STORE:
-        raise PipelineError(
-            f"not enough shared memory for Ray's object store: {shared / 2**20:.0f} MiB free in"
-            f" /dev/shm, {OBJECT_STORE / 2**20:.0f} MiB needed. Free some (`ls -la /dev/shm`), or"
-            " give a container more (`docker run --shm-size=2g`)"
-        )
-
-
-def _check_resources(params: Params) -> None:
-    """An infeasible request would wait forever."""
-    have, scaling = ray.cluster_resources(), params.scaling
-    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        need["GPU"] = scaling.num_workers
-    short = [
-        f"{n} {kind} needed, {have.get(kind, 0):g} there"
-        for kind, n in need.items()
-        if have.get(kind, 0) < n
-    ]
-    if short:
-        raise PipelineError(
-            f"Ray has too few resources for scaling.num_workers={scaling.num_workers}"
-            f" (cpus_per_worker={scaling.cpus_per_worker}, use_gpu={scaling.use_gpu}):"
-            f" {'; '.join(short)}. Lower scaling.* or use a larger cluster"
-        )
 
 
 def on_this_node() -> NodeAffinitySchedulingStrategy:
@@ -129,17 +95,23 @@ def fit(
     *,
     name: str,
     mlflow_run_id: str,
+    data: Mapping[str, str],
 ) -> "ray.train.Checkpoint":
     """Run `train_loop` on the workers as Ray Train run `name`; the last checkpoint.
 
     A run of that name that did not finish goes on from its last checkpoint. The loop gets
     `config` with the key `reporting`, for `RayReporter`.
 
+    Args:
+        data: the data set by name, and the folder or URL that every worker reads it from.
+
     Raises:
-        PipelineError: too few resources, or training failed for good.
+        PipelineError: a node lacks something, or training failed for good.
     """
-    _check_resources(params)
     scaling = params.scaling
+    needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
+    preflight.require(name.split("-")[0], scaling, needs)
+    torch_config = TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackTorchConfig
     with reporting.display(name.rsplit("-", 1)[0]) as shown:
         trainer = TorchTrainer(
             _on_worker(train_loop),
@@ -148,8 +120,7 @@ def fit(
             scaling_config=ScalingConfig(
                 num_workers=scaling.num_workers,
                 use_gpu=scaling.use_gpu,
-                resources_per_worker={"CPU": scaling.cpus_per_worker}
-                | ({"GPU": 1} if scaling.use_gpu else {}),
+                resources_per_worker=preflight.bundle(scaling),
             ),
             run_config=RunConfig(
                 name=name,
@@ -157,7 +128,7 @@ def fit(
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
-            torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+            torch_config=torch_config(backend="nccl" if scaling.use_gpu else "gloo"),
         )
         try:
             result = trainer.fit()

@@ -5,6 +5,7 @@ child run per stage. The driver creates the run and passes its id; workers log b
 """
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping
@@ -152,12 +153,34 @@ def start_run(
             run_id = run.info.run_id
     except mlflow.exceptions.MlflowException as error:
         raise PipelineError(
-            f"MLflow at {_without_password(tracking_uri())} does not answer: {error.message}."
+            f"MLflow at {without_password(tracking_uri())} does not answer:"
+            f" {without_password(error.message)}."
             " Check MLFLOW_TRACKING_URI, or unset it to use the local store"
         ) from error
     tracker = Tracker(run_id)
     tracker.set_tags(tags)
     return tracker
+
+
+def ping(uri: str) -> None:
+    """Ask the server or store at `uri` once, without the client's minutes of retries.
+
+    Raises:
+        PipelineError: it can't be reached, or refuses these credentials.
+    """
+    limits = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in limits}
+    os.environ.update(limits)
+    try:
+        MlflowClient(uri).search_experiments(max_results=1)
+    except mlflow.exceptions.MlflowException as error:
+        raise PipelineError(without_password(error.message).splitlines()[0]) from None
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def end_pipeline(pipeline: str, metrics: Mapping[str, float]) -> None:
@@ -237,6 +260,6 @@ def _exists(client: MlflowClient, run_id: str) -> bool:
         raise
 
 
-def _without_password(uri: str) -> str:
-    head, at, tail = uri.rpartition("@")
-    return f"{head.split('://')[0]}://...@{tail}" if at else uri
+def without_password(text: str) -> str:
+    """A tracking URI, or a message that has one in it, without user and password."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "...@", text)

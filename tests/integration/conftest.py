@@ -4,8 +4,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +20,8 @@ class Workspace:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.listening: set[tuple[str, str]] = set()
+        """Address and process of each socket that `watch_sockets` saw."""
         self.env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
         for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "DVC_EXP_NAME", "OMP_NUM_THREADS"):
             self.env.pop(name, None)
@@ -40,6 +46,31 @@ class Workspace:
                 process.kill()
                 raise
         return process.returncode, output
+
+    @contextmanager
+    def watch_sockets(self, process: subprocess.Popen) -> Iterator[None]:
+        """Note what `process` and its children listen on, every few seconds."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(3):
+                with suppress(psutil.Error):
+                    for one in psutil.Process(process.pid).children(recursive=True):
+                        self._note(one)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _note(self, process: psutil.Process) -> None:
+        with suppress(psutil.Error):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    self.listening.add((connection.laddr.ip, process.name()))
 
 
 @pytest.fixture(scope="session")

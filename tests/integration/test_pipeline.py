@@ -37,8 +37,9 @@ def weights(workspace: Workspace, stage: str = "pretrain") -> dict:
 
 
 def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
-    code, output = workspace.run("dvc", "repro", timeout=1200)
-    assert code == 0, output[-5000:]
+    with workspace.start("dvc", "repro") as process, workspace.watch_sockets(process):
+        output, _ = process.communicate(timeout=1200)
+    assert process.returncode == 0, output[-5000:]
     lock = (workspace.root / "dvc.lock").read_text()
     for stage in STAGES:
         assert f"  {stage}:" in lock
@@ -53,6 +54,13 @@ def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
         assert values["images_per_second"] > 0
     # top5 of 10 classes is at least top1; random guessing would have top5 near 50.
     assert metrics(workspace, "pretrain")["top5"] >= metrics(workspace, "pretrain")["top1"]
+
+
+def test_nothing_listened_beyond_loopback(workspace: Workspace) -> None:
+    processes = {name for _, name in workspace.listening}
+    assert {"gcs_server", "raylet", "ray::RayTrainWorker"} <= processes, processes
+    addresses = {ip.removeprefix("::ffff:") for ip, _ in workspace.listening}
+    assert addresses <= {"127.0.0.1", "::1"}, workspace.listening
 
 
 def test_second_repro_does_nothing(workspace: Workspace) -> None:
@@ -132,6 +140,46 @@ def test_mlflow_holds_curves_params_data_and_model_of_training(workspace, stage)
     assert [m.step for m in epochs] == list(range(len(epochs)))
     assert len(epochs) == int(run.data.params[f"{stage}.epochs"])
     assert run.outputs.model_outputs
+
+
+def git(workspace: Workspace, *arguments: str) -> None:
+    user = ["-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run(["git", *user, *arguments], cwd=workspace.root, check=True)
+
+
+def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    remote = ("dvc", "remote", "add", "--local", "--default", "remote", str(tmp_path / "remote"))
+    assert workspace.run(*remote)[0] == 0
+    code, output = workspace.run("dvc", "push")
+    assert code == 0, output
+    git(workspace, "add", "-A")
+    git(workspace, "commit", "-qm", "results")
+    subprocess.run(["git", "clone", "-q", workspace.root, tmp_path / "clone"], check=True)
+
+    clone = Workspace(tmp_path / "clone")
+    assert clone.run(*remote)[0] == 0
+    code, output = clone.run("dvc", "pull")
+    assert code == 0, output
+    for command in (("dvc", "status"), ("dvc", "repro")):
+        code, output = clone.run(*command)
+        assert code == 0
+        assert "Data and pipelines are up to date" in output
+    for path in ("weights", "plots", "results", "metrics", "reports", "build/op"):
+        files = [p.relative_to(workspace.root) for p in (workspace.root / path).rglob("*")]
+        assert files
+        assert all((clone.root / file).exists() for file in files)
+    use = (
+        "import torch, ops\n"
+        "from pathlib import Path\n"
+        "from pipelines.run.checkpoint import load_model\n"
+        "ops.load_library('build/op')\n"
+        "size = load_model(Path('weights/pretrain'))(torch.zeros(1, 3, 32, 32)).shape\n"
+        "assert size == (1, 10), size"
+    )
+    code, output = clone.run(sys.executable, "-c", use)
+    assert code == 0, output
 
 
 def checkpoints(workspace: Workspace) -> set[Path]:

@@ -1,0 +1,141 @@
+"""Show whether training can run here, or on the cluster of RAY_ADDRESS, and what to mend."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT, Params, load_params
+from pipelines.run.preflight import Finding, Needs
+
+DATASETS = ("imagenet", "coco", "ade20k")
+HERE = "this machine"
+LATER = "not yet: "
+"""How a finding starts that is no failure: a stage that has not run makes it."""
+
+
+def check_dvc_lock(root: Path = ROOT) -> Finding:
+    """Whether DVC can read the lock file that it writes in place, so that a kill cuts it short."""
+    path = root / ".dvc/tmp/rwlock"
+    try:
+        json.loads(path.read_text())
+    except FileNotFoundError:
+        return Finding("DVC lock", HERE, "free")
+    except ValueError:
+        mend = "If no `dvc` is running, `rm .dvc/tmp/rwlock`"
+        return Finding("DVC lock", HERE, "a killed DVC left .dvc/tmp/rwlock half-written", mend)
+    return Finding("DVC lock", HERE, "readable")
+
+
+def check_params() -> tuple[Params | None, Finding]:
+    """The parameters, None if the schema refuses them."""
+    try:
+        params = load_params()
+    except PipelineError as error:
+        return None, Finding("parameters", HERE, str(error), "Correct it in params.yaml")
+    return params, Finding("parameters", HERE, f"recipe {params.recipe}")
+
+
+def check_training(params: Params) -> list[Finding]:
+    """The preflight of the training stages, of what is made already."""
+    from pipelines.data import places
+    from pipelines.run import launch, preflight, tracking
+
+    data, later = {}, []
+    for name in DATASETS:
+        if not (ROOT / "data" / name).is_dir():
+            later.append(Finding(f"data {name}", HERE, f"{LATER}`dvc repro prepare` makes it"))
+            continue
+        try:
+            data[name] = places.locate(params, name)
+        except PipelineError as error:
+            later.append(Finding(f"data {name}", HERE, f"{LATER}{error}"))
+    op = (ROOT / "build/op").is_dir()
+    if not op:
+        later.append(Finding("operator", HERE, f"{LATER}`dvc repro build_op` makes it"))
+    needs = Needs(
+        launch.storage_path(params), tracking.tracking_uri(), data, params.scaling.use_gpu, op
+    )
+    if os.environ.get("RAY_ADDRESS"):
+        with launch.ray_session():
+            workers = preflight.check_workers(params.scaling, preflight.alive_nodes())
+            if workers.mend and params.scaling.wait_s:
+                grows = f"; a stage waits scaling.wait_s={params.scaling.wait_s} s for more nodes"
+                workers = Finding(workers.check, workers.node, workers.found + grows)
+            return [workers, *preflight.check_nodes(needs, params.scaling), *later]
+    return [*_without_ray(params, needs), *later]
+
+
+def _without_ray(params: Params, needs: Needs) -> list[Finding]:
+    """The same of this machine alone, without the seconds that a Ray takes to start."""
+    import torch
+
+    from pipelines.run import preflight
+
+    resources = {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
+    found = [
+        preflight.check_workers(
+            params.scaling, [{"NodeManagerAddress": HERE, "Resources": resources}]
+        )
+    ]
+    try:
+        preflight.check_memory()
+    except PipelineError as error:
+        found.append(_failure("memory", error))
+    mark = preflight.Mark(needs.storage)
+    found.append(mark.leave(HERE))
+    mark.remove()
+    return found + preflight.check_node(needs, HERE, preflight.versions())
+
+
+def diagnose() -> list[Finding]:
+    """All findings, the DVC lock and the parameters first."""
+    params, finding = check_params()
+    found = [check_dvc_lock(), finding]
+    if params:
+        try:
+            found += check_training(params)
+        except PipelineError as error:
+            found.append(_failure("Ray", error))
+    return found
+
+
+def _failure(check: str, error: PipelineError) -> Finding:
+    """An error's message says what is wrong first, then what to do."""
+    found, _, mend = str(error).partition(". ")
+    return Finding(check, HERE, found, mend or "Start it again, or look into its logs")
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Print the table."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("", "check", "where", "found", "mend", title="Doctor")
+    for one in findings:
+        mark = "[green]ok"
+        if one.mend:
+            mark = "[red]fails"
+        elif one.found.startswith(LATER):
+            mark = "[yellow]later"
+        table.add_row(mark, *(escape(text) for text in (one.check, one.node, one.found, one.mend)))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m pipelines.doctor",
+        description=f"{__doc__} Exit code 1 if something must be mended.",
+    ).parse_args()
+    findings = diagnose()
+    show(findings)
+    if any(one.mend for one in findings):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Run a command on the head of a cluster, as a Ray job that outlives this terminal.
+
+The job runs in the checkout on the head (`ELSA_CHECKOUT` there, else this checkout's path) with
+RAY_ADDRESS set, so that its stages use the cluster. To resume what was stopped or failed, submit
+the same command again: a run goes on from its last checkpoint.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+ADDRESS = "http://127.0.0.1:8265"
+PROGRAM = "python -m pipelines.submit"
+
+
+def connect(address: str | None) -> "JobSubmissionClient":
+    """A client of the head's dashboard, with the token of RAY_AUTH_TOKEN(_PATH) or ~/.ray.
+
+    Raises:
+        PipelineError: nothing answers there, or it refuses the token.
+    """
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray/auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when Ray is imported
+
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or ADDRESS
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        raise PipelineError(
+            f"the cluster at {address} refuses this token: copy its token to ~/.ray/auth_token"
+            " (mode 600), or name the file in RAY_AUTH_TOKEN_PATH"
+        ) from None
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise PipelineError(
+            f"no Ray dashboard to submit to at {address}: {_last_line(error)}. On the head it is"
+            f" {ADDRESS}; from elsewhere open a tunnel to it first (`ray dashboard cluster.yaml`)"
+        ) from error
+
+
+def entrypoint(command: list[str]) -> str:
+    """The job's shell line: the command in the checkout on the head."""
+    return f'cd "${{ELSA_CHECKOUT:-{ROOT}}}" && exec {shlex.join(command)}'
+
+
+def follow(client: "JobSubmissionClient", job: str) -> int:
+    """Print the job's log from its start until it ends; the exit code for this process."""
+
+    async def tail() -> None:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+
+    again = f"follow it again: {PROGRAM} --logs {job}"
+    try:
+        asyncio.run(tail())
+    except KeyboardInterrupt:
+        print(f"\ndetached; {job} goes on. To {again}\nTo end it: {PROGRAM} --stop {job}")
+        return 130
+    except Exception as error:  # a lost tunnel has a class of its own in each library
+        raise PipelineError(
+            f"lost sight of {job}: {_last_line(error)}. It goes on; to {again}"
+        ) from error
+    status = _ended(client, job)
+    print(f"{job} {status.lower()}")
+    if status == "FAILED":
+        why, _, _ = (client.get_job_info(job).message or "").partition(", last available logs")
+        print(f"{why}. To resume, submit the same command again")
+    return 0 if status == "SUCCEEDED" else 1
+
+
+def _ended(client: "JobSubmissionClient", job: str) -> str:
+    """The final status; the log ends a moment before the job counts as ended."""
+    status = client.get_job_status(job)
+    while not status.is_terminal():
+        time.sleep(0.5)
+        status = client.get_job_status(job)
+    return str(status.value)
+
+
+def stop(client: "JobSubmissionClient", job: str) -> None:
+    """End a job and wait until it has ended."""
+    client.stop_job(job)
+    print(f"{job} {_ended(client, job).lower()}; to resume, submit the same command again")
+
+
+def list_jobs(client: "JobSubmissionClient") -> None:
+    """Print the jobs that were submitted, the newest first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("job", "status", "started", "took", "command")
+    jobs = [job for job in client.list_jobs() if job.submission_id]
+    for job in sorted(jobs, key=lambda one: one.start_time or 0, reverse=True):
+        started = (job.start_time or 0) / 1000
+        took = (job.end_time / 1000 if job.end_time else time.time()) - started
+        table.add_row(
+            job.submission_id,
+            str(job.status.value).lower(),
+            datetime.fromtimestamp(started).astimezone().strftime("%Y-%m-%d %H:%M"),
+            f"{int(took) // 3600}:{int(took) % 3600 // 60:02d}:{int(took) % 60:02d}",
+            (job.entrypoint or "").partition(" && exec ")[2] or job.entrypoint,
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__).rstrip(".")[:300]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=__doc__,
+        epilog=f"{PROGRAM} -- dvc exp run -S recipe=elsa_swin_tiny",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--address", help=f"the head's dashboard (default: RAY_API_SERVER_ADDRESS, else {ADDRESS})"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--logs", metavar="JOB", help="follow a job from its start")
+    what.add_argument("--stop", metavar="JOB", help="end a job")
+    what.add_argument("--list", action="store_true", help="list jobs")
+    what.add_argument("--detach", action="store_true", help="submit and return at once")
+    parser.add_argument("command", nargs="*", help="after --, what to run")
+    arguments = parser.parse_args()
+    other = arguments.logs or arguments.stop or arguments.list
+    if bool(arguments.command) == bool(other):
+        parser.error("give a command after --, or one of --logs, --stop, --list")
+    try:
+        client = connect(arguments.address)
+        sys.exit(_run(client, arguments))
+    except PipelineError as error:
+        sys.exit(f"error: {error}")
+
+
+def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
+    if arguments.list:
+        list_jobs(client)
+        return 0
+    job = arguments.logs or arguments.stop
+    if job and job not in [one.submission_id for one in client.list_jobs()]:
+        raise PipelineError(f"no job {job} on this cluster; see {PROGRAM} --list")
+    if arguments.stop:
+        stop(client, job)
+        return 0
+    if not job:
+        job = client.submit_job(entrypoint=entrypoint(arguments.command))
+        print(f"{job} submitted; Ctrl-C leaves it running", flush=True)
+        if arguments.detach:
+            return 0
+    return follow(client, job)
+
+
+if __name__ == "__main__":
+    main()
