@@ -224,7 +224,7 @@ def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
     """Evaluate on Ray, record it in MLflow, write the folder `out`; the metrics in percent."""
     import ray
 
-    from pipelines.run import launch, tracking
+    from pipelines.run import launch, storage, tracking
     from pipelines.run.stage import pipeline_name
 
     params, what = evaluation.params, vars(evaluation) | {}
@@ -255,6 +255,7 @@ def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
                 staged = Path(scratch) / out.name
                 checkpoint.to_directory(str(staged))
                 launch.forget(checkpoint)
+                (staged / storage.SEAL).unlink()
                 metrics = write_results(evaluation, staged, tracker.run_id)
                 tracker.log_summary(metrics)
                 for file in sorted(staged.iterdir()):
@@ -262,8 +263,8 @@ def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
                         tracker.log_artifact(file)
                 shutil.rmtree(out, ignore_errors=True)
                 staged.replace(out)
-        except BaseException:
-            tracker.finish("FAILED")
+        except BaseException as error:
+            tracker.fail(error)
             raise
         tracker.finish()
     return metrics

@@ -82,7 +82,10 @@ def loop_per_worker(config: dict[str, Any]) -> None:
         return
     import ray
 
+    from pipelines.run import storage
+
     with tempfile.TemporaryDirectory() as empty:
+        storage.seal(Path(empty))
         ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
 
 

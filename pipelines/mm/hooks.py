@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import shutil
 import time
@@ -18,6 +19,8 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import FUNCTIONS, HOOKS, METRICS, MODELS
 from PIL import Image
 from safetensors.torch import save_file
+
+from pipelines.errors import PipelineError
 
 CHECKPOINT = "checkpoint.pth"
 WEIGHTS = "model.safetensors"
@@ -93,7 +96,13 @@ class ReportHook(Hook):
         self.reporter.progress(
             int(done), images * runner.max_epochs, "img", f"epoch {runner.epoch + 1}"
         )
-        self._losses.append(float(outputs["loss"]))
+        loss = float(outputs["loss"])
+        if not math.isfinite(loss):
+            raise PipelineError(
+                f"the loss is {loss} at step {runner.iter + 1} (epoch {runner.epoch + 1}); lower"
+                " the stage's lr, raise its warmup_iters or set its clip_grad"
+            )
+        self._losses.append(loss)
         if (runner.iter + 1) % self.interval == 0:
             metrics = {f"train/{name}": float(value) for name, value in outputs.items()}
             metrics["lr"] = runner.optim_wrapper.get_lr()["lr"][0]

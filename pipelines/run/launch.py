@@ -15,8 +15,13 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params
-from pipelines.run import preflight, reporting, tracking
+from pipelines.run import preflight, reporting, storage, tracking
 from pipelines.run.loopback import LoopbackTorchConfig
+
+OUT_OF_MEMORY = (
+    "a GPU's memory is too small: raise accumulate (smaller passes, the same batch), or turn on"
+    " pretrain.grad_checkpointing, detect.with_cp or segment.with_cp"
+)
 
 
 @contextmanager
@@ -112,11 +117,13 @@ def fit(
     needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
     preflight.require(name.split("-")[0], scaling, needs)
     torch_config = TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackTorchConfig
+    run = f"{storage_path(params)}/{name}"
     with reporting.display(name.rsplit("-", 1)[0]) as shown:
+        storage.mend(run, lambda line: shown.line.remote(line))
+        told = reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown, run)
         trainer = TorchTrainer(
             _on_worker(train_loop),
-            train_loop_config=config
-            | {"reporting": reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown)},
+            train_loop_config=config | {"reporting": told},
             scaling_config=ScalingConfig(
                 num_workers=scaling.num_workers,
                 use_gpu=scaling.use_gpu,
@@ -131,7 +138,7 @@ def fit(
             torch_config=torch_config(backend="nccl" if scaling.use_gpu else "gloo"),
         )
         try:
-            result = trainer.fit()
+            trainer.fit()
         except SystemExit as stop:
             # Ray Train ends an interrupted driver with code 0, which DVC takes for success.
             raise KeyboardInterrupt from stop
@@ -141,10 +148,18 @@ def fit(
                 f" goes on from its last checkpoint. {error}\n{_raylet_errors()}"
             ) from error
         except ray.train.TrainingFailedError as error:
-            raise PipelineError(f"training failed: {_cause(error)}") from error
-    if result.checkpoint is None:
-        raise PipelineError(f"run {name} ended without a checkpoint; see storage/{name}")
-    return result.checkpoint
+            message = ray.get(shown.failure.remote()) or f"training failed: {_cause(error)}"
+            raise PipelineError(message) from error
+        if message := ray.get(shown.failure.remote()):
+            raise PipelineError(message)
+    checkpoint = storage.newest_complete(run)
+    if checkpoint is None:
+        raise PipelineError(f"run {name} ended without a checkpoint in storage.path")
+    with checkpoint.as_directory() as folder:
+        tracker = tracking.Tracker(mlflow_run_id)
+        for item in reporting.read_undelivered(Path(folder)):
+            tracker.log_metrics(**item)
+    return checkpoint
 
 
 def forget(checkpoint: "ray.train.Checkpoint") -> None:
@@ -166,9 +181,19 @@ def _on_worker(train_loop: Callable[[dict[str, Any]], None]) -> Callable[[dict[s
     def run(config: dict[str, Any]) -> None:
         import torch
 
-        # Denormal numbers, mostly in Adam's second moments, cost a third of the speed of a CPU.
+        display = config["reporting"].display
+        if ray.get(display.failure.remote()):
+            return  # Ray tries a failed worker again; this failure would only be repeated
+        # Denormal numbers, of which training makes many, cost a third of the speed of a CPU.
         torch.set_flush_denormal(True)
-        train_loop(config)
+        try:
+            train_loop(config)
+        except torch.OutOfMemoryError as error:
+            ray.get(display.fail.remote(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"))
+            raise
+        except PipelineError as error:
+            ray.get(display.fail.remote(str(error)))
+            raise
 
     return run
 

@@ -3,6 +3,7 @@
 Imports stay light: the progress actor and the driver's display load this module too.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -19,6 +20,9 @@ import ray
 import ray.train
 
 from pipelines.errors import PipelineError
+from pipelines.run import storage
+
+UNDELIVERED = "undelivered_metrics.json"
 
 
 class Reporter(Protocol):
@@ -40,6 +44,9 @@ class Reporter(Protocol):
         """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
 
         The folder is uploaded before this returns, so the caller may delete it then.
+
+        Raises:
+            PipelineError: the storage can't be written; the checkpoints before it are whole.
         """
 
 
@@ -51,6 +58,8 @@ class Reporting:
     mlflow_uri: str
     display: Any
     """Handle of the `Display` actor."""
+    storage: str
+    """Folder or URL of the Ray Train run."""
 
 
 class RayReporter:
@@ -61,13 +70,14 @@ class RayReporter:
 
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self._display = reporting.display
+        self._display, self._storage = reporting.display, reporting.storage
         self._shown = 0.0
-        self._tracker = None
+        self._delivery = None
         self._monitor = None
         os.environ["MLFLOW_TRACKING_URI"] = reporting.mlflow_uri
         if self.rank == 0:
-            self._tracker = tracking.Tracker(reporting.mlflow_run_id, reporting.mlflow_uri)
+            tracker = tracking.Tracker(reporting.mlflow_run_id, reporting.mlflow_uri)
+            self._delivery = tracking.Delivery(tracker, self._tell)
         if context.get_local_rank() == 0:
             self._monitor = tracking.system_metrics(
                 reporting.mlflow_run_id, context.get_node_rank()
@@ -75,12 +85,19 @@ class RayReporter:
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
-        found = ray.train.get_checkpoint()
+        # Not Ray's own choice: that may be a part of one.
+        found = storage.newest_complete(self._storage, self._tell)
         if found is None:
             yield None
-        else:
-            with found.as_directory() as folder:
-                yield Path(folder)
+            return
+        with found.as_directory() as folder:
+            if self._delivery:
+                self._delivery.put_all(read_undelivered(Path(folder)))
+            yield Path(folder)
+
+    def _tell(self, line: str) -> None:
+        if self.rank == 0:
+            self._display.line.remote(line)
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
@@ -89,26 +106,41 @@ class RayReporter:
             self._display.update.remote(done, total, unit, note)
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        if self._tracker:
-            self._tracker.log_metrics(metrics, step)
+        if self._delivery:
+            self._delivery.put(metrics, step)
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
-        # MLflow first: an epoch that is in the checkpoint is never missing from the curves.
+        # Before the checkpoint: an epoch that is in it is never missing from the curves. What
+        # MLflow does not have yet goes into the checkpoint, for whoever goes on from it.
         self.metrics(metrics, epoch)
-        if self.rank == 0:
-            self._display.line.remote(f"epoch {epoch + 1}: {_readable(metrics)}")
-        checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
+        self._tell(f"epoch {epoch + 1}: {_readable(metrics)}")
+        checkpoint = None
+        if folder:
+            if self._delivery and (waiting := self._delivery.undelivered()):
+                (folder / UNDELIVERED).write_text(json.dumps(waiting))
+            storage.seal(folder)
+            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+        try:
+            ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
+        except OSError as error:
+            raise PipelineError(
+                f"the checkpoint of epoch {epoch + 1} can't be written to storage.path: {error}."
+                " Mend it and start the stage again: it goes on from the checkpoint before"
+            ) from error
 
     def hand_over(self, folder: Path) -> None:
         """Give the driver what rank 0 wrote to `folder`, as the checkpoint that `fit` returns."""
+        if self.rank == 0:
+            storage.seal(folder)
         mine = ray.train.Checkpoint.from_directory(str(folder)) if self.rank == 0 else None
         ray.train.report({}, checkpoint=mine)
 
     def close(self) -> None:
-        """Stop the system monitor."""
+        """Stop the system monitor, and give the last metrics a moment to arrive."""
         if self._monitor:
             self._monitor.finish()
+        if self._delivery:
+            self._delivery.close(seconds=10)
 
 
 class LocalReporter:
@@ -145,11 +177,18 @@ class LocalReporter:
         pass
 
 
+def read_undelivered(folder: Path) -> list[dict[str, Any]]:
+    """Metrics in a checkpoint that MLflow had not got when it was written."""
+    file = folder / UNDELIVERED
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
 @ray.remote(num_cpus=0)
 class Display:
     """Holds what the workers last reported, until the driver fetches it."""
 
     def __init__(self) -> None:
+        self._failure: str | None = None
         self._state: tuple[int, int, str, str] | None = None
         self._lines: list[str] = []
 
@@ -158,6 +197,13 @@ class Display:
 
     def line(self, text: str) -> None:
         self._lines.append(text)
+
+    def fail(self, message: str) -> None:
+        self._failure = self._failure or message
+
+    def failure(self) -> str | None:
+        """The first error that a user can mend; trying again would only repeat it."""
+        return self._failure
 
     def fetch(self) -> tuple[tuple[int, int, str, str] | None, list[str]]:
         lines, self._lines = self._lines, []

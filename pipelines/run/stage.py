@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -124,9 +123,12 @@ def _run(
                 run(stage, checked)
                 _publish(stage)
             except BaseException as error:
-                stage.tracker.set_tags({"error": traceback.format_exception_only(error)[-1][:500]})
-                killed = isinstance(error, KeyboardInterrupt | SystemExit)
-                stage.tracker.finish("KILLED" if killed else "FAILED")
+                stage.tracker.fail(error)
+                if isinstance(error, tracking.TrackingError):
+                    raise PipelineError(
+                        f"MLflow does not answer: {tracking.without_password(str(error))}. What is"
+                        " trained is kept: start the stage again when it does"
+                    ) from error
                 raise
             stage.tracker.finish()
 

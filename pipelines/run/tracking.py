@@ -7,8 +7,11 @@ child run per stage. The driver creates the run and passes its id; workers log b
 import os
 import re
 import subprocess
+import sys
+import threading
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import ROOT
 
 EXPERIMENT = "elsa"
+TrackingError = mlflow.exceptions.MlflowException
 
 
 def tracking_uri() -> str:
@@ -46,21 +50,22 @@ class Tracker:
     def __init__(self, run_id: str, uri: str | None = None) -> None:
         self.run_id = run_id
         self.client = MlflowClient(uri or tracking_uri())
-        self._last_step: dict[str, int] = {}
+        self._steps: dict[str, set[int]] = {}
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+    def log_metrics(
+        self, metrics: Mapping[str, float], step: int, time_ms: int | None = None
+    ) -> None:
         """Log what is not there yet: a resumed run repeats the steps after its checkpoint."""
-        now = int(time.time() * 1000)
-        new = []
-        for key, value in metrics.items():
-            if key not in self._last_step:
-                history = self.client.get_metric_history(self.run_id, key)
-                self._last_step[key] = max((m.step for m in history), default=-1)
-            if step > self._last_step[key]:
-                new.append(Metric(key, float(value), now, step))
-                self._last_step[key] = step
+        now = time_ms or int(time.time() * 1000)
+        for key in metrics.keys() - self._steps.keys():
+            history = self.client.get_metric_history(self.run_id, key)
+            self._steps[key] = {m.step for m in history}
+        new = [key for key in metrics if step not in self._steps[key]]
         if new:
-            self.client.log_batch(self.run_id, metrics=new)
+            logged = [Metric(key, float(metrics[key]), now, step) for key in new]
+            self.client.log_batch(self.run_id, metrics=logged)
+        for key in new:
+            self._steps[key].add(step)
 
     def log_summary(self, metrics: Mapping[str, Any]) -> None:
         """Final numbers under `final/`, for the comparison table; a repeated call adds nothing."""
@@ -107,9 +112,89 @@ class Tracker:
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id
 
+    def fail(self, error: BaseException) -> None:
+        """End the run as one that `error` ended; says so if MLflow does not hear of it."""
+        killed = isinstance(error, KeyboardInterrupt | SystemExit)
+        try:
+            self.set_tags({"error": traceback.format_exception_only(error)[-1][:500]})
+            self.finish("KILLED" if killed else "FAILED")
+        except TrackingError:
+            print("MLflow does not answer: there this run still counts as running", file=sys.stderr)
+
     def finish(self, status: str = "FINISHED") -> None:
         """End the run as FINISHED, FAILED or KILLED; `resume_run` opens it again."""
         self.client.set_terminated(self.run_id, status)
+
+
+class Delivery:
+    """Metrics on their way to a run, by a thread of their own: nobody waits for the server.
+
+    While it does not answer they are kept and tried again, at longer and longer intervals.
+
+    Args:
+        tell: gets a line when the server stops and when it begins to answer.
+    """
+
+    LONGEST_WAIT = 30.0
+    """Seconds between two tries."""
+
+    def __init__(self, tracker: Tracker, tell: Callable[[str], None]) -> None:
+        # Minutes of the client's own retries would hide how things are.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+        self._tracker, self._tell = tracker, tell
+        self._waiting: list[dict[str, Any]] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._deliver, daemon=True)
+        self._thread.start()
+
+    def put(self, metrics: Mapping[str, float], step: int) -> None:
+        self.put_all([{"metrics": dict(metrics), "step": step, "time_ms": time.time_ns() // 10**6}])
+
+    def put_all(self, items: Sequence[Mapping[str, Any]]) -> None:
+        """What `undelivered` gave, of this process or an earlier one."""
+        with self._changed:
+            self._waiting += [dict(item) for item in items]
+            self._changed.notify()
+
+    def undelivered(self) -> list[dict[str, Any]]:
+        """What has not arrived yet, as JSON can hold it."""
+        with self._changed:
+            return list(self._waiting)
+
+    def close(self, seconds: float) -> None:
+        """Deliver the rest, if that takes no more than `seconds`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def _deliver(self) -> None:
+        wait = 0.0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if not self._waiting:
+                    return
+                item = self._waiting[0]
+            try:
+                self._tracker.log_metrics(**item)
+            except mlflow.exceptions.MlflowException as error:
+                if not wait:
+                    reason = without_password(error.message).splitlines()[0][:200]
+                    self._tell(f"MLflow does not answer, its metrics are kept: {reason}")
+                wait = min(2 * wait or 1.0, self.LONGEST_WAIT)
+                with self._changed:
+                    if self._closing:
+                        return
+                    self._changed.wait_for(lambda: self._closing, wait)
+                continue
+            if wait:
+                self._tell("MLflow answers again")
+                wait = 0.0
+            with self._changed:
+                self._waiting.pop(0)
 
 
 def system_metrics(run_id: str, node: int) -> SystemMetricsMonitor:
@@ -131,12 +216,16 @@ def start_run(
 ) -> Tracker:
     """The stage's run below its pipeline's parent run; with `run_id` that run goes on.
 
+    Without it, an unfinished run of the same `ray_run` tag goes on: one that was begun on a
+    machine that is gone.
+
     Raises:
         PipelineError: the tracking server or store cannot be reached.
     """
     client = MlflowClient(tracking_uri())
     try:
         experiment_id = _experiment(client)
+        run_id = run_id or _unfinished(client, experiment_id, tags.get("ray_run"))
         if run_id and _exists(client, run_id):
             client.update_run(run_id, status="RUNNING")
         else:
@@ -249,6 +338,14 @@ def _parent(client: MlflowClient, experiment_id: str, pipeline: str) -> str:
         return found[0].info.run_id
     tags = {"pipeline": pipeline, "stage": "pipeline", **git_tags()}
     return client.create_run(experiment_id, run_name=pipeline, tags=tags).info.run_id
+
+
+def _unfinished(client: MlflowClient, experiment_id: str, ray_run: str | None) -> str | None:
+    if not ray_run:
+        return None
+    query = f"tags.ray_run = '{ray_run}' AND attributes.status != 'FINISHED'"
+    found = client.search_runs([experiment_id], query, max_results=1)
+    return found[0].info.run_id if found else None
 
 
 def _exists(client: MlflowClient, run_id: str) -> bool:

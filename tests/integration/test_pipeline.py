@@ -235,11 +235,19 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
         finally:
             kill_all(process)
     assert not (workspace.root / "weights/pretrain").exists()  # nothing half-written
-    state = json.loads(next(workspace.root.glob(".runs/pretrain-*/state.json")).read_text())
+    [state_folder] = workspace.root.glob(".runs/pretrain-*")
+    state = json.loads((state_folder / "state.json").read_text())
     assert state["mlflow_run_id"] != undisturbed["mlflow_run_id"]  # --force began a new run
+
+    # And the storage has lost a part of the newest checkpoint.
+    run = state_folder.name if state["attempt"] == 1 else f"{state_folder.name}-{state['attempt']}"
+    newest = max((workspace.root / "storage" / run).glob("checkpoint_*"))
+    with (newest / "state.pt").open("r+b") as file:
+        file.truncate(1000)
 
     code, output = workspace.run(*command)
     assert code == 0, output[-5000:]
+    assert f"{newest.name} can't be used: state.pt is not what was written" in output
     assert weights(workspace)["identity"] == undisturbed["identity"]
     assert weights(workspace)["sha256"] == undisturbed["sha256"]
     assert metrics(workspace, "pretrain")["mlflow_run_id"] == state["mlflow_run_id"]
