@@ -49,6 +49,7 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
         stage.params,
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,
+        stops=True,
         data={"imagenet": data["place"]},
     )
     with checkpoint.as_directory() as folder:

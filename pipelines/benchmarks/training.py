@@ -49,6 +49,13 @@ class Timed:
         if self.reporter:
             self.reporter.metrics(metrics, step)
 
+    def stopping(self) -> bool:
+        return False
+
+    def keep(self, folder: Path | None) -> None:
+        if self.reporter:
+            self.reporter.keep(folder)
+
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         self.ends.append(time.monotonic())
         if self.reporter:

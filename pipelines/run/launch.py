@@ -1,6 +1,8 @@
 """Ray: a local instance or the cluster of `RAY_ADDRESS`, and the only `TorchTrainer` wiring."""
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +103,7 @@ def fit(
     name: str,
     mlflow_run_id: str,
     data: Mapping[str, str],
+    stops: bool = False,
 ) -> "ray.train.Checkpoint":
     """Run `train_loop` on the workers as Ray Train run `name`; the last checkpoint.
 
@@ -109,6 +112,8 @@ def fit(
 
     Args:
         data: the data set by name, and the folder or URL that every worker reads it from.
+        stops: the loop writes a checkpoint and ends where `reporter.stopping()`; then the first
+            Ctrl-C or SIGTERM asks it to. Else, and with the second, the run ends at once.
 
     Raises:
         PipelineError: a node lacks something, or training failed for good.
@@ -121,7 +126,7 @@ def fit(
     with reporting.display(name.rsplit("-", 1)[0]) as shown:
         storage.mend(run, lambda line: shown.line.remote(line))
         told = reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown, run)
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _on_worker(train_loop),
             train_loop_config=config | {"reporting": told},
             scaling_config=ScalingConfig(
@@ -138,10 +143,8 @@ def fit(
             torch_config=torch_config(backend="nccl" if scaling.use_gpu else "gloo"),
         )
         try:
-            trainer.fit()
-        except SystemExit as stop:
-            # Ray Train ends an interrupted driver with code 0, which DVC takes for success.
-            raise KeyboardInterrupt from stop
+            with _signals(shown if stops else None):
+                trainer.fit()
         except (ActorDiedError, ActorUnschedulableError) as error:
             raise PipelineError(
                 f"Ray could not keep the controller of {name} running; start the stage again, it"
@@ -152,6 +155,8 @@ def fit(
             raise PipelineError(message) from error
         if message := ray.get(shown.failure.remote()):
             raise PipelineError(message)
+        if ray.get(shown.stopping.remote()):
+            raise KeyboardInterrupt
     checkpoint = storage.newest_complete(run)
     if checkpoint is None:
         raise PipelineError(f"run {name} ended without a checkpoint in storage.path")
@@ -160,6 +165,38 @@ def fit(
         for item in reporting.read_undelivered(Path(folder)):
             tracker.log_metrics(**item)
     return checkpoint
+
+
+class _Trainer(TorchTrainer):
+    """Ray's, but the driver's signals stay ours: Ray would end an interrupted driver with code 0,
+    which DVC takes for success."""
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+
+@contextmanager
+def _signals(display: Any) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM end the run; with a display, the first only asks it to stop."""
+    asked = False
+
+    def handle(number: int, frame: Any) -> None:
+        nonlocal asked
+        if display is None or asked:
+            raise KeyboardInterrupt
+        asked = True
+        display.stop.remote()
+        display.line.remote("stopping after a checkpoint; Ctrl-C again stops at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def forget(checkpoint: "ray.train.Checkpoint") -> None:

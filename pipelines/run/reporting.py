@@ -40,6 +40,12 @@ class Reporter(Protocol):
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Metrics within an epoch, by step."""
 
+    def stopping(self) -> bool:
+        """Whether the run is to end after its next checkpoint. Rank 0 knows, the others don't."""
+
+    def keep(self, folder: Path | None) -> None:
+        """A checkpoint within an epoch; `folder` as in `save`."""
+
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
 
@@ -71,6 +77,7 @@ class RayReporter:
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._display, self._storage = reporting.display, reporting.storage
+        self._stopping = self._display.stopping.remote()
         self._shown = 0.0
         self._delivery = None
         self._monitor = None
@@ -114,6 +121,19 @@ class RayReporter:
         # MLflow does not have yet goes into the checkpoint, for whoever goes on from it.
         self.metrics(metrics, epoch)
         self._tell(f"epoch {epoch + 1}: {_readable(metrics)}")
+        self._report({**metrics, "epoch": epoch}, folder)
+
+    def keep(self, folder: Path | None) -> None:
+        self._report({}, folder)
+
+    def stopping(self) -> bool:
+        if self.rank or not ray.wait([self._stopping], timeout=0)[0]:
+            return False
+        stopping = ray.get(self._stopping)
+        self._stopping = self._display.stopping.remote()
+        return stopping
+
+    def _report(self, metrics: Mapping[str, float], folder: Path | None) -> None:
         checkpoint = None
         if folder:
             if self._delivery and (waiting := self._delivery.undelivered()):
@@ -121,10 +141,10 @@ class RayReporter:
             storage.seal(folder)
             checkpoint = ray.train.Checkpoint.from_directory(str(folder))
         try:
-            ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
+            ray.train.report(dict(metrics), checkpoint=checkpoint)
         except OSError as error:
             raise PipelineError(
-                f"the checkpoint of epoch {epoch + 1} can't be written to storage.path: {error}."
+                f"a checkpoint can't be written to storage.path: {error}."
                 " Mend it and start the stage again: it goes on from the checkpoint before"
             ) from error
 
@@ -161,9 +181,15 @@ class LocalReporter:
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
         pass
 
+    def stopping(self) -> bool:
+        return False
+
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         if not self.quiet:
             print(f"epoch {epoch + 1}: {_readable(metrics)}", flush=True)
+        self.keep(folder)
+
+    def keep(self, folder: Path | None) -> None:
         if folder:
             aside = Path(tempfile.mkdtemp(dir=self.folder.parent))
             shutil.copytree(folder, aside, dirs_exist_ok=True)
@@ -189,6 +215,7 @@ class Display:
 
     def __init__(self) -> None:
         self._failure: str | None = None
+        self._stop = False
         self._state: tuple[int, int, str, str] | None = None
         self._lines: list[str] = []
 
@@ -197,6 +224,13 @@ class Display:
 
     def line(self, text: str) -> None:
         self._lines.append(text)
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """Whether the user, or the machine, wants the run to end after its next checkpoint."""
+        return self._stop
 
     def fail(self, message: str) -> None:
         self._failure = self._failure or message

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
     Raises:
         PipelineError: an unknown name, or arguments that the model refuses.
     """
-    # Not every model of timm has drop path.
-    drop_path: dict[str, Any] = {"drop_path_rate": drop_path_rate} if drop_path_rate else {}
+    arguments = {"num_classes": num_classes, **model.overrides()}
     try:
-        return timm.create_model(
-            model.name, num_classes=num_classes, **drop_path, **model.overrides()
-        )
+        try:
+            return timm.create_model(model.name, drop_path_rate=drop_path_rate, **arguments)
+        except TypeError as error:
+            if drop_path_rate or "drop_path_rate" not in str(error):
+                raise
+            return timm.create_model(model.name, **arguments)  # of a kind without drop path
     except (RuntimeError, TypeError, ValueError) as error:
         raise PipelineError(f"model: {model.name} can't be built: {error}") from error
 
@@ -149,11 +152,42 @@ class Part(ImageDataset):
 
 
 class EpochSampler(DistributedSampler):
-    """Asks for (epoch, index). So loader processes hold no random state: their number, and how
-    long they live, leave no trace in the images."""
+    """A rank's share of an epoch, from the place `start` on.
+
+    With `whole` it asks for (epoch, index). So loader processes hold no random state: their number,
+    and how long they live, leave no trace in the images.
+    """
+
+    def __init__(self, dataset: Any, whole: bool, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.whole, self.start = whole, 0
 
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        left = islice(super().__iter__(), self.start, None)
+        return ((self.epoch, index) for index in left) if self.whole else left
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """All random state of this process, as `torch.load(weights_only=True)` reads it."""
+    _, keys, *rest = np.random.get_state()
+    version, numbers, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "numpy": [torch.from_numpy(keys.astype(np.int64)), *rest],
+        "python": [version, list(numbers), gauss],
+    }
+
+
+def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Go on from what `rng_state` gave."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), *rest))
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
 
 
 def make_loader(
@@ -298,14 +332,18 @@ class Classifier:
                 shape_only = build_model(params.model, p.num_classes)
             self.flops = flops_per_image(shape_only, p.img_size)
         self.energy = EnergyMeter(device)
+        self.checkpoint_minutes = params.storage.checkpoint_minutes
         self.start_epoch = 0
+        self.begun: dict[str, Any] | None = None
+        """Of an epoch that a checkpoint was written in: what is done of it."""
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
         self.history: list[dict[str, float]] = []
 
     def fit(self) -> None:
         """Train what is left of the epochs, then evaluate the best weights on `val`.
 
-        The last checkpoint holds `best.safetensors` and `result.json` beside the state.
+        The last checkpoint holds `best.safetensors` and `result.json` beside the state. Where the
+        reporter is stopping, this returns after a checkpoint.
         """
         with self.reporter.checkpoint() as folder:
             if folder:
@@ -314,6 +352,8 @@ class Classifier:
             self._evaluate_only()
         for epoch in range(self.start_epoch, self.epochs):
             metrics = self._train_epoch(epoch)
+            if metrics is None:
+                return
             chosen = self.ema.module if self.ema else self.model
             name = "val" if self.val_loader is self.choice_loader else "holdout"
             scores = self._evaluate(chosen, self.choice_loader)
@@ -372,14 +412,16 @@ class Classifier:
         )
         part = Part(train, kept, p.seed)
         # One worker has it too: then a step has the same images on any number of workers.
-        sampler = EpochSampler if p.data_workers else DistributedSampler
+        sampler = EpochSampler(
+            part, whole=p.data_workers > 0, num_replicas=world, rank=rank, seed=p.seed
+        )
         train_loader = make_loader(
             p,
             part,
             world,
             self.device,
             {"re_prob": p.reprob, "re_mode": "pixel"},
-            sampler=sampler(part, num_replicas=world, rank=rank, seed=p.seed),
+            sampler=sampler,
             drop_last=True,
             persistent_workers=p.persistent_workers and p.data_workers > 0,
             collate_fn=collate,
@@ -392,17 +434,25 @@ class Classifier:
         # A data set of its own: it has another transform than the training images.
         return train_loader, evaluation(data.images("train"), held) if held else val, val
 
-    def _train_epoch(self, epoch: int) -> dict[str, float]:
+    def _train_epoch(self, epoch: int) -> dict[str, float] | None:
+        """Metrics of the epoch; None if it was left after a checkpoint."""
         p, cuda = self.params, self.device.type == "cuda"
         random_seed(p.seed + 1000 * (epoch + 1), self.reporter.rank)
-        self.train_loader.sampler.set_epoch(epoch)
+        sampler, begun, self.begun = self.train_loader.sampler, self.begun, None
+        first = begun["step"] if begun else 0
+        sampler.set_epoch(epoch)
+        sampler.start = first * p.batch_size // self.reporter.world_size
         self.wrapped.train()
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         started, total_loss, skipped = time.monotonic(), 0.0, 0
         unread: list[Tensor] = []
         clock, batches = StepClock(self.device), iter(self.train_loader)
-        for index in range(self.steps):
+        if begun:  # after the iterator, which draws a number too
+            total_loss, skipped = begun["total_loss"], begun["skipped"]
+            set_rng_state(begun["rng"][self.reporter.rank], self.device)
+        steps, kept = self.steps - first, time.monotonic()
+        for index in range(first, self.steps):
             step = epoch * self.steps + index
             loss, updated = self._step(batches, step, clock)
             unread.append(loss)
@@ -425,19 +475,27 @@ class Classifier:
             if index % REPORT_EVERY == 0:
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.reporter.metrics({"step/loss": losses[-1], "step/lr": lr}, step)
+            if index % REPORT_EVERY == 0 and index + 1 < self.steps:
+                stopping, due = self._asked(time.monotonic() - kept)
+                if stopping or due:
+                    now = {"step": index + 1, "total_loss": total_loss, "skipped": skipped}
+                    self._save(epoch, None, None, now)
+                    kept = time.monotonic()
+                if stopping:
+                    return None
         self.scheduler.step(epoch + 1)
         if skipped == self.steps:
             raise PipelineError(
                 f"no step of epoch {epoch + 1} had finite gradients in float16; set"
                 " pretrain.amp=none or lower pretrain.lr"
             )
-        images_per_second = self.steps * p.batch_size / (time.monotonic() - started)
+        images_per_second = steps * p.batch_size / (time.monotonic() - started)
         mean_loss = self._sum(torch.tensor([total_loss, self.steps], dtype=torch.float64))
         metrics = {
             "train_loss": (mean_loss[0] / mean_loss[1]).item(),
             "images_per_second": images_per_second,
         }
-        metrics |= {f"{phase}_ms": 1000 * s / self.steps for phase, s in clock.read().items()}
+        metrics |= {f"{phase}_ms": 1000 * s / steps for phase, s in clock.read().items()}
         if self.scaler.is_enabled():
             metrics["skipped_steps"] = skipped
         if cuda:
@@ -541,13 +599,39 @@ class Classifier:
             return self.wrapped.no_sync()
         return nullcontext()
 
-    def _save(self, epoch: int, metrics: dict[str, float], result: dict[str, Any] | None) -> None:
+    def _asked(self, seconds: float) -> tuple[bool, bool]:
+        """Whether all ranks are to stop, and whether they are to write a checkpoint.
+
+        Args:
+            seconds: since the last checkpoint within this epoch.
+        """
+        interval = 60 * self.checkpoint_minutes
+        due = self.reporter.rank == 0 and 0 < interval <= seconds
+        asked = torch.tensor([self.reporter.stopping(), due], dtype=torch.float64)
+        stopping, due = self._sum(asked).bool().tolist()
+        return stopping, due
+
+    def _save(
+        self,
+        epoch: int,
+        metrics: dict[str, float] | None,
+        result: dict[str, Any] | None,
+        begun: dict[str, Any] | None = None,
+    ) -> None:
+        """A checkpoint after `epoch`, or within it after the steps that `begun` tells."""
+        if begun:
+            states: list[Any] = [rng_state(self.device)] * self.reporter.world_size
+            if self.reporter.world_size > 1:
+                dist.all_gather_object(states, states[0])
+            begun = {**begun, "rng": states}
         with _temporary_folder() if self.reporter.rank == 0 else nullcontext() as folder:
             if folder:
                 best = {k: v for k, v in self.best.items() if k != "weights"}
-                save_file(self.best["weights"], str(folder / "best.safetensors"))
+                if "weights" in self.best:
+                    save_file(self.best["weights"], str(folder / "best.safetensors"))
                 state = {
-                    "epoch": epoch,
+                    "epoch": epoch - 1 if begun else epoch,
+                    "begun": begun,
                     "model": self.model.state_dict(),
                     "ema": self.ema.module.state_dict() if self.ema else None,
                     "optimizer": self.optimizer.state_dict(),
@@ -560,7 +644,10 @@ class Classifier:
                     (folder / "result.json").write_text(
                         json.dumps(result | {"history": self.history}, indent=2)
                     )
-            self.reporter.save(metrics, epoch, folder)
+            if metrics is None:
+                self.reporter.keep(folder)
+            else:
+                self.reporter.save(metrics, epoch, folder)
 
     def _load(self, folder: Path) -> None:
         state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
@@ -568,12 +655,16 @@ class Classifier:
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.best = {**state["best"], "weights": load_file(str(folder / "best.safetensors"))}
+        self.best = dict(state["best"])
+        if (folder / "best.safetensors").is_file():
+            self.best["weights"] = load_file(str(folder / "best.safetensors"))
         self.history, self.start_epoch = state["history"], state["epoch"] + 1
+        self.begun = state["begun"]
         if state["scaler"]:  # empty without float16
             self.scaler.load_state_dict(state["scaler"])
-        self.scheduler.step_update(self.start_epoch * self.steps)
+        done = self.begun["step"] if self.begun else 0
         self.scheduler.step(self.start_epoch)
+        self.scheduler.step_update(self.start_epoch * self.steps + done)
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:

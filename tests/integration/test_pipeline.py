@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -187,8 +188,13 @@ def checkpoints(workspace: Workspace) -> set[Path]:
 
 
 def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None:
-    deadline, old = time.monotonic() + 600, checkpoints(workspace)
-    while not checkpoints(workspace) - old:
+    old = checkpoints(workspace)
+    wait_until(process, lambda: bool(checkpoints(workspace) - old))
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
         if time.monotonic() > deadline:
             kill_all(process)
         assert process.poll() is None, process.communicate()[0]
@@ -199,9 +205,13 @@ def descendants(process: subprocess.Popen) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def train_workers(process: subprocess.Popen) -> list[psutil.Process]:
-    found = [p for p in descendants(process) if "RayTrainWorker" in " ".join(p.cmdline())]
-    assert len(found) == 2
+def train_workers(process: subprocess.Popen, wanted: int | None = 2) -> list[psutil.Process]:
+    found = []
+    for child in descendants(process):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    assert wanted in (None, len(found))
     return found
 
 
@@ -245,9 +255,18 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
     with (newest / "state.pt").open("r+b") as file:
         file.truncate(1000)
 
+    # It goes on from the one before, and is asked to stop: after the checkpoint of a whole step.
+    with workspace.start(sys.executable, "-m", "pipelines.pretrain") as process:
+        wait_until(process, lambda: len(train_workers(process, wanted=None)) == 2)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, output
+    assert f"{newest.name} can't be used: state.pt is not what was written" in output
+    assert "stopping after a checkpoint" in output
+    assert "interrupted; start it again to resume" in output
+
     code, output = workspace.run(*command)
     assert code == 0, output[-5000:]
-    assert f"{newest.name} can't be used: state.pt is not what was written" in output
     assert weights(workspace)["identity"] == undisturbed["identity"]
     assert weights(workspace)["sha256"] == undisturbed["sha256"]
     assert metrics(workspace, "pretrain")["mlflow_run_id"] == state["mlflow_run_id"]

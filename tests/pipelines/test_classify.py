@@ -58,12 +58,31 @@ PUBLISHED = {
 
 
 class Recorder(LocalReporter):
-    """Keeps what is reported, as any rank; can stop after an epoch, as if killed."""
+    """Keeps what is reported, as any rank. Can end after an epoch, as if killed, and be asked to
+    stop within one, when it has asked `patience` times whether to."""
 
-    def __init__(self, folder: Path, rank: int = 0, world_size: int = 1, stop: int = -1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        rank: int = 0,
+        world_size: int = 1,
+        stop: int = -1,
+        patience: int | None = None,
+    ) -> None:
         super().__init__(folder / "checkpoint", quiet=True)
         self.rank, self.world_size, self.stop = rank, world_size, stop
         self.epochs: list[Mapping[str, float]] = []
+        self.patience, self.kept = patience, 0
+
+    def stopping(self) -> bool:
+        if self.patience is None:
+            return False
+        self.patience -= 1
+        return self.patience < 0
+
+    def keep(self, folder: Path | None) -> None:
+        super().keep(folder)
+        self.kept += 1
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         super().save(metrics, epoch, folder)
@@ -132,6 +151,7 @@ def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda device, enabled: scaler(device, 2.0**22, enabled=enabled)
     )
+    monkeypatch.setattr("pipelines.train.classify.REPORT_EVERY", 2)
     params = smoke(epochs=3, **settings)
     undisturbed = Recorder(tmp_path / "a")
     killed = Recorder(tmp_path / "b", stop=0)
@@ -140,6 +160,12 @@ def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
     fit(params, data, undisturbed)
     with pytest.raises(InterruptedError):
         fit(params, data, killed)
+    # Then asked to stop, in the middle of the second epoch and once more further on.
+    for patience, step in ((1, 3), (0, 5)):
+        stopped = Recorder(tmp_path / "b", patience=patience)
+        fit(params, data, stopped)
+        assert (stopped.epochs, stopped.state["epoch"]) == ([], 0)
+        assert stopped.state["begun"]["step"] == step
     fit(params, data, Recorder(tmp_path / "b"))
     state, other = undisturbed.state, killed.state
     for part in ("model", "ema", "optimizer", "scaler"):
@@ -161,6 +187,7 @@ def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> N
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     reporter = Recorder(folder, rank, 2)
     trained = fit(params, data, reporter)
+    assert reporter.kept > params.pretrain.epochs  # within epochs too, by the clock
     found = predict(params.pretrain, trained.model, DataPlace(str(data)), CPU, reporter)
     assert (found is None) == (rank == 1)
     if found:
@@ -181,7 +208,12 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     two = smoke(**common, accumulate=2, data_workers=1)
-    two = two.model_copy(update={"scaling": two.scaling.model_copy(update={"num_workers": 2})})
+    two = two.model_copy(
+        update={
+            "scaling": two.scaling.model_copy(update={"num_workers": 2}),
+            "storage": two.storage.model_copy(update={"checkpoint_minutes": 1e-6}),
+        }
+    )
     multiprocessing.spawn(_worker, (port, two, data, tmp_path / "two"), nprocs=2)
     reference = whole.state
     assert reference["model"].keys() == one.state["model"].keys()
@@ -222,7 +254,7 @@ def test_energy_is_what_the_gpus_counter_advanced(monkeypatch: pytest.MonkeyPatc
     assert math.isnan(EnergyMeter(CPU).read())
 
 
-@pytest.mark.parametrize("name", ["elsa_swin_micro", "resnet10t"])
+@pytest.mark.parametrize("name", ["elsa_swin_micro", "ghostnet_050"])
 def test_training_starts_from_given_weights(data: Path, tmp_path: Path, name: str) -> None:
     """Another classifier than theirs begins anew; without an epoch they are only evaluated."""
 
