@@ -1,11 +1,12 @@
 # Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: help setup demo test asan lint ui
+.PHONY: help setup demo test test-cluster asan lint ui
 
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
 	@echo "make test   set up, run the tests"
+	@echo "make test-cluster  two hosts on this machine (root, openssh-server, iproute2, rsync)"
 	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
@@ -19,6 +20,9 @@ demo: setup
 
 test: setup
 	$(UV) run pytest
+
+test-cluster: setup
+	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/cluster
 
 # Leaks are Python's own. Exceptions need libstdc++ loaded as early as the sanitizer. The tests of
 # values and inputs are those that run the kernels.

@@ -14,3 +14,9 @@ export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
 # `pipelines.submit --stop` is a Ctrl-C, with time for a last checkpoint.
 export RAY_JOB_STOP_SIGNAL=SIGINT RAY_JOB_STOP_WAIT_TIME_S=120
+# Ray has a connection to each process of each node.
+ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
+# gloo would take the address that the node's own name resolves to, which Debian makes a loopback.
+GLOO_SOCKET_IFNAME=$({ ip -o -4 address show || true; } 2>/dev/null |
+  awk -v node="$ELSA_NODE/" 'index($4, node) == 1 {print $2; exit}')
+[ -z "$GLOO_SOCKET_IFNAME" ] || export GLOO_SOCKET_IFNAME

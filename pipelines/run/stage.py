@@ -186,7 +186,10 @@ def _publish(stage: Stage) -> None:
         if target.is_dir() and not target.is_symlink():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        (stage._staged / path).replace(target)
+        # Not one rename: on a cluster data/ and .runs/ are mounts of their own.
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        shutil.move(stage._staged / path, aside)
+        aside.replace(target)
     shutil.rmtree(stage._staged)
     stage.state.metrics_md5 = hashlib.md5(metrics, usedforsecurity=False).hexdigest()
     stage.state.save(stage.folder)

@@ -1,0 +1,268 @@
+"""Two hosts on this machine, in namespaces, through the configuration for own machines.
+
+`make test-cluster` runs this (minutes; root, Debian's openssh-server, iproute2 and rsync). Each
+host has its own network, processes, /tmp and home; data/, storage/ and .runs/ are shared as by
+NFS. Only the installation is left out: the hosts use this environment and its compiled operator.
+"""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ("sshd", "ssh", "ssh-keygen", "ip", "unshare", "nsenter", "rsync")
+MISSING = [tool for tool in TOOLS if not shutil.which(tool, path=f"{os.environ['PATH']}:/usr/sbin")]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(not os.environ.get("ELSA_TEST_CLUSTER"), reason="run by make test-cluster"),
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces need root"),
+    pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}"),
+]
+
+HOST = """
+set -e
+mount -t proc proc /proc
+mount -t tmpfs tmpfs /tmp
+mkdir -p /run/sshd
+hostname {name}
+mount --bind {base}/{name} {base}/home
+for folder in data storage .runs; do
+  mkdir -p {base}/home/elsa/$folder
+  mount --bind {base}/shared/$folder {base}/home/elsa/$folder
+done
+mount --bind {base}/passwd /etc/passwd
+ip link set lo up
+until ip link show {link} >/dev/null 2>&1; do sleep 0.1; done
+ip address add {address}/24 dev {link}
+ip link set {link} up
+exec "$(command -v sshd)" -D -e -f /dev/null -h {base}/hostkey \
+  -o ListenAddress={address} -o AuthorizedKeysFile={base}/key.pub -o StrictModes=no \
+  -o PidFile=none -o UsePAM=no -o PermitRootLogin=prohibit-password -o PasswordAuthentication=no
+"""
+
+
+def run(*command: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, check=True, **options)
+
+
+class Hosts:
+    """Two hosts at a bridge of this machine, and what `ray up` needs to reach them."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, tag = base, secrets.token_hex(2)
+        self.bridge, self.links = f"el{tag}", [f"el{tag}{i}" for i in range(2)]
+        net = f"10.{secrets.randbelow(100) + 100}.{secrets.randbelow(250)}"
+        self.addresses = [f"{net}.{i + 1}" for i in range(2)]
+        self.processes: list[subprocess.Popen] = []
+        self.home, self.client = base / "home", base / "client"
+        for folder in ("home", "client/.ray", "client/.mlflow", "client/.config/elsa"):
+            (base / folder).mkdir(parents=True)
+        for folder in ("data", "storage", ".runs"):
+            (base / "shared" / folder).mkdir(parents=True)
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(base / "key"))
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(base / "hostkey"))
+        (base / "passwd").write_text(
+            re.sub(
+                r"(?m)^(root:[^:]*:0:0:[^:]*):[^:]*:.*$",
+                rf"\1:{self.home}:/bin/bash",
+                Path("/etc/passwd").read_text(),
+            )
+        )
+        self._write_client_files()
+        run("ip", "link", "add", self.bridge, "type", "bridge")
+        run("ip", "address", "add", f"{net}.254/24", "dev", self.bridge)
+        run("ip", "link", "set", self.bridge, "up")
+        for i in range(2):
+            self._start(i)
+
+    def _write_client_files(self) -> None:
+        (self.client / ".ray/auth_token").write_text(secrets.token_hex(32))
+        (self.client / ".mlflow/credentials").write_text(
+            "[mlflow]\nmlflow_tracking_username = elsa\n"
+            f"mlflow_tracking_password = {secrets.token_hex(16)}\n"
+        )
+        (self.client / ".config/elsa/cluster.env").write_text("ELSA_MLFLOW_WORKERS=1\n")
+        text = (ROOT / "pipelines/cluster/machines.yaml").read_text()
+        for old, new in {
+            "cluster_name: elsa": f"cluster_name: elsa-{self.bridge}",
+            "192.0.2.1 ": f"{self.addresses[0]} ",
+            "[192.0.2.2]": f"[{self.addresses[1]}]",
+            "ssh_user: ubuntu": "ssh_user: root",
+            "~/.ssh/id_ed25519": str(self.base / "key"),
+            "/home/ubuntu": str(self.home),
+            "bash ~/elsa/pipelines/cluster/setup.sh": f"bash {self.base}/setup.sh",
+        }.items():
+            assert old in text, old
+            text = text.replace(old, new)
+        self.config = self.base / "machines.yaml"
+        self.config.write_text(text)
+        (self.base / "setup.sh").write_text(
+            f"set -e; cd ~/elsa; ln -sfn {sys.prefix} .venv; mkdir -p build\n"
+            f"cp -rT {ROOT}/build/op build/op\n"
+            "sed -i 's/^recipe: .*/recipe: smoke/; s/cpus_per_worker: null/cpus_per_worker: 2/'"
+            " params.yaml\n"
+        )
+
+    def _start(self, i: int) -> None:
+        name = f"host{i}"
+        (self.base / name).mkdir()
+        script = HOST.format(
+            name=name, base=self.base, link=self.links[i], address=self.addresses[i]
+        )
+        process = subprocess.Popen(
+            [
+                *("unshare", "--net", "--mount", "--pid", "--uts", "--fork", "--kill-child"),
+                *("bash", "-c", script),
+            ],
+            stdout=(self.base / f"{name}.log").open("w"),
+            stderr=subprocess.STDOUT,
+            env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+        )
+        self.processes.append(process)
+        end = f"{self.links[i]}p"
+        run("ip", "link", "add", end, "type", "veth", "peer", "name", self.links[i])
+        inside = wait(lambda: self.inside(i), "its first process", 20)
+        run("ip", "link", "set", self.links[i], "netns", str(inside))
+        run("ip", "link", "set", end, "master", self.bridge, "up")
+
+    def inside(self, i: int) -> int | None:
+        """The host's first process, once its namespaces are made."""
+        pid = self.processes[i].pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return int(children[0]) if children else None
+
+    def connect(self, i: int, up: bool) -> None:
+        """Plug the host's cable in or out."""
+        run("ip", "link", "set", f"{self.links[i]}p", "up" if up else "down")
+
+    def ray(self, *command: str) -> str:
+        done = subprocess.run(
+            ["ray", *command],
+            cwd=ROOT,
+            env=os.environ | {"HOME": str(self.client), "RAY_UP_enable_autoscaler_v2": "0"},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+    def on(self, i: int, command: str, check: bool = True) -> str:
+        """Output of a shell command on a host, as over `ray attach`."""
+        script = f"source ~/elsa/pipelines/cluster/env.sh; cd ~/elsa; {command}"
+        done = subprocess.run(
+            [
+                *("ssh", "-i", str(self.base / "key"), "-o", "StrictHostKeyChecking=no"),
+                *("-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
+                f"root@{self.addresses[i]}",
+                f"bash -c {shlex.quote(script)}",
+            ],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, done.stdout[-6000:]
+        return done.stdout
+
+    def close(self) -> None:
+        for i, process in enumerate(self.processes):
+            if inside := self.inside(i):
+                os.kill(inside, signal.SIGKILL)  # the kernel ends all processes of its namespace
+            process.kill()
+            process.wait()
+        for link in (*(f"{name}p" for name in self.links), self.bridge):
+            subprocess.run(["ip", "link", "del", link], check=False, capture_output=True)
+
+
+def wait(found: Callable[[], object], what: str, seconds: float) -> object:
+    deadline = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(1)
+    return result
+
+
+@pytest.fixture(scope="module")
+def hosts(compiled_library: Path) -> Iterator[Hosts]:
+    if not (ROOT / "build/op/build.json").is_file():
+        shutil.copytree(compiled_library, ROOT / "build/op")
+    base = Path(f"/var/tmp/elsa-hosts-{os.getpid()}")  # /tmp is each host's own
+    base.mkdir(mode=0o755)
+    made = None
+    try:
+        made = Hosts(base)
+        yield made
+    finally:
+        if made:
+            made.close()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def test_ray_up_joins_both_hosts_and_the_doctor_finds_nothing_to_mend(hosts: Hosts) -> None:
+    hosts.ray("up", "--yes", str(hosts.config))
+    status = "RAY_ADDRESS=auto ray status"
+    wait(lambda: "4.0 CPU" in hosts.on(0, status, check=False), "both hosts", 240)
+    report = hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.doctor", check=False)
+    assert "fails" not in report, report
+    for address in hosts.addresses:
+        assert report.count(address) >= 4, report
+
+
+def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> None:
+    hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
+    submit = "python -m pipelines.submit"
+    job = hosts.on(0, f"{submit} --detach -- python -m pipelines.pretrain").split()[0]
+    checkpoints = hosts.base / "shared/storage"
+
+    def first_checkpoint() -> bool:
+        return any(checkpoints.glob("pretrain-*/checkpoint_*"))
+
+    def state() -> str:
+        row = re.search(rf"{job} │ (\w+)", hosts.on(0, f"{submit} --list"))
+        return row[1] if row else ""
+
+    wait(lambda: first_checkpoint() or state() == "failed", "the first checkpoint", 300)
+    workers = [hosts.on(i, "pgrep -fc [R]ayTrainWorker || true").strip() for i in range(2)]
+    hosts.connect(1, up=False)
+    assert workers == ["1", "1"], hosts.on(0, f"timeout 20 {submit} --logs {job} || true")
+    time.sleep(60)  # until the head counts the host as lost
+    assert state() == "running"
+    hosts.connect(1, up=True)
+    wait(lambda: state() not in ("running", "pending"), "the end of the training", 600)
+    log = hosts.on(0, f"{submit} --logs {job}", check=False)
+    assert state() == "succeeded", log[-6000:]
+    metrics = json.loads(hosts.on(0, "cat metrics/pretrain.json"))
+    assert 0 <= metrics["top1"] <= 100
+    count = (
+        "from pipelines.run.tracking import metric_history;"
+        f" losses = metric_history('{metrics['mlflow_run_id']}')['train_loss'];"
+        " print([step for step, _ in losses])"
+    )
+    steps = json.loads(hosts.on(0, f"python -c {shlex.quote(count)}").splitlines()[-1])
+    assert steps == list(range(len(steps)))  # each epoch once
+
+
+def test_ray_down_leaves_no_ray_on_the_hosts(hosts: Hosts) -> None:
+    hosts.ray("down", "--yes", str(hosts.config))
+    for i in range(2):
+        assert hosts.on(i, "pgrep -fc [r]aylet/raylet || true").strip() == "0"
