@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from pipelines.data import images, places, verify
 from pipelines.data.checks import DataError
+from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params, load_params, parse_change, recipe_names
 
@@ -168,6 +169,8 @@ def find_data(task: str, params: Params, given: str | None) -> dict[str, Any]:
         classes = images.ShardSet(place).classes
     elif not (Path(place) / needed).is_dir():
         raise DataError(f"--data {given}: there is no folder {needed} in it")
+    elif (manifest := read_manifest(Path(place) / MANIFEST)) and manifest["dataset"] == name:
+        classes = manifest["classes"]  # the demo's
     else:
         classes = verify.class_names(Path(place), name, splits=("val",))
     if len(classes) != num_classes:
