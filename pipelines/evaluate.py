@@ -291,9 +291,9 @@ def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str
         with np.load(folder / "predictions.npz", allow_pickle=False) as file:
             predictions = dict(file)
         found = scores.classification(predictions, classes)
-        _write_predictions(folder / "predictions.csv", predictions, classes)
+        scores.write_predictions(folder / "predictions.csv", predictions, classes)
         (folder / "predictions.npz").unlink()
-        figure = figures.mistakes(data, predictions, classes, 2 * count)
+        figure = figures.mistakes(data, folder / "predictions.csv", 2 * count)
     elif evaluation.task == "detect":
         found = scores.detection(place / "annotations/instances_val2017.json", folder)
         figure = figures.detections(place, folder, count)
@@ -307,9 +307,7 @@ def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str
     figure.savefig(folder / "samples.png")
     suffix = "_ms_flip" if evaluation.ms_flip else ""
     metrics = {f"{name}{suffix}": value for name, value in found.metrics.items()}
-    _write_csv(folder / "per_class.csv", found.per_class)
-    if found.confusions:
-        _write_csv(folder / "confusions.csv", found.confusions)
+    scores.write_tables(folder, found)
     summary = {
         **{name: round(value, 4) for name, value in metrics.items()},
         "task": evaluation.task,
@@ -321,31 +319,6 @@ def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str
     }
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
     return metrics
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _write_predictions(path: Path, predictions: Mapping[str, Any], classes: Sequence[str]) -> None:
-    _write_csv(
-        path,
-        [
-            {"image": name, "class": classes[target]}
-            | {
-                f"{key}_{i + 1}": value
-                for i, (label, probability) in enumerate(zip(labels, probabilities, strict=True))
-                for key, value in (("predicted", classes[label]), ("probability", probability))
-            }
-            for name, target, labels, probabilities in zip(
-                *(predictions[key] for key in ("name", "target", "classes", "probabilities")),
-                strict=True,
-            )
-        ],
-    )
 
 
 def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> None:

@@ -18,9 +18,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from pipelines.scores import calibration, worst_detections, worst_segmentations
+
 COLORS = [plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [
     plt.get_cmap("Set2")(i)[:3] for i in range(8)
 ]
+SHOWN_SCORE = 0.5
+"""Detections below are not drawn."""
 SCORES = (
     *("val_top1", "holdout_top1"),
     *("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"),
@@ -94,19 +98,28 @@ def confusion(path: Path) -> Figure:
     return figure
 
 
-def detections(data: Path, results: Path, count: int, threshold: float = 0.5) -> Figure:
-    """Validation images: truth in the upper row, predictions above `threshold` in the lower."""
+def detections(data: Path, results: Path, count: int, worst: bool = False) -> Figure:
+    """Validation images: truth in the upper row, predictions in the lower.
+
+    Spread over the set, or the `worst` of it.
+    """
     from pycocotools.coco import COCO
 
-    truth = COCO(str(data / "annotations/instances_val2017.json"))
+    truth_file = data / "annotations/instances_val2017.json"
+    truth = COCO(str(truth_file))
     predicted = defaultdict(list)
     for item in json.loads((results / "coco.segm.json").read_text()):
-        if item["score"] >= threshold:
+        if item["score"] >= SHOWN_SCORE:
             predicted[item["image_id"]].append(item)
     boxes = defaultdict(list)
     for item in json.loads((results / "coco.bbox.json").read_text()):
         boxes[item["image_id"], item["category_id"], round(item["score"], 4)].append(item["bbox"])
-    images = truth.loadImgs(_spread(sorted(truth.getImgIds()), count))
+    chosen = (
+        worst_detections(truth_file, results, SHOWN_SCORE, count)
+        if worst
+        else _spread(sorted(truth.getImgIds()), count)
+    )
+    images = truth.loadImgs(chosen)
     figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 4.7), squeeze=False)
     for column, image in enumerate(images):
         pixels = np.asarray(Image.open(data / "val2017" / image["file_name"]).convert("RGB"))
@@ -137,21 +150,30 @@ def detections(data: Path, results: Path, count: int, threshold: float = 0.5) ->
                     x, y - 2, label, fontsize=5.5, color="white" if not crowd else "black", bbox=box
                 )
     axes[0][0].set_ylabel("truth")
-    axes[1][0].set_ylabel(f"predicted, score ≥ {threshold}")
+    axes[1][0].set_ylabel(f"predicted, score ≥ {SHOWN_SCORE}")
     figure.tight_layout()
     return figure
 
 
-def segmentations(data: Path, results: Path, classes: Sequence[str], count: int) -> Figure:
-    """Validation images in the first row, their truth and the predicted labels below."""
+def segmentations(
+    data: Path, results: Path, classes: Sequence[str], count: int, worst: bool = False
+) -> Figure:
+    """Validation images in the first row, their truth and the predicted labels below.
+
+    Spread over the set, or the `worst` of it.
+    """
     palette = [(0.0, 0.0, 0.0), *COLORS[: len(classes)]]
     if len(palette) <= len(classes):
         palette += [plt.get_cmap("hsv")(i / len(classes))[:3] for i in range(len(classes))]
     if "background" in classes:
         palette[classes.index("background") + 1] = (0.93, 0.93, 0.93)
     colors = ListedColormap(palette[: len(classes) + 1])
-    files = sorted((data / "annotations/validation").glob("*.png"))
-    chosen = _spread(files, count)
+    folder = data / "annotations/validation"
+    if worst:
+        names = worst_segmentations(folder, results, len(classes), count)
+        chosen = [folder / name for name in names]
+    else:
+        chosen = _spread(sorted(folder.glob("*.png")), count)
     figure, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.8), squeeze=False)
     for column, file in enumerate(chosen):
         image = Image.open(data / "images/validation" / f"{file.stem}.jpg").convert("RGB")
@@ -178,32 +200,50 @@ def segmentations(data: Path, results: Path, classes: Sequence[str], count: int)
     return figure
 
 
-def mistakes(
-    images: Any, predictions: Mapping[str, np.ndarray], classes: Sequence[str], count: int
-) -> Figure:
+def mistakes(images: Any, predictions: Path, count: int) -> Figure:
     """The surest wrong answers of a classifier: the image, what it is and what it was taken for.
 
     Args:
-        images: the data set, without a transform.
-        predictions: see `pipelines.train.evaluation.predict`.
+        images: the validation images without a transform, in the order of `predictions`.
+        predictions: `predictions.csv`, see `scores.write_predictions`.
     """
-    first, sure = predictions["classes"][:, 0], predictions["probabilities"][:, 0]
-    wrong = np.flatnonzero(first != predictions["target"])
-    chosen = wrong[np.argsort(-sure[wrong], kind="stable")][:count]
-    columns = max(1, min(len(chosen), 8))
-    rows = max(1, -(-len(chosen) // columns))
-    figure, axes = plt.subplots(rows, columns, figsize=(1.7 * columns, 2 * rows), squeeze=False)
+    with predictions.open() as file:
+        rows = list(csv.DictReader(file))
+    wrong = [i for i, row in enumerate(rows) if row["class"] != row["predicted_1"]]
+    wrong = sorted(wrong, key=lambda i: -float(rows[i]["probability_1"]))[:count]
+    columns = max(1, min(len(wrong), 8))
+    lines = max(1, -(-len(wrong) // columns))
+    figure, axes = plt.subplots(lines, columns, figsize=(1.7 * columns, 2 * lines), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, index in zip(axes.flat, chosen, strict=False):
-        axis.imshow(np.asarray(images[int(index)][0]))
-        axis.set_title(
-            f"{classes[predictions['target'][index]]}, taken for\n{classes[first[index]]}"
-            f" ({100 * sure[index]:.0f}%)",
-            fontsize=7,
-        )
-    if not len(chosen):
+    for axis, index in zip(axes.flat, wrong, strict=False):
+        row = rows[index]
+        axis.imshow(np.asarray(images[index][0]))
+        sure = f"({100 * float(row['probability_1']):.0f}%)"
+        axis.set_title(f"{row['class']}, taken for\n{row['predicted_1']} {sure}", fontsize=7)
+    if not wrong:
         figure.suptitle("no image is classified wrongly")
+    figure.tight_layout()
+    return figure
+
+
+def reliability(predictions: Path) -> Figure:
+    """How often the classifier is right when it is so sure, over how many images are so."""
+    with predictions.open() as file:
+        rows = list(csv.DictReader(file))
+    confidence = np.array([float(row["probability_1"]) for row in rows])
+    right = np.array([row["class"] == row["predicted_1"] for row in rows])
+    bins, error = calibration(confidence, right)
+    sure = [100 * row["confidence"] for row in bins]
+    figure, (above, below) = plt.subplots(
+        2, 1, figsize=(4.5, 4.8), sharex=True, height_ratios=(3, 1)
+    )
+    above.plot([0, 100], [0, 100], "--", color="0.6", label="as sure as right")
+    above.plot(sure, [100 * row["accuracy"] for row in bins], "o-", label="this classifier")
+    above.set(ylabel="right, %", title=f"expected calibration error {error:.1f}%")
+    above.legend(frameon=False, fontsize=8)
+    below.bar(sure, [row["images"] for row in bins], width=5)
+    below.set(xlabel="confidence, %", ylabel="images", xlim=(0, 100))
     figure.tight_layout()
     return figure
 

@@ -353,6 +353,24 @@ def load_params(
         raise ParamsError(_explain(error, name)) from None
 
 
+def changed(params: Params) -> dict[str, tuple[Any, Any]]:
+    """What differs from the recipe, by dotted key: its value and the one that is used."""
+    recipe = flatten(load_params(params.recipe).model_dump(mode="json"))
+    used = flatten(params.model_dump(mode="json"))
+    return {key: (recipe[key], value) for key, value in used.items() if recipe[key] != value}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings to dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def parse_change(text: str) -> tuple[str, Any]:
     """Dotted key and value of `key=value`, the value as YAML has it: what `-S` takes.
 

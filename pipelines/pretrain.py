@@ -1,6 +1,5 @@
 """Pretrain the backbone as an image classifier, and export its best weights."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,9 @@ from pipelines.build_op import check_library
 from pipelines.data import places
 from pipelines.params import Params
 from pipelines.run.stage import Stage, run_stage
+
+LARGEST_CONFUSION = 100
+"""With more classes than this there is no plot of the confusion matrix."""
 
 
 def check(params: Params) -> dict[str, Any]:
@@ -36,8 +38,10 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 
 
 def run(stage: Stage, data: dict[str, Any]) -> None:
+    import numpy as np
     from safetensors.torch import load_file
 
+    from pipelines import scores
     from pipelines.data.images import DataPlace
     from pipelines.run.checkpoint import write_weights
     from pipelines.run.launch import fit
@@ -55,7 +59,9 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
     with checkpoint.as_directory() as folder:
         result = json.loads((Path(folder) / "result.json").read_text())
         weights = load_file(f"{folder}/best.safetensors")
-    history, confusion = result.pop("history"), result.pop("confusion", None)
+        with np.load(f"{folder}/predictions.npz", allow_pickle=False) as file:
+            predictions = dict(file)
+    history, classes = result.pop("history"), data["classes"]
     model = stage.params.model.model_dump(mode="json")
     write_weights(
         stage.output("weights/pretrain"),
@@ -67,14 +73,21 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
     )
     stage.tracker.log_model("pretrain", stage.output("weights/pretrain"), model)
     stage.write_curves(history)
-    if confusion:
-        classes = data["classes"]
-        with (stage.output("plots/pretrain") / "confusion.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["actual", "predicted"])
-            for actual, row in zip(classes, confusion, strict=True):
-                for predicted, count in zip(classes, row, strict=True):
-                    writer.writerows([[actual, predicted]] * count)
+    results = stage.output("results/pretrain")
+    results.mkdir()
+    scores.write_tables(results, scores.classification(predictions, classes))
+    scores.write_predictions(results / "predictions.csv", predictions, classes)
+    if len(classes) <= LARGEST_CONFUSION:
+        scores.write_csv(
+            stage.output("plots/pretrain") / "confusion.csv",
+            [
+                {"actual": classes[target], "predicted": classes[label]}
+                for target, label in zip(
+                    predictions["target"], predictions["classes"][:, 0], strict=True
+                )
+            ],
+        )
+    stage.tracker.log_artifact(results)
     stage.tracker.log_artifact(stage.output("plots/pretrain"))
     stage.write_metrics(result)
 

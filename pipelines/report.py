@@ -6,23 +6,40 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data import places
-from pipelines.params import ROOT, Params
+from pipelines.data.images import DataPlace
+from pipelines.params import ROOT, Params, changed
 from pipelines.run.stage import Stage, pipeline_name, run_stage
 from pipelines.summary import STAGES, duration, load_metrics, result_rows
 
 PICTURES = {
     "curves": ("Learning curves", "Loss and scores by epoch."),
+    "detections": (
+        "Detections",
+        "Validation images, spread evenly over the set: truth above, predictions below.",
+    ),
+    "segmentations": (
+        "Segmentations",
+        "Validation images, spread evenly over the set: image, truth, prediction.",
+    ),
+    "mistakes": ("Failures: classification", "The wrong answers that the classifier is surest of."),
+    "worst_detections": (
+        "Failures: detection",
+        "The validation images with most missed objects and false detections per object (at a"
+        " score and a mask IoU of 0.5): truth above, predictions below.",
+    ),
+    "worst_segmentations": (
+        "Failures: segmentation",
+        "The validation images with the lowest IoU over their own classes: image, truth,"
+        " prediction.",
+    ),
     "confusion": (
         "Confusion matrix",
         "Counts on the validation images; shade is percent of a row.",
     ),
-    "detections": (
-        "Detections",
-        "Validation scenes, spread evenly over the set: truth above, predictions below.",
-    ),
-    "segmentations": (
-        "Segmentations",
-        "Validation scenes, spread evenly over the set: image, truth, prediction.",
+    "reliability": (
+        "Calibration",
+        "How often the classifier is right when it is so sure, and how many images it is so sure"
+        " of. Label smoothing, mixup and cutmix make a classifier less sure than it is right.",
     ),
     "attention": (
         "Hadamard attention",
@@ -30,17 +47,24 @@ PICTURES = {
         " averaged over heads.",
     ),
 }
+STAGE_COMMANDS = {
+    "pretrain": "python -m pipelines.evaluate --task classify --weights weights/pretrain",
+    "detect": "python -m pipelines.evaluate --task detect --weights weights/detect",
+    "segment": "python -m pipelines.evaluate --task segment --weights weights/segment",
+}
 
 
-def draw(name: str, root: str, data: dict[str, str], samples: int, target: str) -> None:
+def draw(name: str, root: str, data: dict[str, DataPlace], samples: int, target: str) -> None:
     """Draw one of `PICTURES` from the stage outputs below `root` into the PNG `target`.
 
-    `data` has the folders of the data sets.
+    `data` has the places of the data sets.
     """
     from pipelines import figures
 
-    base = Path(root)
+    base, results = Path(root), Path(root) / "results"
+    coco, ade20k = Path(data["coco"].place), Path(data["ade20k"].place)
     classes = json.loads((base / "data/ade20k/manifest.json").read_text())["classes"]
+    worst = name.startswith("worst_")
     if name == "curves":
         figure = figures.curves(
             {
@@ -50,14 +74,17 @@ def draw(name: str, root: str, data: dict[str, str], samples: int, target: str) 
         )
     elif name == "confusion":
         figure = figures.confusion(base / "plots/pretrain/confusion.csv")
-    elif name == "detections":
-        figure = figures.detections(Path(data["coco"]), base / "results/detect", samples)
-    elif name == "segmentations":
-        figure = figures.segmentations(
-            Path(data["ade20k"]), base / "results/segment", classes, samples
-        )
+    elif name == "reliability":
+        figure = figures.reliability(results / "pretrain/predictions.csv")
+    elif name == "mistakes":
+        images = data["imagenet"].images("val")
+        figure = figures.mistakes(images, results / "pretrain/predictions.csv", 2 * samples)
+    elif name.endswith("detections"):
+        figure = figures.detections(coco, results / "detect", samples, worst)
+    elif name.endswith("segmentations"):
+        figure = figures.segmentations(ade20k, results / "segment", classes, samples, worst)
     else:
-        figure = figures.attention(base / "weights/pretrain", Path(data["coco"]))
+        figure = figures.attention(base / "weights/pretrain", coco)
     figure.savefig(target)
 
 
@@ -80,7 +107,7 @@ def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
     pictures = stage.output("reports") / "pictures"
     pictures.mkdir(parents=True)
     task = ray.remote(draw).options(scheduling_strategy=on_this_node())
-    data = {name: places.locate(stage.params, name) for name in ("coco", "ade20k")}
+    data = {name: _place(stage.params, name) for name in ("imagenet", "coco", "ade20k")}
     samples = stage.section.samples
     track(
         [
@@ -97,6 +124,11 @@ def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
     summary = {f"{row['stage']}/{row['metric']}": row["number"] for row in context["results"]}
     tracking.end_pipeline(pipeline_name(stage.params), summary)
     stage.write_metrics({"pictures": len(names)})
+
+
+def _place(params: Params, name: str) -> DataPlace:
+    manifest = json.loads((ROOT / "data" / name / "manifest.json").read_text())
+    return DataPlace(places.locate(params, name), tuple(manifest.get("skipped", ())))
 
 
 def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -129,17 +161,24 @@ def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]
             if holdout
             else "The classifier is the best epoch on these images, as is usual with ImageNet."
         ),
-        "times": [
-            {
-                "stage": name,
-                "time": duration(metrics[name]["wall_time_s"]),
-                "rate": f"{metrics[name]['images_per_second']:.0f}"
-                if "images_per_second" in metrics[name]
-                else "",
-            }
-            for name in STAGES
-        ],
+        "times": [_cost(name, metrics[name], stage.params) for name in STAGES],
+        "total": duration(sum(metrics[name]["wall_time_s"] for name in STAGES)),
+        "changed": changed(stage.params),
         "lineage": lineage,
+        "commands": STAGE_COMMANDS,
+        "public": stage.params.prepare.source == "public",
+    }
+
+
+def _cost(name: str, metrics: dict[str, Any], params: Params) -> dict[str, str]:
+    hours = metrics["wall_time_s"] / 3600 * params.scaling.num_workers
+    trained = "images_per_second" in metrics
+    return {
+        "stage": name,
+        "time": duration(metrics["wall_time_s"]),
+        "rate": f"{metrics['images_per_second']:.0f}" if trained else "",
+        "gpu_hours": f"{hours:.2f}" if trained and params.scaling.use_gpu else "",
+        "energy": f"{metrics['energy_wh'] / 1000:.2f}" if "energy_wh" in metrics else "",
     }
 
 

@@ -4,8 +4,10 @@ The definitions are those of timm, pycocotools and mmseg; a test holds the numbe
 """
 
 import contextlib
+import csv
 import io
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,18 +34,23 @@ class Scores:
     """What is taken for what, most often first: `actual`, `predicted`, `count`, `percent`."""
 
 
+def accuracy(predictions: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """`top1` and `top5` in percent and `loss` in nats of `train.evaluation.predict`'s arrays."""
+    right = predictions["classes"] == predictions["target"][:, None]
+    return {
+        "top1": 100 * float(right[:, 0].mean()),
+        "top5": 100 * float(right.any(1).mean()),
+        "loss": float(predictions["loss"].astype(np.float64).mean()),
+    }
+
+
 def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> Scores:
-    """Scores of `pipelines.train.evaluation.predict`'s arrays; `loss` is in nats."""
+    """Scores of `pipelines.train.evaluation.predict`'s arrays, as `accuracy` gives them."""
     target, found = predictions["target"], predictions["classes"]
     right = found == target[:, None]
     count = np.bincount(target, minlength=len(classes))
     hits = np.bincount(target[right[:, 0]], minlength=len(classes))
     within = np.bincount(target[right.any(1)], minlength=len(classes))
-    metrics = {
-        "top1": 100 * float(right[:, 0].mean()),
-        "top5": 100 * float(right.any(1).mean()),
-        "loss": float(predictions["loss"].astype(np.float64).mean()),
-    }
     rows = [
         {
             "class": name,
@@ -55,7 +62,7 @@ def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]
     ]
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(matrix, (target, found[:, 0]), 1)
-    return Scores(metrics, rows, _confusions(matrix, classes))
+    return Scores(accuracy(predictions), rows, _confusions(matrix, classes))
 
 
 def detection(annotations: Path, folder: Path) -> Scores:
@@ -97,13 +104,10 @@ def detection(annotations: Path, folder: Path) -> Scores:
 
 def segmentation(truth: Path, masks: Path, classes: Sequence[str]) -> Scores:
     """Scores of the label images in `masks` against those in `truth`, both from 1; 0 is ignored."""
+    files = sorted(truth.glob("*.png"))
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
-    for file in sorted(truth.glob("*.png")):
-        actual = np.asarray(Image.open(file)).astype(np.int64)
-        predicted = np.asarray(Image.open(masks / file.name)).astype(np.int64)
-        known = actual > 0
-        pairs = (actual[known] - 1) * len(classes) + predicted[known] - 1
-        matrix += np.bincount(pairs, minlength=matrix.size).reshape(matrix.shape)
+    for file in files:
+        matrix += _confusion(file, masks / file.name, len(classes))
     hits, actual, predicted = np.diag(matrix), matrix.sum(1), matrix.sum(0)
     rows = [
         {
@@ -120,6 +124,119 @@ def segmentation(truth: Path, masks: Path, classes: Sequence[str]) -> Scores:
     }
     metrics = {**means, "aAcc": 100 * float(hits.sum() / actual.sum())}
     return Scores(metrics, rows, _confusions(matrix, classes))
+
+
+def calibration(
+    confidence: np.ndarray, right: np.ndarray, bins: int = 15
+) -> tuple[list[dict[str, float]], float]:
+    """How often a classifier is right when it is so sure.
+
+    Args:
+        confidence: (N), probability of the first class, 0 to 1.
+        right: (N), whether it was right.
+
+    Returns:
+        a row per bin that has images: mean `confidence` and `accuracy` (0 to 1), `images`; and the
+        expected calibration error in percent (arXiv 1706.04599, equation 3).
+    """
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    rows, error = [], 0.0
+    for index in np.unique(place):
+        inside = place == index
+        row = {
+            "confidence": float(confidence[inside].mean()),
+            "accuracy": float(right[inside].mean()),
+            "images": int(inside.sum()),
+        }
+        rows.append(row)
+        error += row["images"] / len(confidence) * abs(row["accuracy"] - row["confidence"])
+    return rows, 100 * error
+
+
+def worst_detections(annotations: Path, folder: Path, threshold: float, count: int) -> list[int]:
+    """Ids of the images with most errors per object: objects missed (no mask of their class with
+    IoU 0.5), and predictions above `threshold` that match none."""
+    from pycocotools import mask as coco_mask
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+    predicted = defaultdict(list)
+    for item in json.loads((folder / "coco.segm.json").read_text()):
+        if item["score"] >= threshold:
+            predicted[item["image_id"]].append(item)
+    errors = {}
+    for image in truth.getImgIds():
+        objects = truth.loadAnns(truth.getAnnIds(imgIds=image, iscrowd=False))
+        items = sorted(predicted[image], key=lambda item: -item["score"])
+        matched: set[int] = set()
+        if objects and items:
+            overlap = coco_mask.iou(
+                [item["segmentation"] for item in items],
+                [truth.annToRLE(o) for o in objects],
+                [0] * len(objects),
+            )
+            for row, item in zip(overlap, items, strict=True):
+                fitting = [
+                    i
+                    for i in np.argsort(-row)
+                    if row[i] >= 0.5
+                    and i not in matched
+                    and objects[i]["category_id"] == item["category_id"]
+                ]
+                matched |= set(fitting[:1])
+        wrong = len(objects) + len(items) - 2 * len(matched)
+        errors[image] = wrong / max(len(objects), 1)
+    return sorted(errors, key=lambda image: (-errors[image], image))[:count]
+
+
+def worst_segmentations(truth: Path, masks: Path, classes: int, count: int) -> list[str]:
+    """Names of the label images whose mean IoU over the classes in them is lowest."""
+    found = {}
+    for file in sorted(truth.glob("*.png")):
+        matrix = _confusion(file, masks / file.name, classes)
+        hits, actual = np.diag(matrix), matrix.sum(1)
+        union = actual + matrix.sum(0) - hits
+        if actual.any():
+            found[file.name] = float((hits[actual > 0] / union[actual > 0]).mean())
+    return sorted(found, key=lambda name: (found[name], name))[:count]
+
+
+def _confusion(truth: Path, predicted: Path, classes: int) -> np.ndarray:
+    """Pixels by (actual, predicted) class of one image; those with label 0 are left out."""
+    actual = np.asarray(Image.open(truth)).astype(np.int64)
+    found = np.asarray(Image.open(predicted)).astype(np.int64)
+    known = actual > 0
+    pairs = (actual[known] - 1) * classes + found[known] - 1
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def write_tables(folder: Path, scores: Scores) -> None:
+    """`per_class.csv` and, if there is any, `confusions.csv`."""
+    write_csv(folder / "per_class.csv", scores.per_class)
+    if scores.confusions:
+        write_csv(folder / "confusions.csv", scores.confusions)
+
+
+def write_predictions(
+    path: Path, predictions: Mapping[str, np.ndarray], classes: Sequence[str]
+) -> None:
+    """A CSV with a row per image: its class, and the likeliest ones with their probabilities."""
+    keys = ("name", "target", "classes", "probabilities")
+    rows = []
+    for name, target, labels, probabilities in zip(*(predictions[k] for k in keys), strict=True):
+        row = {"image": name, "class": classes[target]}
+        for i, (label, probability) in enumerate(zip(labels, probabilities, strict=True), 1):
+            row |= {f"predicted_{i}": classes[label], f"probability_{i}": f"{probability:.6f}"}
+        rows.append(row)
+    write_csv(path, rows)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def _percent(part: Any, whole: Any) -> float | None:

@@ -21,7 +21,7 @@ from timm.utils import random_seed
 from pipelines.data import images, places
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain, load_params
-from pipelines.train.classify import Part
+from pipelines.train.loading import Part
 
 WARM_UP = 0.2
 """Share of the images that are loaded before the time is taken."""

@@ -33,7 +33,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT
+from pipelines.params import ROOT, flatten
 
 EXPERIMENT = "elsa"
 TrackingError = mlflow.exceptions.MlflowException
@@ -307,17 +307,6 @@ def git_tags() -> dict[str, str]:
             "git_dirty": str(bool(changed)).lower(),
         }
     return {}
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _experiment(client: MlflowClient) -> str:

@@ -7,14 +7,12 @@ else: a resumed run repeats an undisturbed one bit for bit on the CPU.
 
 import json
 import math
-import multiprocessing
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,15 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from timm.data import FastCollateMixup, ImageDataset, Mixup, create_transform
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data import FastCollateMixup, Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler
 
 import elsa
+from pipelines import scores
 from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, Pretrain
@@ -45,9 +42,14 @@ from pipelines.train.cost import (
     flops_per_image,
     peak_flops,
 )
-
-LARGEST_CONFUSION = 100
-"""With more classes than this, no confusion matrix is kept."""
+from pipelines.train.evaluation import amp_dtype, predict
+from pipelines.train.loading import (
+    EpochSampler,
+    Part,
+    evaluation_loader,
+    make_loader,
+    split_holdout,
+)
 
 REPORT_EVERY = 10
 """Steps between metrics. A GPU's loss is read as often: each reading stalls the GPU."""
@@ -104,69 +106,6 @@ def load_weights(model: nn.Module, p: Pretrain) -> None:
         )
 
 
-def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """What `pretrain.amp` means on `device`: autocast's type, or None for no autocast."""
-    if amp == "auto":
-        if device.type != "cuda":
-            return None
-        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bfloat16 else torch.float16
-    return None if amp == "none" else getattr(torch, amp)
-
-
-class Part(ImageDataset):
-    """The images of `dataset` at `indices`; a transform set here is the data set's.
-
-    Asked for (epoch, index), it draws the augmentation from `seed` and the two alone.
-    """
-
-    def __init__(self, dataset: Images, indices: list[int], seed: int = 0) -> None:
-        # A view: what the base class would set up is the data set's own.
-        self.dataset, self.indices, self.seed = dataset, indices, seed
-
-    @property
-    def transform(self) -> Any:
-        return self.dataset.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:
-        self.dataset.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        if isinstance(index, tuple):
-            epoch, index = index
-            seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
-            random.seed(seed)
-            np.random.seed(seed)
-            # Not `torch.manual_seed`, which would queue a call for CUDA each time.
-            torch.default_generator.manual_seed(seed)
-        return self.dataset[self.indices[index]]
-
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
-        places = (index[1] if isinstance(index, tuple) else index for index in indices)
-        self.dataset.prefetch([self.indices[place] for place in places])
-        return [self[index] for index in indices]
-
-
-class EpochSampler(DistributedSampler):
-    """A rank's share of an epoch, from the place `start` on.
-
-    With `whole` it asks for (epoch, index). So loader processes hold no random state: their number,
-    and how long they live, leave no trace in the images.
-    """
-
-    def __init__(self, dataset: Any, whole: bool, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
-        self.whole, self.start = whole, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        left = islice(super().__iter__(), self.start, None)
-        return ((self.epoch, index) for index in left) if self.whole else left
-
-
 def rng_state(device: torch.device) -> dict[str, Any]:
     """All random state of this process, as `torch.load(weights_only=True)` reads it."""
     _, keys, *rest = np.random.get_state()
@@ -190,65 +129,6 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate((version, tuple(numbers), gauss))
 
 
-def make_loader(
-    p: Pretrain,
-    part: Part,
-    workers: int,
-    device: torch.device,
-    erasing: Mapping[str, Any] | None = None,
-    collate_fn: Any = None,
-    **kwargs: Any,
-) -> Any:
-    """timm's `create_loader`, but for any sampler, and for processes that are safe to start.
-
-    Args:
-        workers: how many processes share the global batch.
-        device: batches for a GPU are prefetched, as bytes that are normalised there.
-        erasing: random erasing on the GPU, for training.
-    """
-    prefetch = device.type == "cuda"
-    if p.data_workers:
-        # A fork of a process with threads, such as Ray's or autograd's, can hang.
-        multiprocessing.set_forkserver_preload([__name__])
-        kwargs |= {
-            "multiprocessing_context": "forkserver",
-            "prefetch_factor": p.prefetch_factor,
-            # An iterator takes a seed, and that of lasting workers is made only once: taken
-            # from the global generator, it would make epochs differ after a resume.
-            "generator": torch.Generator(),
-        }
-    loader = DataLoader(
-        part,
-        batch_size=p.micro_batch(workers),
-        num_workers=p.data_workers,
-        pin_memory=p.pin_memory and prefetch,
-        collate_fn=collate_fn or (fast_collate if prefetch else None),
-        **kwargs,
-    )
-    return PrefetchLoader(loader, device=device, **(erasing or {})) if prefetch else loader
-
-
-def evaluation_loader(
-    p: Pretrain, images: Images, indices: list[int], rank: int, workers: int, device: torch.device
-) -> Any:
-    """Every rank takes its own of the images at `indices`, so none is padded or counted twice."""
-    mine = Part(images, indices[rank::workers])
-    mine.transform = create_transform(
-        p.img_size,
-        crop_pct=p.crop_pct,
-        interpolation=p.interpolation,
-        use_prefetcher=device.type == "cuda",
-    )
-    return make_loader(p, mine, workers, device)
-
-
-def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to train on, and indices held out to choose the best epoch; both sorted."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = round(count * share)
-    return sorted(order[held:]), sorted(order[:held])
-
-
 class Classifier:
     """Model, optimizer, schedule, data and state of one training run.
 
@@ -263,7 +143,7 @@ class Classifier:
         self, params: Params, data: DataPlace, device: torch.device, reporter: Reporter
     ) -> None:
         self.params: Pretrain = params.pretrain
-        self.device, self.reporter = device, reporter
+        self.data, self.device, self.reporter = data, device, reporter
         p = self.params
         random_seed(p.seed, 0)  # the same initial weights on every rank
         self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
@@ -342,8 +222,8 @@ class Classifier:
     def fit(self) -> None:
         """Train what is left of the epochs, then evaluate the best weights on `val`.
 
-        The last checkpoint holds `best.safetensors` and `result.json` beside the state. Where the
-        reporter is stopping, this returns after a checkpoint.
+        The last checkpoint holds `best.safetensors`, `result.json` and `predictions.npz` beside
+        the state. Where the reporter is stopping, this returns after a checkpoint.
         """
         with self.reporter.checkpoint() as folder:
             if folder:
@@ -356,10 +236,10 @@ class Classifier:
                 return
             chosen = self.ema.module if self.ema else self.model
             name = "val" if self.val_loader is self.choice_loader else "holdout"
-            scores = self._evaluate(chosen, self.choice_loader)
-            metrics |= {f"{name}_{key}": scores[key] for key in ("top1", "top5", "loss")}
-            if scores["top1"] > self.best["top1"]:
-                self._keep(chosen, epoch, scores["top1"])
+            found = self._evaluate(chosen, self.choice_loader)
+            metrics |= {f"{name}_{key}": value for key, value in found.items()}
+            if found["top1"] > self.best["top1"]:
+                self._keep(chosen, epoch, found["top1"])
             self.history.append({"epoch": epoch + 1, **metrics})
             result = self._final() if epoch + 1 == self.epochs else None
             self._save(epoch, metrics, result)
@@ -368,7 +248,7 @@ class Classifier:
         """The result of `pretrain.weights` as they are; epoch 0 is the only row of the history."""
         self._keep(self.model, -1, -1.0)
         result = self._final()
-        metrics = {f"val_{key}": result[key] for key in ("top1", "top5", "loss")}
+        metrics = {f"val_{k}": result[k] for k in ("top1", "top5", "loss") if k in result}
         self.history.append({"epoch": 0, **metrics})
         self._save(0, metrics, result)
 
@@ -380,15 +260,19 @@ class Classifier:
         self.best = {"epoch": epoch, "top1": top1, "weights": weights}
 
     def _final(self) -> dict[str, Any]:
+        """Result of the best weights; on rank 0 with `predictions`."""
         chosen = deepcopy(self.model)
         chosen.load_state_dict(self.best["weights"])
-        scores = self._evaluate(chosen, self.val_loader, confusion=True)
+        predictions = predict(self.params, chosen, self.data, self.device, self.reporter)
+        if predictions is None:
+            return {}
         last = self.history[-1] if self.history else {}
         cost = {k: last[k] for k in ("images_per_second",) if k in last}
         if "energy_wh" in last:
             cost["energy_wh"] = sum(row["energy_wh"] for row in self.history)
         return {
-            **scores,
+            **scores.accuracy(predictions),
+            "predictions": predictions,
             "best_epoch": self.best["epoch"] + 1,
             **cost,
             "parameters": sum(p.numel() for p in chosen.parameters()),
@@ -559,30 +443,21 @@ class Classifier:
                 )
 
     @torch.inference_mode()
-    def _evaluate(self, model: nn.Module, loader: Any, confusion: bool = False) -> dict[str, Any]:
+    def _evaluate(self, model: nn.Module, loader: Any) -> dict[str, float]:
         """Exact scores over all ranks, accuracies in percent."""
         model.eval()
-        classes = self.params.num_classes
-        confusion = confusion and classes <= LARGEST_CONFUSION
         sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # top1, top5, loss, images
-        matrix = torch.zeros(classes * classes, dtype=torch.float64, device=self.device)
         for input, target in loader:
             input = input.to(self.device, memory_format=self.memory_format)
             target = target.to(self.device)
             with self._autocast():
                 output = model(input).float()
-            top1, top5 = accuracy(output, target, topk=(1, min(5, classes)))
+            top1, top5 = accuracy(output, target, topk=(1, min(5, self.params.num_classes)))
             loss = nn.functional.cross_entropy(output, target)
             sums += torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target)
-            if confusion:
-                pairs = target * classes + output.argmax(1)
-                matrix += torch.bincount(pairs, minlength=classes * classes)
         sums = self._sum(sums)
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
-        scores: dict[str, Any] = {"top1": top1, "top5": top5, "loss": loss}
-        if confusion:
-            scores["confusion"] = self._sum(matrix).long().view(classes, classes).tolist()
-        return scores
+        return {"top1": top1, "top5": top5, "loss": loss}
 
     def _sum(self, values: Tensor) -> Tensor:
         if self.reporter.world_size > 1:
@@ -641,6 +516,7 @@ class Classifier:
                 }
                 torch.save(state, folder / "state.pt")
                 if result:
+                    np.savez(folder / "predictions.npz", **result.pop("predictions"))
                     (folder / "result.json").write_text(
                         json.dumps(result | {"history": self.history}, indent=2)
                     )

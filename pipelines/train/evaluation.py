@@ -12,9 +12,19 @@ from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain
 from pipelines.run.reporting import Reporter
-from pipelines.train.classify import amp_dtype, evaluation_loader
+from pipelines.train.loading import evaluation_loader
 
 TOP = 5
+
+
+def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """What `pretrain.amp` means on `device`: autocast's type, or None for no autocast."""
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
+    return None if amp == "none" else getattr(torch, amp)
 
 
 @torch.inference_mode()

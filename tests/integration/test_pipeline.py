@@ -6,6 +6,7 @@ The tests of this file build on each other's workspace and run in their order.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,12 +74,48 @@ def test_second_repro_does_nothing(workspace: Workspace) -> None:
 def test_report_is_self_contained_and_shows_results_and_lineage(workspace: Workspace) -> None:
     page = (workspace.root / "reports/index.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "")
-    assert page.count("data:image/png;base64,") == 8  # five pictures, three contact sheets
+    assert page.count("data:image/png;base64,") == 12  # nine pictures, three contact sheets
+    assert page.count("<img alt=") == 12
     for stage in ("pretrain", "detect", "segment"):
         assert metrics(workspace, stage)["mlflow_run_id"] in page
         assert weights(workspace, stage)["sha256"][:12] in page
     text = (workspace.root / "reports/report.md").read_text()
     assert f"| top1 | {metrics(workspace, 'pretrain')['top1']:.1f} |" in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FRAME = """<body><script>
+for (const width of [390, 1280]) {
+  const frame = document.createElement("iframe");
+  frame.style.width = width + "px";
+  frame.onload = () => {
+    const page = frame.contentDocument.documentElement;
+    const broken = [...page.querySelectorAll("img")].filter(image => !image.naturalWidth).length;
+    document.title += `${width}: ${page.scrollWidth - page.clientWidth} over, ${broken} broken; `;
+  };
+  frame.srcdoc = PAGE;
+  document.body.append(frame);
+}
+</script>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium to look at the page with")
+def test_report_fits_a_phone_and_a_desktop(workspace: Workspace, tmp_path: Path) -> None:
+    page = (workspace.root / "reports/index.html").read_text()
+    quoted = json.dumps(page).replace("</", "<\\/")
+    (tmp_path / "frame.html").write_text(FRAME.replace("PAGE", quoted))
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=30000"),
+        *("--dump-dom", (tmp_path / "frame.html").as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    assert sorted(title.strip("; ").split("; ")) == [
+        "1280: 0 over, 0 broken",
+        "390: 0 over, 0 broken",
+    ]
 
 
 def test_downstream_weights_record_what_they_started_from(workspace: Workspace) -> None:

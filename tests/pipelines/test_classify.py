@@ -26,9 +26,9 @@ from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, load_params
 from pipelines.run.reporting import LocalReporter
-from pipelines.train.classify import Classifier, amp_dtype
+from pipelines.train.classify import Classifier
 from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
-from pipelines.train.evaluation import predict
+from pipelines.train.evaluation import amp_dtype, predict
 
 CPU = torch.device("cpu")
 DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}

@@ -22,7 +22,8 @@ from pipelines.data.checks import DataError
 from pipelines.data.images import DataPlace
 from pipelines.params import Model, load_params
 from pipelines.run.reporting import LocalReporter
-from pipelines.train.classify import Classifier, Part
+from pipelines.train.classify import Classifier
+from pipelines.train.loading import Part
 
 SETTINGS = load_params("demo").prepare
 CONTENT = SETTINGS.model_copy(update={"check": "content"})

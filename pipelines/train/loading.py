@@ -1,0 +1,128 @@
+"""Which images a worker loads, in which order, and how: timm's loaders, for our processes."""
+
+import multiprocessing
+import random
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import ImageDataset, create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, DistributedSampler
+
+from pipelines.data.images import Images
+from pipelines.params import Pretrain
+
+
+class Part(ImageDataset):
+    """The images of `dataset` at `indices`; a transform set here is the data set's.
+
+    Asked for (epoch, index), it draws the augmentation from `seed` and the two alone.
+    """
+
+    def __init__(self, dataset: Images, indices: list[int], seed: int = 0) -> None:
+        # A view: what the base class would set up is the data set's own.
+        self.dataset, self.indices, self.seed = dataset, indices, seed
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        if isinstance(index, tuple):
+            epoch, index = index
+            seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            # Not `torch.manual_seed`, which would queue a call for CUDA each time.
+            torch.default_generator.manual_seed(seed)
+        return self.dataset[self.indices[index]]
+
+    def __getitems__(self, indices: list[Any]) -> list[Any]:
+        places = (index[1] if isinstance(index, tuple) else index for index in indices)
+        self.dataset.prefetch([self.indices[place] for place in places])
+        return [self[index] for index in indices]
+
+
+class EpochSampler(DistributedSampler):
+    """A rank's share of an epoch, from the place `start` on.
+
+    With `whole` it asks for (epoch, index). So loader processes hold no random state: their number,
+    and how long they live, leave no trace in the images.
+    """
+
+    def __init__(self, dataset: Any, whole: bool, **kwargs: Any) -> None:
+        super().__init__(dataset, **kwargs)
+        self.whole, self.start = whole, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        left = islice(super().__iter__(), self.start, None)
+        return ((self.epoch, index) for index in left) if self.whole else left
+
+
+def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices to train on, and indices held out to choose the best epoch; both sorted."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = round(count * share)
+    return sorted(order[held:]), sorted(order[:held])
+
+
+def make_loader(
+    p: Pretrain,
+    part: Part,
+    workers: int,
+    device: torch.device,
+    erasing: Mapping[str, Any] | None = None,
+    collate_fn: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """timm's `create_loader`, but for any sampler, and for processes that are safe to start.
+
+    Args:
+        workers: how many processes share the global batch.
+        device: batches for a GPU are prefetched, as bytes that are normalised there.
+        erasing: random erasing on the GPU, for training.
+    """
+    prefetch = device.type == "cuda"
+    if p.data_workers:
+        # A fork of a process with threads, such as Ray's or autograd's, can hang.
+        multiprocessing.set_forkserver_preload([__name__])
+        kwargs |= {
+            "multiprocessing_context": "forkserver",
+            "prefetch_factor": p.prefetch_factor,
+            # An iterator takes a seed, and that of lasting workers is made only once: taken
+            # from the global generator, it would make epochs differ after a resume.
+            "generator": torch.Generator(),
+        }
+    loader = DataLoader(
+        part,
+        batch_size=p.micro_batch(workers),
+        num_workers=p.data_workers,
+        pin_memory=p.pin_memory and prefetch,
+        collate_fn=collate_fn or (fast_collate if prefetch else None),
+        **kwargs,
+    )
+    return PrefetchLoader(loader, device=device, **(erasing or {})) if prefetch else loader
+
+
+def evaluation_loader(
+    p: Pretrain, images: Images, indices: list[int], rank: int, workers: int, device: torch.device
+) -> Any:
+    """Every rank takes its own of the images at `indices`, so none is padded or counted twice."""
+    mine = Part(images, indices[rank::workers])
+    mine.transform = create_transform(
+        p.img_size,
+        crop_pct=p.crop_pct,
+        interpolation=p.interpolation,
+        use_prefetcher=device.type == "cuda",
+    )
+    return make_loader(p, mine, workers, device)
