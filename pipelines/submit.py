@@ -163,7 +163,13 @@ def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
         stop(client, job)
         return 0
     if not job:
-        job = client.submit_job(entrypoint=entrypoint(arguments.command))
+        try:
+            job = client.submit_job(entrypoint=entrypoint(arguments.command))
+        except RuntimeError as error:
+            raise PipelineError(
+                f"the head took no job: {_last_line(error)}. Its dashboard agent must run, on a port"
+                " that no other Ray of that machine has (`ray start --dashboard-agent-listen-port`)"
+            ) from error
         print(f"{job} submitted; Ctrl-C leaves it running", flush=True)
         if arguments.detach:
             return 0

@@ -49,6 +49,8 @@ class RayCluster:
                 *command,
                 *("--block", "--num-cpus=1", "--object-store-memory=100000000"),
                 "--node-ip-address=127.0.0.1",
+                # Ray's default is the same for each Ray of a machine; taken, no job can start.
+                f"--dashboard-agent-listen-port={free_port()}",
             ],
             env=self.env | env,
             stdout=log,
@@ -63,6 +65,7 @@ class RayCluster:
             "start",
             "--head",
             f"--port={self.port}",
+            f"--ray-client-server-port={free_port()}",
             f"--dashboard-port={self.dashboard}",
             "--dashboard-host=127.0.0.1",
             f"--temp-dir={self.temp}",
@@ -180,7 +183,7 @@ def test_a_job_runs_in_the_checkout_outlives_the_terminal_and_its_exit_code_coun
         assert line, seen
         seen += line
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=180)
     assert process.returncode == 130
     job = re.findall(r"--logs (\S+)", rest)[0]
     go.touch()
