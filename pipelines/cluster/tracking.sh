@@ -40,6 +40,7 @@ export MLFLOW_AUTH_CONFIG_PATH=$data/basic_auth.ini MLFLOW_DISABLE_TELEMETRY=tru
 artifacts=$data/artifacts
 [ -z "${ELSA_BUCKET:-}" ] || artifacts=s3://$ELSA_BUCKET/mlflow
 cd "$data"
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # seven more processes, for nothing that we use
 nohup mlflow server --app-name basic-auth --workers "${ELSA_MLFLOW_WORKERS:-2}" \
   --host "${ELSA_MLFLOW_HOST:-0.0.0.0}" --port "$port" \
   --backend-store-uri "sqlite:///$data/mlflow.db" \
