@@ -167,8 +167,9 @@ def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
             job = client.submit_job(entrypoint=entrypoint(arguments.command))
         except RuntimeError as error:
             raise PipelineError(
-                f"the head took no job: {_last_line(error)}. Its dashboard agent must run, on a port"
-                " that no other Ray of that machine has (`ray start --dashboard-agent-listen-port`)"
+                f"the head took no job: {_last_line(error)}. Its dashboard agent must run, on a"
+                " port that no other Ray of that machine has"
+                " (`ray start --dashboard-agent-listen-port`)"
             ) from error
         print(f"{job} submitted; Ctrl-C leaves it running", flush=True)
         if arguments.detach:

@@ -141,7 +141,7 @@ class RayCluster:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=180,
+            timeout=300,
             check=False,
         )
         return done.returncode, done.stdout
@@ -183,7 +183,7 @@ def test_a_job_runs_in_the_checkout_outlives_the_terminal_and_its_exit_code_coun
         assert line, seen
         seen += line
     process.send_signal(signal.SIGINT)
-    rest, _ = process.communicate(timeout=180)
+    rest, _ = process.communicate(timeout=300)
     assert process.returncode == 130
     job = re.findall(r"--logs (\S+)", rest)[0]
     go.touch()
@@ -228,7 +228,7 @@ from pipelines.errors import PipelineError
 
 scaling = load_params("demo").scaling
 with launch.ray_session():
-    preflight.wait_for_workers("pretrain", scaling.model_copy(update={"wait_s": 60}))
+    preflight.wait_for_workers("pretrain", scaling.model_copy(update={"wait_s": 150}))
     print(len(preflight.alive_nodes()), "nodes", flush=True)
     try:
         many = scaling.model_copy(update={"num_workers": 9, "wait_s": 1})
@@ -253,7 +253,7 @@ def test_a_stage_waits_for_a_node_that_joins_and_ends_where_none_does(cluster: R
         line = process.stdout.readline()
     assert "1 of scaling.num_workers=2 fit (1 CPU each)" in line
     cluster.join()
-    output, _ = process.communicate(timeout=180)
+    output, _ = process.communicate(timeout=300)
     assert "2 nodes" in output
     assert (
         "too few resources after waiting scaling.wait_s=1 s: 2 of scaling.num_workers=9" in output
@@ -261,7 +261,7 @@ def test_a_stage_waits_for_a_node_that_joins_and_ends_where_none_does(cluster: R
 
 
 def test_the_heads_tracking_server_asks_for_a_password_that_no_process_shows(cluster) -> None:
-    output, _ = cluster.starting.communicate(timeout=150)
+    output, _ = cluster.starting.communicate(timeout=300)
     assert cluster.starting.returncode == 0, output
     ask = (
         sys.executable,
