@@ -32,6 +32,15 @@ IMAGES = {
     "detect": "coco/train2017/*",
     "segment": "ade20k/images/training/*",
 }
+NODE = 8
+"""GPUs of a node."""
+INTERCONNECTS = {
+    "NVLink 4, 8 x 400 Gb/s": (450e9, 400e9),
+    "NVLink 4, 100 Gb/s": (450e9, 12.5e9),
+    "PCIe 4, 25 Gb/s": (25e9, 3.125e9),
+}
+"""Bytes/s that a ring of all-reduces gets within a node, and between nodes (of a node's links
+together), by the vendors' numbers. Real ones reach 70 to 90%."""
 ROIS, MASK_ROIS = 512, 128
 """Regions per training image that mmdet's heads see: all, and those with a mask."""
 
@@ -152,17 +161,32 @@ def memory(model: nn.Module, forward: Forward, images: int, ema: bool, half: boo
     return (peak + weights * ema) / 2**30
 
 
+def efficiency(gradients: float, step: float, gpus: int, links: tuple[float, float]) -> float:
+    """Share of a GPU's own speed that is left among `gpus`, if nothing overlaps.
+
+    The ring all-reduce moves 2 (n - 1) / n times the gradients over each link. DDP hides most of
+    that behind the backward pass, about two thirds of a step.
+
+    Args:
+        gradients: bytes.
+        step: seconds that a step takes without communication.
+        links: bytes/s within a node and between nodes.
+    """
+    moved = 2 * (gpus - 1) / gpus * gradients
+    return step / (step + moved / (links[0] if gpus <= NODE else links[1]))
+
+
 def plan(
     params: Params, gpus: int, gpu: str, utilisation: float, measured: dict[str, float]
-) -> list[dict[str, Any]]:
-    """One row per training stage.
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row per training stage, and one per stage and interconnect with the efficiency.
 
     Args:
         gpu: a key of `PEAK_FLOPS`.
         utilisation: share of the peak, in 0 to 1.
         measured: images/s of one GPU by stage, instead of FLOPs and utilisation.
     """
-    rows = []
+    rows, scaling = [], []
     for stage in ("pretrain", "detect", "segment"):
         section = getattr(params, stage)
         epochs = section.epochs + getattr(section, "cooldown_epochs", 0)
@@ -192,7 +216,19 @@ def plan(
                 "from": "measured" if stage in measured else "FLOPs",
             }
         )
-    return rows
+        gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        step = batch * accumulate / rate
+        for name, links in INTERCONNECTS.items():
+            row = {
+                "stage": stage,
+                "MB/step": f"{gradients / 1e6:.0f}",
+                "ms/step": f"{1000 * step:.0f}",
+                "links": name,
+            }
+            for count in (8, 16, 64):
+                row[f"{count} GPUs"] = f"{efficiency(gradients, step, count, links):.0%}"
+            scaling.append(row)
+    return rows, scaling
 
 
 def _measured(text: str) -> tuple[str, float]:
@@ -246,7 +282,7 @@ def main() -> None:
         except ValidationError as error:
             message = error.errors()[0]["msg"].removeprefix("Value error, ")
             raise PipelineError(f"--gpus {arguments.gpus}: {message}") from None
-        rows = plan(
+        rows, scaling = plan(
             params,
             arguments.gpus,
             arguments.gpu,
@@ -260,6 +296,15 @@ def main() -> None:
         f" assume {arguments.utilisation:.0%} of {PEAK_FLOPS[arguments.gpu] / 1e12:.0f} TFLOP/s"
         " per GPU;\nmemory is the tensors of a step, leave a fifth free.\n"
     )
+    _print(rows)
+    print(
+        "\nEfficiency with as many images per GPU, if the all-reduce of the gradients (float32) hid"
+        "\nbehind nothing; DDP overlaps, and loses less.\n"
+    )
+    _print(scaling)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
     table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

@@ -19,7 +19,9 @@ def smoke(**pretrain) -> Params:
 
 def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "training_images", lambda params, stage: 3600)
-    rows = plan.plan(smoke(cooldown_epochs=2), 2, "h100", 0.5, {"pretrain": 10.0})
+    rows, scaling = plan.plan(smoke(cooldown_epochs=2), 2, "h100", 0.5, {"pretrain": 10.0})
+    assert scaling[0]["stage"] == "pretrain"
+    assert scaling[0]["ms/step"] == "800"  # 8 images at 10 images/s
     pretrain, detect, segment = rows
     assert [row["stage"] for row in rows] == ["pretrain", "detect", "segment"]
     assert (pretrain["hours"], pretrain["GPU-hours"]) == ("0.4", "0.8")  # (6 + 2) * 3600 / 20 s
@@ -29,6 +31,14 @@ def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPat
         needed = 3 * float(row["GFLOPs/image"]) * 1e9 * 3600 * row["epochs"]
         hours = needed / (2 * 0.5 * PEAK_FLOPS["h100"]) / 3600
         assert float(row["hours"]) == pytest.approx(hours, rel=0.02)
+
+
+def test_efficiency_follows_from_the_bytes_of_a_ring() -> None:
+    links = (100e9, 10e9)
+    # 1 GB of gradients on 8 GPUs: 1.75 GB over 100 GB/s beside a step of 17.5 ms.
+    assert plan.efficiency(1e9, 17.5e-3, 8, links) == pytest.approx(0.5)
+    assert plan.efficiency(1e9, 187.5e-3, 16, links) == pytest.approx(0.5)
+    assert plan.efficiency(1e9, 1.0, 1, links) == 1
 
 
 def test_memory_grows_with_the_batch_and_falls_with_checkpointing() -> None:
