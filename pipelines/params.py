@@ -8,6 +8,7 @@ and an edit of the file work the same way.
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,10 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
+
+
+ELSA_ONLY = {"group_width", "lam", "gamma"}
+"""Keys of section `model` that mean nothing with another operator."""
 
 
 class ParamsError(PipelineError):
@@ -70,6 +75,10 @@ class Model(Section):
     embed_dim: Positive | None = None
     depths: tuple[Positive, ...] | None = None
     num_heads: tuple[Positive, ...] | None = None
+    operator: Literal["elsa", "window", "depthwise", "dynamic", "local"] | None = None
+    """For `elsa_swin_*`: ELSA, or what the paper compares it with, in the same Swin."""
+    elsa_stages: tuple[bool, ...] | None = None
+    """Which stages use `operator`; the others use shifted-window attention."""
     kernel_size: Positive | None = None
     group_width: Positive | None = None
     lam: NonNegative | None = None
@@ -79,6 +88,16 @@ class Model(Section):
     def consistent(self) -> "Model":
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even; it must be odd")
+        unused = sorted(ELSA_ONLY & self.overrides().keys())
+        if unused and self.operator not in (None, "elsa"):
+            raise ValueError(
+                f"operator={self.operator} has no {', '.join(unused)}; leave it out (null)"
+            )
+        if self.depths and self.elsa_stages and len(self.depths) != len(self.elsa_stages):
+            raise ValueError(
+                f"depths has {len(self.depths)} stages and elsa_stages {len(self.elsa_stages)};"
+                " they must be as many"
+            )
         if self.depths and self.num_heads and len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths has {len(self.depths)} stages and num_heads {len(self.num_heads)};"
@@ -256,6 +275,18 @@ class Segment(Downstream):
         return self
 
 
+class Sweep(Section):
+    space: str = Field(min_length=1)
+    """A file of `pipelines/recipes/sweeps/`, or `none`: nothing is swept."""
+    seeds: Positive
+    """Runs of each point, with `pretrain.seed` and the numbers after it."""
+    max_trials: NonNegative
+    """The budget: trials, epochs of all trials together, hours. Each 0: no limit. Finished trials
+    that are taken over cost nothing."""
+    max_epochs: NonNegative
+    max_hours: Annotated[float, Field(ge=0)]
+
+
 class Report(Section):
     samples: Annotated[int, Field(ge=1, le=64)]
     """Validation images drawn with predictions beside the truth."""
@@ -274,6 +305,7 @@ class Params(Section):
     pretrain: Pretrain
     detect: Detect
     segment: Segment
+    sweep: Sweep
     report: Report
 
     @model_validator(mode="after")
@@ -319,11 +351,24 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
         ParamsError: a file that is missing or not YAML, an unknown recipe or key, a wrong
             type, a value out of range, or an inconsistent set.
     """
-    overrides: dict[str, Any] = {} if recipe else _read(path)
+    overrides: dict[str, Any] = {} if recipe else read_yaml(path)
     name = recipe or overrides.pop("recipe", None)
+    return resolve(name, overrides)
+
+
+def resolve(name: Any, *overrides: Mapping[str, Any]) -> Params:
+    """The parameters of recipe `name` with mappings of overrides, the later ones over the earlier.
+
+    Raises:
+        ParamsError: as `load_params`.
+    """
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
-    resolved = _merge(_choose_variants(_read(RECIPES / f"{name}.yaml"), overrides, name), overrides)
+    merged: dict[str, Any] = {}
+    for one in overrides:
+        merged = _merge(merged, one)
+    recipe = read_yaml(RECIPES / f"{name}.yaml")
+    resolved = _merge(_choose_variants(recipe, merged, name), merged)
     resolved["recipe"] = name
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
@@ -332,7 +377,12 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
         raise ParamsError(_explain(error, name)) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of sections.
+
+    Raises:
+        ParamsError: missing, not YAML, or not a mapping.
+    """
     try:
         data = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
@@ -346,7 +396,7 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`overrides` over `base`; null keeps the value of `base`."""
     merged = dict(base)
     for key, value in overrides.items():
