@@ -353,28 +353,40 @@ def load_params(recipe: str | None = None, path: Path = ROOT / "params.yaml") ->
     """
     overrides: dict[str, Any] = {} if recipe else read_yaml(path)
     name = recipe or overrides.pop("recipe", None)
-    return resolve(name, overrides)
-
-
-def resolve(name: Any, *overrides: Mapping[str, Any]) -> Params:
-    """The parameters of recipe `name` with mappings of overrides, the later ones over the earlier.
-
-    Raises:
-        ParamsError: as `load_params`.
-    """
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
-    merged: dict[str, Any] = {}
-    for one in overrides:
-        merged = _merge(merged, one)
-    recipe = read_yaml(RECIPES / f"{name}.yaml")
-    resolved = _merge(_choose_variants(recipe, merged, name), merged)
+    recipe_values = read_yaml(RECIPES / f"{name}.yaml")
+    resolved = _merge(_choose_variants(recipe_values, overrides, name), overrides)
     resolved["recipe"] = name
+    return _validate(resolved, f"params.yaml, recipe {name}")
+
+
+def override(params: Params, values: Mapping[str, Any], where: str) -> Params:
+    """`params` with other values by dotted name (`model.lam`); null keeps a value.
+
+    Raises:
+        ParamsError: the schema refuses them; the message starts with `where`.
+    """
+    changed = params.model_dump(mode="json")
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        section = changed
+        for part in sections:
+            inner = section.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ParamsError(f"{where}: {name}: {part} has no keys")
+            section = inner
+        if value is not None or key not in section:
+            section[key] = value
+    return _validate(changed, where)
+
+
+def _validate(values: Mapping[str, Any], where: str) -> Params:
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
-        return Params.model_validate_json(json.dumps(resolved), strict=True)
+        return Params.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise ParamsError(_explain(error, name)) from None
+        raise ParamsError(_explain(error, where)) from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -396,7 +408,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """`overrides` over `base`; null keeps the value of `base`."""
     merged = dict(base)
     for key, value in overrides.items():
@@ -439,7 +451,7 @@ def _choose_variants(
     return chosen
 
 
-def _explain(error: ValidationError, recipe: str) -> str:
+def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "params"
@@ -451,11 +463,11 @@ def _explain(error: ValidationError, recipe: str) -> str:
             known = ", ".join(section.model_fields) if hasattr(section, "model_fields") else ""
             lines.append(f"{key}: unknown key; known here: {known}")
         elif item["type"] == "missing":
-            lines.append(f"{key}: missing, neither in params.yaml nor in recipe {recipe}")
+            lines.append(f"{key}: missing, neither in params.yaml nor in the recipe")
         else:
             given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
-    return "params.yaml, recipe " + recipe + ":\n  " + "\n  ".join(lines)
+    return f"{where}:\n  " + "\n  ".join(lines)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,26 @@ def _check_memory() -> None:
         )
 
 
+def _needed(params: Params) -> dict[str, int]:
+    scaling = params.scaling
+    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
+    return need | ({"GPU": scaling.num_workers} if scaling.use_gpu else {})
+
+
+def at_once(params: Params) -> int:
+    """How many runs like this the cluster has room for; at least 1.
+
+    Raises:
+        PipelineError: there is none for one.
+    """
+    _check_resources(params)
+    have = ray.cluster_resources()
+    return int(min(have[kind] // n for kind, n in _needed(params).items()))
+
+
 def _check_resources(params: Params) -> None:
     """An infeasible request would wait forever."""
-    have, scaling = ray.cluster_resources(), params.scaling
-    need = {"CPU": scaling.num_workers * scaling.cpus_per_worker}
-    if scaling.use_gpu:
-        need["GPU"] = scaling.num_workers
+    have, scaling, need = ray.cluster_resources(), params.scaling, _needed(params)
     short = [
         f"{n} {kind} needed, {have.get(kind, 0):g} there"
         for kind, n in need.items()
@@ -127,18 +141,21 @@ def fit(
     *,
     name: str,
     mlflow_run_id: str,
+    trial: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> "ray.train.Checkpoint":
     """Run `train_loop` on the workers as Ray Train run `name`; the last checkpoint.
 
     A run of that name that did not finish goes on from its last checkpoint. The loop gets
-    `config` with the key `reporting`, for `RayReporter`.
+    `config` with the key `reporting`, for `RayReporter`. A trial of a sweep shows no progress of
+    its own.
 
     Raises:
         PipelineError: too few resources, or training failed for good.
     """
     _check_resources(params)
     scaling = params.scaling
-    with reporting.display(name.rsplit("-", 1)[0]) as shown:
+    with nullcontext() if trial else reporting.display(name.rsplit("-", 1)[0]) as shown:
         trainer = TorchTrainer(
             _on_worker(train_loop),
             train_loop_config=config
@@ -154,6 +171,7 @@ def fit(
                 storage_path=storage_path(params),
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
+                callbacks=list(callbacks),
             ),
             torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         )
@@ -174,9 +192,19 @@ def fit(
     return result.checkpoint
 
 
+def last_checkpoint(name: str, params: Params) -> "ray.train.Checkpoint | None":
+    """The last checkpoint of Ray Train run `name`; None if the storage has none."""
+    try:
+        return ray.train.Result.from_path(f"{storage_path(params)}/{name}").checkpoint
+    except RuntimeError:
+        return None
+
+
 def _raylet_errors() -> str:
     """The last lines of this node's raylet.err, where Ray says why a process did not start."""
     node: Any = ray._private.worker._global_node
+    if node is None:  # a trial's own process
+        return ""
     log = Path(node.get_logs_dir_path()) / "raylet.err"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return "\n".join([f"{log}:", *lines[-20:]])

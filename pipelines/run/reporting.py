@@ -50,7 +50,7 @@ class Reporting:
     mlflow_run_id: str
     mlflow_uri: str
     display: Any
-    """Handle of the `Display` actor."""
+    """Handle of the `Display` actor; None shows nothing."""
 
 
 class RayReporter:
@@ -84,7 +84,7 @@ class RayReporter:
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
-        if self.rank == 0 and (now - self._shown > 1 or done >= total):
+        if self.rank == 0 and self._display and (now - self._shown > 1 or done >= total):
             self._shown = now
             self._display.update.remote(done, total, unit, note)
 
@@ -95,7 +95,7 @@ class RayReporter:
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         # MLflow first: an epoch that is in the checkpoint is never missing from the curves.
         self.metrics(metrics, epoch)
-        if self.rank == 0:
+        if self.rank == 0 and self._display:
             self._display.line.remote(f"epoch {epoch + 1}: {_readable(metrics)}")
         checkpoint = ray.train.Checkpoint.from_directory(str(folder)) if folder else None
         ray.train.report({**metrics, "epoch": epoch}, checkpoint=checkpoint)
