@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # Ctrl-C ends the driver like any other stage
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # whose banner ignores verbose=0
 
 from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
