@@ -15,7 +15,7 @@ setup: | $(UV)
 	@$(UV) sync --compile-bytecode || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
 
 demo: setup
-	$(UV) run dvc repro
+	$(UV) run dvc repro report
 	@$(UV) run python -m pipelines.summary
 
 test: setup
@@ -39,6 +39,7 @@ lint: setup
 	$(UV) run mypy
 
 ui: setup
+	@echo "The last sweep's comparison: $$($(UV) run python -m pipelines.compare --url)"
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(UV) run mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 .tools/bin/uv:

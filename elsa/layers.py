@@ -6,6 +6,8 @@ Shapes, here and in the comments below:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
@@ -211,7 +213,8 @@ class ELSABlock(nn.Module):
         drop_path: Stochastic depth rate.
         act_layer: Activation of the MLP.
         norm_layer: Normalisation over the last axis.
-        **elsa: Further arguments of `ELSA`.
+        mixer: What mixes neighbours: `ELSA`, or one of `COUNTERPARTS` to compare it with.
+        **elsa: Further arguments of `mixer`.
     """
 
     def __init__(
@@ -224,13 +227,14 @@ class ELSABlock(nn.Module):
         drop_path: float = 0.0,
         act_layer: type[nn.Module] = nn.GELU,
         norm_layer: type[nn.Module] = nn.LayerNorm,
+        mixer: Callable[..., nn.Module] = ELSA,
         **elsa,
     ) -> None:
         super().__init__()
         if elsa.get("stride", 1) != 1:
             raise ValueError(f"stride must be 1 in a residual block, got {elsa['stride']}")
         self.norm1 = norm_layer(dim)
-        self.attn = ELSA(dim, num_heads, proj_drop=proj_drop, **elsa)
+        self.attn = mixer(dim, num_heads, proj_drop=proj_drop, **elsa)
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)

@@ -34,6 +34,7 @@ from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging, WindowAttention
 from torch import Tensor, nn
 
+from .counterparts import COUNTERPARTS
 from .layers import ELSA, ELSABlock, refuse_scripting
 
 __all__ = ["ELSASwin", "WindowBlock", "checkpoint_filter_fn"]
@@ -170,8 +171,11 @@ class ELSASwin(nn.Module):
         embed_dim: Channels of stage 1, doubled by every further stage.
         depths: Blocks per stage.
         num_heads: Heads per stage.
-        elsa_stages: Which stages use ELSA; the others use (shifted) window attention.
-        kernel_size: ELSA's neighbourhood.
+        operator: What the stages of `elsa_stages` use: "elsa", or what the paper compares it
+            with: "window" (shifted window attention, as in Swin), "depthwise", "dynamic" or "local"
+            (`elsa.counterparts`).
+        elsa_stages: Which stages use `operator`; the others use (shifted) window attention.
+        kernel_size: Neighbourhood of ELSA and its counterparts.
         group_width: ELSA's channels per group of the k x k convolution.
         lam: Exponent of ELSA's multiplicative ghost head.
         gamma: Factor of ELSA's additive ghost head.
@@ -202,6 +206,7 @@ class ELSASwin(nn.Module):
         embed_dim: int = 96,
         depths: Sequence[int] = (2, 2, 6, 2),
         num_heads: Sequence[int] = (3, 6, 12, 24),
+        operator: str = "elsa",
         elsa_stages: Sequence[bool] = (True, True, True, False),
         kernel_size: int = 7,
         group_width: int = 8,
@@ -225,6 +230,10 @@ class ELSASwin(nn.Module):
                     f"{name} needs one entry per stage: depths={tuple(depths)}, "
                     f"{name}={tuple(value)}"
                 )
+        if operator not in ("elsa", "window", *COUNTERPARTS):
+            raise ValueError(
+                f"operator={operator!r} is unknown; choose elsa, window, {', '.join(COUNTERPARTS)}"
+            )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.global_pool = global_pool
@@ -248,20 +257,19 @@ class ELSASwin(nn.Module):
             "proj_drop": proj_drop_rate,
             "norm_layer": norm_layer,
         }
-        elsa: dict[str, Any] = {
-            "kernel_size": kernel_size,
-            "group_width": group_width,
-            "lam": lam,
-            "gamma": gamma,
-        }
+        local: dict[str, Any] = {"kernel_size": kernel_size}
+        if operator == "elsa":
+            local |= {"group_width": group_width, "lam": lam, "gamma": gamma}
+        else:
+            local["mixer"] = COUNTERPARTS.get(operator)
         rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i in range(len(depths)):
             dim = embed_dim * 2**i
             blocks = [
-                ELSABlock(dim, num_heads[i], drop_path=rate, **elsa, **common)
-                if elsa_stages[i]
+                ELSABlock(dim, num_heads[i], drop_path=rate, **local, **common)
+                if elsa_stages[i] and operator != "window"
                 else WindowBlock(
                     dim,
                     num_heads[i],

@@ -338,3 +338,51 @@ def _plain(axis: Any, pixels: np.ndarray, **options: Any) -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     axis.grid(False)
+
+
+def tradeoffs(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """A sweep's points: the metric with its 95% interval over each cost."""
+    costs = (
+        ("parameters", "parameters, M", 1e-6),
+        ("gflops", "GFLOPs per image, forward", 1.0),
+        ("images_per_second", "training images/s", 1.0),
+    )
+    figure, axes = plt.subplots(1, 3, figsize=(10.8, 3.6), sharey=True)
+    for axis, (key, name, scale) in zip(axes, costs, strict=True):
+        for index, row in enumerate(rows):
+            if row[key] is not None:
+                axis.errorbar(
+                    row[key] * scale,
+                    row["mean"],
+                    row["ci95"] or 0,
+                    color=COLORS[index % len(COLORS)],
+                    marker="osD^vP*X"[index % 8],
+                    capsize=3,
+                    label=row["point"],
+                )
+        axis.set(xlabel=name)
+    axes[0].set(ylabel=f"{metric}, %")
+    if len(rows) <= 12:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=3)
+    figure.tight_layout()
+    return figure
+
+
+def factor(
+    name: str, values: Sequence[Any], rows: Sequence[Mapping[str, Any]], metric: str
+) -> Figure:
+    """The metric with its 95% interval by the values of one parameter, and each seed's dot."""
+    figure, axis = plt.subplots(figsize=(4.2, 3))
+    measured = len(set(map(str, values))) > 6 and all(isinstance(v, int | float) for v in values)
+    places = list(values) if measured else list(range(len(values)))
+    for place, row in zip(places, rows, strict=True):
+        axis.errorbar(place, row["mean"], row["ci95"] or 0, color=COLORS[0], marker="o", capsize=4)
+        seeds = list(row["seeds"].values())
+        axis.plot([place] * len(seeds), seeds, ".", color=COLORS[7], zorder=3)
+    if not measured:
+        axis.set_xticks(places, ["\n".join(str(v).split(", ")) for v in values])
+        axis.set_xlim(-0.5, len(places) - 0.5)
+    axis.set(xlabel=name, ylabel=f"{metric}, %")
+    figure.tight_layout()
+    return figure

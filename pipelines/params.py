@@ -26,6 +26,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
 
+ELSA_ONLY = {"group_width", "lam", "gamma"}
+"""Keys of section `model` that mean nothing with another operator."""
+
+
 class ParamsError(PipelineError):
     """A parameter that the schema refuses; names the key and what is allowed."""
 
@@ -76,6 +80,10 @@ class Model(Section):
     embed_dim: Positive | None = None
     depths: tuple[Positive, ...] | None = None
     num_heads: tuple[Positive, ...] | None = None
+    operator: Literal["elsa", "window", "depthwise", "dynamic", "local"] | None = None
+    """For `elsa_swin_*`: ELSA, or what the paper compares it with, in the same Swin."""
+    elsa_stages: tuple[bool, ...] | None = None
+    """Which stages use `operator`; the others use shifted-window attention."""
     kernel_size: Positive | None = None
     group_width: Positive | None = None
     lam: NonNegative | None = None
@@ -85,6 +93,16 @@ class Model(Section):
     def consistent(self) -> "Model":
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} is even; it must be odd")
+        unused = sorted(ELSA_ONLY & self.overrides().keys())
+        if unused and self.operator not in (None, "elsa"):
+            raise ValueError(
+                f"operator={self.operator} has no {', '.join(unused)}; leave it out (null)"
+            )
+        if self.depths and self.elsa_stages and len(self.depths) != len(self.elsa_stages):
+            raise ValueError(
+                f"depths has {len(self.depths)} stages and elsa_stages {len(self.elsa_stages)};"
+                " they must be as many"
+            )
         if self.depths and self.num_heads and len(self.depths) != len(self.num_heads):
             raise ValueError(
                 f"depths has {len(self.depths)} stages and num_heads {len(self.num_heads)};"
@@ -270,6 +288,18 @@ class Segment(Downstream):
         return self
 
 
+class Sweep(Section):
+    space: str = Field(min_length=1)
+    """A file of `pipelines/recipes/sweeps/`, or `none`: nothing is swept."""
+    seeds: Positive
+    """Runs of each point, with `pretrain.seed` and the numbers after it."""
+    max_trials: NonNegative
+    """The budget: trials, epochs of all trials together, hours. Each 0: no limit. Finished trials
+    that are taken over cost nothing."""
+    max_epochs: NonNegative
+    max_hours: Annotated[float, Field(ge=0)]
+
+
 class Report(Section):
     samples: Annotated[int, Field(ge=1, le=64)]
     """Validation images drawn with predictions beside the truth."""
@@ -288,6 +318,7 @@ class Params(Section):
     pretrain: Pretrain
     detect: Detect
     segment: Segment
+    sweep: Sweep
     report: Report
 
     @model_validator(mode="after")
@@ -338,19 +369,44 @@ def load_params(
         ParamsError: a file that is missing or not YAML, an unknown recipe or key, a wrong
             type, a value out of range, or an inconsistent set.
     """
-    overrides: dict[str, Any] = {} if recipe else _read(path)
+    overrides: dict[str, Any] = {} if recipe else read_yaml(path)
     name = recipe or overrides.pop("recipe", None)
     for key, value in (changes or {}).items():
         overrides = _merge(overrides, _nested(key, value))
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
-    resolved = _merge(_choose_variants(_read(RECIPES / f"{name}.yaml"), overrides, name), overrides)
+    recipe_values = read_yaml(RECIPES / f"{name}.yaml")
+    resolved = _merge(_choose_variants(recipe_values, overrides, name), overrides)
     resolved["recipe"] = name
+    return _validate(resolved, f"params.yaml, recipe {name}")
+
+
+def override(params: Params, values: Mapping[str, Any], where: str) -> Params:
+    """`params` with other values by dotted name (`model.lam`); null keeps a value.
+
+    Raises:
+        ParamsError: the schema refuses them; the message starts with `where`.
+    """
+    changed = params.model_dump(mode="json")
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        section = changed
+        for part in sections:
+            inner = section.setdefault(part, {})
+            if not isinstance(inner, dict):
+                raise ParamsError(f"{where}: {name}: {part} has no keys")
+            section = inner
+        if value is not None or key not in section:
+            section[key] = value
+    return _validate(changed, where)
+
+
+def _validate(values: Mapping[str, Any], where: str) -> Params:
     try:
         # JSON mode is strict about types and still takes a list for a tuple.
-        return Params.model_validate_json(json.dumps(resolved), strict=True)
+        return Params.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        raise ParamsError(_explain(error, name)) from None
+        raise ParamsError(_explain(error, where)) from None
 
 
 def changed(params: Params) -> dict[str, tuple[Any, Any]]:
@@ -392,7 +448,12 @@ def _nested(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A file of sections.
+
+    Raises:
+        ParamsError: missing, not YAML, or not a mapping.
+    """
     try:
         data = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
@@ -449,7 +510,7 @@ def _choose_variants(
     return chosen
 
 
-def _explain(error: ValidationError, recipe: str) -> str:
+def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"]) or "params"
@@ -461,11 +522,11 @@ def _explain(error: ValidationError, recipe: str) -> str:
             known = ", ".join(section.model_fields) if hasattr(section, "model_fields") else ""
             lines.append(f"{key}: unknown key; known here: {known}")
         elif item["type"] == "missing":
-            lines.append(f"{key}: missing, neither in params.yaml nor in recipe {recipe}")
+            lines.append(f"{key}: missing, neither in params.yaml nor in the recipe")
         else:
             given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
-    return "params.yaml, recipe " + recipe + ":\n  " + "\n  ".join(lines)
+    return f"{where}:\n  " + "\n  ".join(lines)
 
 
 def main() -> None:

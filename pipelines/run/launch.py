@@ -69,6 +69,25 @@ def ray_session() -> Iterator[None]:
         ray.shutdown()
 
 
+def at_once(stage: str, params: Params, data: Mapping[str, str]) -> int:
+    """How many runs like this the cluster has room for; at least 1.
+
+    Raises:
+        PipelineError: a node lacks something, or there is no room for one.
+    """
+    _require(stage, params, data)
+    places = (
+        preflight.places_on(node["Resources"], params.scaling) for node in preflight.alive_nodes()
+    )
+    return sum(places) // params.scaling.num_workers
+
+
+def _require(stage: str, params: Params, data: Mapping[str, str]) -> None:
+    use_gpu = params.scaling.use_gpu
+    needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, use_gpu)
+    preflight.require(stage, params.scaling, needs)
+
+
 def on_this_node() -> NodeAffinitySchedulingStrategy:
     """Schedules a task on the driver's node, whose files it reads or writes."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -104,11 +123,14 @@ def fit(
     mlflow_run_id: str,
     data: Mapping[str, str],
     stops: bool = False,
+    trial: bool = False,
+    callbacks: Sequence[Any] = (),
 ) -> "ray.train.Checkpoint":
     """Run `train_loop` on the workers as Ray Train run `name`; the last checkpoint.
 
     A run of that name that did not finish goes on from its last checkpoint. The loop gets
-    `config` with the key `reporting`, for `RayReporter`.
+    `config` with the key `reporting`, for `RayReporter`. A trial of a sweep shows no progress of
+    its own.
 
     Args:
         data: the data set by name, and the folder or URL that every worker reads it from.
@@ -119,11 +141,10 @@ def fit(
         PipelineError: a node lacks something, or training failed for good.
     """
     scaling = params.scaling
-    needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
-    preflight.require(name.split("-")[0], scaling, needs)
-    torch_config = TorchConfig if os.environ.get("RAY_ADDRESS") else LoopbackTorchConfig
+    if not trial:  # a sweep looks once, for all its trials
+        _require(name.split("-")[0], params, data)
     run = f"{storage_path(params)}/{name}"
-    with reporting.display(name.rsplit("-", 1)[0]) as shown:
+    with reporting.display(name.rsplit("-", 1)[0], quiet=trial) as shown:
         storage.mend(run, lambda line: shown.line.remote(line))
         told = reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown, run)
         trainer = _Trainer(
@@ -139,8 +160,9 @@ def fit(
                 storage_path=storage_path(params),
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
+                callbacks=list(callbacks),
             ),
-            torch_config=torch_config(backend="nccl" if scaling.use_gpu else "gloo"),
+            torch_config=_torch_config()(backend="nccl" if scaling.use_gpu else "gloo"),
         )
         try:
             with _signals(shown if stops else None):
@@ -165,6 +187,12 @@ def fit(
         for item in reporting.read_undelivered(Path(folder)):
             tracker.log_metrics(**item)
     return checkpoint
+
+
+def _torch_config() -> type[TorchConfig]:
+    """Ray's address is set in the processes of a local Ray too: its interface tells."""
+    local = os.environ.get("GLOO_SOCKET_IFNAME") == "lo" or not os.environ.get("RAY_ADDRESS")
+    return LoopbackTorchConfig if local else TorchConfig
 
 
 class _Trainer(TorchTrainer):
@@ -206,9 +234,16 @@ def forget(checkpoint: "ray.train.Checkpoint") -> None:
     checkpoint.filesystem.delete_dir(run)
 
 
+def last_checkpoint(name: str, params: Params) -> "ray.train.Checkpoint | None":
+    """The newest whole checkpoint of Ray Train run `name`; None if the storage has none."""
+    return storage.newest_complete(f"{storage_path(params)}/{name}")
+
+
 def _raylet_errors() -> str:
     """The last lines of this node's raylet.err, where Ray says why a process did not start."""
     node: Any = ray._private.worker._global_node
+    if node is None:  # a trial's own process
+        return ""
     log = Path(node.get_logs_dir_path()) / "raylet.err"
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return "\n".join([f"{log}:", *lines[-20:]])

@@ -108,7 +108,7 @@ class RayReporter:
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
-        if self.rank == 0 and (now - self._shown > 1 or done >= total):
+        if self.rank == 0 and self._display and (now - self._shown > 1 or done >= total):
             self._shown = now
             self._display.update.remote(done, total, unit, note)
 
@@ -301,9 +301,13 @@ class Progress:
 
 
 @contextmanager
-def display(name: str) -> Iterator[Any]:
-    """A `Display` actor whose content is shown in this process while the block runs."""
+def display(name: str, quiet: bool = False) -> Iterator[Any]:
+    """A `Display` actor whose content is shown in this process while the block runs, unless
+    `quiet`."""
     actor = Display.remote()  # type: ignore[attr-defined]
+    if quiet:
+        yield actor
+        return
     progress, stop = Progress(name), threading.Event()
 
     def show() -> None:

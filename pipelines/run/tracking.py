@@ -13,8 +13,10 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -27,6 +29,7 @@ from mlflow.entities import (
     LoggedModelStatus,
     Metric,
     Param,
+    Run,
     RunTag,
 )
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -212,9 +215,13 @@ def system_metrics(run_id: str, node: int) -> SystemMetricsMonitor:
 
 
 def start_run(
-    stage: str, pipeline: str, tags: Mapping[str, Any], run_id: str | None = None
+    name: str,
+    pipeline: str,
+    tags: Mapping[str, Any],
+    run_id: str | None = None,
+    parent: str | None = None,
 ) -> Tracker:
-    """The stage's run below its pipeline's parent run; with `run_id` that run goes on.
+    """A run below run `parent`, or below its pipeline's; with `run_id` that run goes on.
 
     Without it, an unfinished run of the same `ray_run` tag goes on: one that was begun on a
     machine that is gone.
@@ -229,10 +236,10 @@ def start_run(
         if run_id and _exists(client, run_id):
             client.update_run(run_id, status="RUNNING")
         else:
-            parent = _parent(client, experiment_id, pipeline)
+            parent = parent or _parent(client, experiment_id, pipeline)
             run = client.create_run(
                 experiment_id,
-                run_name=stage,
+                run_name=name,
                 tags={
                     "mlflow.parentRunId": parent,
                     "mlflow.source.type": "JOB",
@@ -288,6 +295,85 @@ def metric_history(run_id: str) -> dict[str, list[tuple[int, float]]]:
         name: sorted((m.step, m.value) for m in client.get_metric_history(run_id, name))
         for name in names
     }
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What MLflow holds of a run."""
+
+    run_id: str
+    name: str
+    status: str
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+
+def _record(run: Run) -> RunRecord:
+    name, data = run.info.run_name or run.info.run_id, run.data
+    return RunRecord(run.info.run_id, name, run.info.status, data.tags, data.params, data.metrics)
+
+
+def read_run(run_id: str) -> RunRecord | None:
+    """A run by id; None if the store has none."""
+    client = MlflowClient(tracking_uri())
+    return _record(client.get_run(run_id)) if _exists(client, run_id) else None
+
+
+def find_sweep(name: str | None = None) -> RunRecord | None:
+    """The last started sweep, of space `name` if that is given; None if there is none."""
+    client = MlflowClient(tracking_uri())
+    query = f"tags.stage = 'sweep' AND tags.space {f"= '{name}'" if name else "!= 'none'"}"
+    order = ["attributes.start_time DESC"]
+    found = client.search_runs([_experiment(client)], query, max_results=1, order_by=order)
+    return _record(found[0]) if found else None
+
+
+def sweep_trials(sweep_id: str) -> list[RunRecord]:
+    """The runs that a sweep compares: its own, and those that it took over."""
+    client = MlflowClient(tracking_uri())
+    found, token = [], None
+    while token is None or token:
+        query = f"tags.sweeps LIKE '%{sweep_id}%'"
+        page = client.search_runs([_experiment(client)], query, page_token=token)
+        found += [_record(run) for run in page]
+        token = page.token or ""
+    return sorted(found, key=lambda run: run.tags.get("trial", ""))
+
+
+def comparison_path(sweep_id: str) -> str:
+    """Address of a sweep's charts, below that of MLflow's user interface."""
+    experiment = _experiment(MlflowClient(tracking_uri()))
+    query = quote(f"tags.sweeps LIKE '%{sweep_id}%'")
+    return f"/#/experiments/{experiment}/runs?searchFilter={query}&compareRunsMode=CHART"
+
+
+def register(
+    name: str, alias: str, tracker: Tracker, folder: Path, card: str, tags: Mapping[str, Any]
+) -> str:
+    """Register a weights folder as a version of model `name` with an alias; the version.
+
+    A version with the same `sha256` tag gets the alias instead of a second one.
+    """
+    client = tracker.client
+    with suppress(mlflow.exceptions.MlflowException):  # it is there already
+        client.create_registered_model(name)
+    versions = client.search_model_versions(f"name = '{name}'")
+    same = [v for v in versions if v.tags.get("sha256") == tags["sha256"]]
+    if same:
+        version = same[0].version
+    else:
+        model_id = tracker.log_model(name, folder, {})
+        version = client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=tracker.run_id,
+            tags={k: str(v) for k, v in tags.items()},
+            description=card,
+            model_id=model_id,
+        ).version
+    client.set_registered_model_alias(name, alias, version)
+    return str(version)
 
 
 def git_tags() -> dict[str, str]:

@@ -11,6 +11,8 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa
+from elsa.counterparts import LocalAttention
+from elsa.swin import WindowBlock
 
 COUNTS = {
     "elsa_swin_tiny": 29_140_978,
@@ -327,3 +329,35 @@ def test_all_stages_can_be_either_kind():
         assert model(x).isfinite().all()
         has_elsa = any(isinstance(m, elsa.ELSA) for m in model.modules())
         assert has_elsa == kind
+
+
+@pytest.mark.parametrize("operator", ["window", "depthwise", "dynamic", "local"])
+def test_counterparts_of_elsa_train_in_the_same_swin(operator):
+    model = small(operator=operator, kernel_size=5).train()
+    model(torch.randn(2, 3, 52, 60)).square().sum().backward()  # maps that are no whole windows
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    stages = [type(stage.blocks[0]) for stage in model.layers]
+    assert stages == [WindowBlock if operator == "window" else elsa.ELSABlock] * 3 + [WindowBlock]
+
+
+def test_local_attention_is_attention_masked_to_the_neighbourhood():
+    torch.manual_seed(0)
+    layer, (height, width) = LocalAttention(8, 2, kernel_size=3).double(), (4, 5)
+    x = torch.randn(2, height, width, 8, dtype=torch.float64)
+    q, k, v = (
+        t.flatten(2).unflatten(1, (2, 4)).transpose(2, 3)  # (B, G, H*W, C/G)
+        for t in layer.pre_proj(x.permute(0, 3, 1, 2)).chunk(3, dim=1)
+    )
+    y, z = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    dy, dx = y[None] - y[:, None], z[None] - z[:, None]  # key minus query
+    near = (dy.abs() <= 1) & (dx.abs() <= 1)
+    index = ((dy + 1) * 3 + dx + 1).clamp(0, 8)
+    bias = layer.relative_position_bias_table[:, index].masked_fill(~near, float("-inf"))
+    mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    expected = mixed.transpose(1, 2).flatten(2).unflatten(1, (height, width))
+    torch.testing.assert_close(layer(x), layer.post_proj(expected))
+
+
+def test_unknown_operator_is_told():
+    with pytest.raises(ValueError, match="choose elsa, window, depthwise, dynamic, local"):
+        small(operator="conv")

@@ -73,9 +73,8 @@ class Workspace:
                     self.listening.add((connection.laddr.ip, process.name()))
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("workspace")
+def copy_checkout(root: Path) -> None:
+    """This checkout's files without what runs have written, on the smoke recipe."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
@@ -85,6 +84,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
             shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
     params = root / "params.yaml"
     params.write_text(params.read_text().replace("recipe: demo", "recipe: smoke"))
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    root = tmp_path_factory.mktemp("workspace")
+    copy_checkout(root)
     for git in (
         ["init", "-q", "-b", "main"],
         ["add", "-A"],

@@ -1,0 +1,254 @@
+"""Spaces of a sweep: YAML in `pipelines/recipes/sweeps/`, validated before anything starts.
+
+A point is a set of parameters by dotted name. A trial is a point with a seed: one pretraining run,
+known by the identity that `pretrain` would have with the same parameters.
+"""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipelines.params import (
+    RECIPES,
+    Params,
+    ParamsError,
+    Positive,
+    Section,
+    override,
+    read_yaml,
+)
+from pipelines.run.identity import stage_identity
+
+SPACES = RECIPES / "sweeps"
+NONE = "none"
+"""The space that sweeps nothing."""
+SECTIONS = ("model", "pretrain", "scaling")
+"""What a pretraining run depends on (`dvc.yaml`), so what a trial can vary."""
+Point = dict[str, Any]
+
+
+class Range(Section):
+    """Numbers from `low` to `high`, uniform or uniform in their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Range":
+        if self.low >= self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 with log")
+        return self
+
+    def draw(self, source: random.Random) -> float:
+        """A number of the range."""
+        if self.log:
+            return math.exp(source.uniform(math.log(self.low), math.log(self.high)))
+        return source.uniform(self.low, self.high)
+
+    def extremes(self) -> list[Any]:
+        """What must be valid for the whole range to be."""
+        return [self.low, self.high]
+
+
+class Choice(Section):
+    """One of a list of values."""
+
+    values: list[Any] = Field(min_length=1)
+
+    def draw(self, source: random.Random) -> Any:
+        """A value of the list."""
+        return source.choice(self.values)
+
+    def extremes(self) -> list[Any]:
+        """All values: each must be valid."""
+        return self.values
+
+
+class Asha(Section):
+    """Stops the trials that are behind: at `grace_epochs`, and each `reduction_factor` times that,
+    only the best 1 in `reduction_factor` goes on."""
+
+    grace_epochs: Positive
+    reduction_factor: Annotated[int, Field(ge=2)]
+
+
+class Search(Section):
+    """Points that are drawn (random), or suggested from the results so far (optuna)."""
+
+    method: Literal["random", "optuna"]
+    trials: Positive
+    seed: int
+    parameters: dict[str, Range | Choice] = Field(min_length=1)
+    asha: Asha | None = None
+
+
+class Space(Section):
+    """One file of `pipelines/recipes/sweeps/`: `points`, the product of `grid`, and a `search`."""
+
+    about: str
+    fixed: dict[str, Any] = {}
+    """Parameters of every trial that differ from the recipe and params.yaml, over both."""
+    points: list[Point] = []
+    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = {}
+    search: Search | None = None
+    reference: Point | None = None
+    """The point that the others are compared with; by default the first one."""
+    findings: dict[str, str] = {}
+    """What the paper found, by parameter."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point with a seed.
+
+    Attributes:
+        point: what the space says of it, by dotted name.
+        params: all its parameters.
+        identity: that of a run of `pretrain` with these parameters.
+    """
+
+    point: Point
+    params: Params
+    identity: str
+
+    @property
+    def label(self) -> str:
+        return label(self.point)
+
+    @property
+    def seed(self) -> int:
+        return self.params.pretrain.seed
+
+    @property
+    def epochs(self) -> int:
+        return self.params.pretrain.epochs + self.params.pretrain.cooldown_epochs
+
+
+def label(point: Mapping[str, Any]) -> str:
+    """A short name of a point: `lam=0 gamma=1`."""
+    return " ".join(f"{name.rsplit('.', 1)[-1]}={_short(v)}" for name, v in point.items()) or "all"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(_short(item) for item in value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def space_names() -> list[str]:
+    """Names that `sweep.space` can have."""
+    return [NONE, *sorted(path.stem for path in SPACES.glob("*.yaml"))]
+
+
+def load_space(name: str) -> Space:
+    """A space by name.
+
+    Raises:
+        ParamsError: unknown, empty, or not what the schema of a space allows.
+    """
+    if name not in space_names() or name == NONE:
+        raise ParamsError(f"sweep.space: {name!r} is unknown; choose one of {space_names()}")
+    where = f"pipelines/recipes/sweeps/{name}.yaml"
+    try:
+        space = Space.model_validate_json(json.dumps(read_yaml(SPACES / f"{name}.yaml")))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ParamsError(f"{where}:\n  " + "\n  ".join(lines)) from None
+    if not (space.points or space.grid or space.search):
+        raise ParamsError(f"{where} has no points, grid or search: the space is empty")
+    used = {name for point in space.points for name in point} | space.grid.keys()
+    used |= set(space.search.parameters) if space.search else set()
+    for key in sorted(used | space.fixed.keys()):
+        if key.split(".")[0] not in SECTIONS:
+            raise ParamsError(
+                f"{where}: {key}: a trial is a pretraining run; only parameters of"
+                f" {', '.join(SECTIONS)} can be set"
+            )
+        if key == "pretrain.seed":
+            raise ParamsError(f"{where}: pretrain.seed: seeds are what sweep.seeds counts")
+    for key in sorted(used & space.fixed.keys()):
+        raise ParamsError(f"{where}: {key} is both fixed and varied")
+    return space
+
+
+def listed_points(space: Space) -> list[Point]:
+    """The points that are known before the first trial: all but Optuna's."""
+    points = list(space.points)
+    if space.grid:
+        points += [
+            dict(zip(space.grid, values, strict=True))
+            for values in itertools.product(*space.grid.values())
+        ]
+    if space.search and space.search.method == "random":
+        source = random.Random(space.search.seed)
+        points += [
+            {name: domain.draw(source) for name, domain in space.search.parameters.items()}
+            for _ in range(space.search.trials)
+        ]
+    return points
+
+
+def make_trial(params: Params, space: Space, point: Point, seed: int = 0) -> Trial:
+    """The trial of `point` with the seed-th seed.
+
+    Raises:
+        ParamsError: the schema refuses the point.
+    """
+    where = f"sweep.space={params.sweep.space}, point {label(point)}"
+    seeded = {"pretrain.seed": params.pretrain.seed + seed}
+    resolved = override(params, {**space.fixed, **point, **seeded}, where)
+    return Trial(point, resolved, stage_identity("pretrain", resolved))
+
+
+def plan(params: Params, space: Space) -> list[Trial]:
+    """All trials that are known before the first one starts, first all points with one seed.
+
+    Raises:
+        ParamsError: an invalid point, two equal ones, a reference that is none of them, or a
+            budget too small for one trial.
+    """
+    name, search = params.sweep.space, space.search
+    points = listed_points(space)
+    if search and search.method == "optuna":
+        if params.sweep.seeds > 1:
+            raise ParamsError(
+                f"sweep.space={name} searches with optuna, one run of each point: set"
+                " sweep.seeds=1, and compare its best point with others at several seeds"
+            )
+        for point in _corners(search):
+            make_trial(params, space, point)
+    trials = [make_trial(params, space, p, s) for s in range(params.sweep.seeds) for p in points]
+    first = trials[: len(points)]
+    seen: dict[str, str] = {}
+    for trial in first:
+        if trial.identity in seen:
+            raise ParamsError(
+                f"sweep.space={name}: points {seen[trial.identity]} and {trial.label} have the same"
+                " parameters; remove one"
+            )
+        seen[trial.identity] = trial.label
+    if space.reference is not None and space.reference not in points:
+        raise ParamsError(f"sweep.space={name}: reference {label(space.reference)} is no point")
+    epochs = min((t.epochs for t in first), default=params.pretrain.epochs)
+    if 0 < params.sweep.max_epochs < epochs:
+        raise ParamsError(
+            f"sweep.max_epochs={params.sweep.max_epochs} is too small for one trial, which has"
+            f" {epochs} epochs; raise it, or 0 for no limit"
+        )
+    return trials
+
+
+def _corners(search: Search) -> Sequence[Point]:
+    first = {name: domain.extremes()[0] for name, domain in search.parameters.items()}
+    return [
+        first | {name: value}
+        for name, domain in search.parameters.items()
+        for value in domain.extremes()
+    ]

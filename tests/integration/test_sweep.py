@@ -1,0 +1,174 @@
+"""A real sweep at toy size: Ray Tune, Ray Train, MLflow; killed, started again, extended.
+
+The tests of this file build on each other's workspace and run in their order.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+from mlflow.tracking import MlflowClient
+
+from pipelines.data.demo import prepare
+from pipelines.params import load_params
+
+from .conftest import Workspace, copy_checkout
+
+SPACE = """about: a test
+fixed:
+  scaling.num_workers: 1
+  scaling.max_failures: 0
+  pretrain.epochs: 2
+  pretrain.img_size: 28
+points:
+  - {model.operator: elsa, pretrain.lr: 1.0e-3}
+  - {model.operator: window, pretrain.lr: 1.0e-3}
+  - {model.operator: elsa, pretrain.lr: 1.0e+30}
+"""
+ADDED = "  - {model.operator: depthwise, pretrain.lr: 1.0e-3}\n"
+COMMAND = (sys.executable, "-u", "-m", "pipelines.sweep")
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> Workspace:
+    root = tmp_path_factory.mktemp("sweep")
+    copy_checkout(root)
+    params = (root / "params.yaml").read_text()
+    space = params.replace("space: null", "space: test").replace("seeds: null", "seeds: 1")
+    (root / "params.yaml").write_text(space)
+    (root / "pipelines/recipes/sweeps/test.yaml").write_text(SPACE)
+    shutil.copytree(compiled_library, root / "build/op")
+    counts = {"digits_per_class": 10, "train_scenes": 4, "val_scenes": 4, "max_digits": 3}
+    sizes = {"image_size": 28, "train_variants": 1, "scene_size": 96}
+    prepare(SimpleNamespace(seed=0, **sizes, **counts), root / "data")
+    workspace = Workspace(root)
+    workspace.env["PYTHONPATH"] = str(root)
+    return workspace
+
+
+def outcomes(workspace: Workspace) -> dict[str, dict]:
+    with (workspace.root / "sweeps/trials.csv").open() as file:
+        return {row["point"]: row for row in csv.DictReader(file)}
+
+
+def summary(workspace: Workspace) -> dict:
+    return json.loads((workspace.root / "metrics/sweep.json").read_text())
+
+
+def client(workspace: Workspace) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{workspace.root / 'mlflow.db'}")
+
+
+def checkpoints(workspace: Workspace) -> dict[str, int]:
+    found = workspace.root.glob("storage/pretrain-*/checkpoint_*/state.pt")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+def test_a_killed_sweep_keeps_what_finished_and_a_bad_trial_does_not_end_it(sweep) -> None:
+    with sweep.start(*COMMAND) as process:
+        shown = ""
+        for line in process.stdout:
+            shown += line
+            if "/3 operator=" in line and ": finished" in line:
+                break
+        assert process.poll() is None or ": finished" in shown, shown
+        children = psutil.Process(process.pid).children(recursive=True)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    psutil.wait_procs(children, timeout=60)  # Ray's processes go with their driver
+    for left in children:
+        with suppress(psutil.NoSuchProcess):
+            left.kill()
+    kept = re.search(r"sweep: 1/3 (operator=\S+ lr=0.001) seed", shown)
+    assert kept, shown
+    assert not (sweep.root / "sweeps").exists()
+    before, deadline = checkpoints(sweep), time.time_ns()
+
+    code, output = sweep.run(*COMMAND)
+    assert code == 0, output[-5000:]
+    assert "taken over from this sweep, before it was interrupted" in output
+    found, metrics = outcomes(sweep), summary(sweep)
+    assert found[kept[1]]["reused"] == "True"
+    mine = {p: t for p, t in checkpoints(sweep).items() if found[kept[1]]["identity"] in p}
+    assert mine
+    assert all(t < deadline and before[p] == t for p, t in mine.items())  # not trained again
+    bad = found["operator=elsa lr=1e+30"]
+    assert (bad["state"], bad["top1"]) == ("failed", "")
+    assert "the loss is nan" in bad["reason"]
+    assert (metrics["trials_finished"], metrics["trials_failed"]) == (2, 1)
+    run = client(sweep).get_run(bad["mlflow_run_id"])
+    assert run.info.status == "FAILED"
+    assert "the loss is nan" in run.data.tags["error"]
+
+
+def test_trials_are_children_of_the_sweep_with_params_and_curves(sweep) -> None:
+    mlflow, sweep_run = client(sweep), summary(sweep)["mlflow_run_id"]
+    assert mlflow.get_run(sweep_run).info.status == "FINISHED"
+    for name in ("elsa", "window"):
+        row = outcomes(sweep)[f"operator={name} lr=0.001"]
+        run = mlflow.get_run(row["mlflow_run_id"])
+        assert run.data.tags["mlflow.parentRunId"] == sweep_run
+        assert run.data.params["model.operator"] == name
+        assert run.data.metrics["final/top1"] == float(row["top1"])
+        steps = [m.step for m in mlflow.get_metric_history(run.info.run_id, "train_loss")]
+        assert steps == [0, 1]  # each epoch once, though the sweep was killed
+
+
+def test_the_best_trial_is_the_champion_and_its_parameters_can_be_taken_over(sweep) -> None:
+    metrics, mlflow = summary(sweep), client(sweep)
+    version = mlflow.get_model_version_by_alias("elsa-smoke-test", "champion")
+    best = outcomes(sweep)[metrics["best"]]
+    assert version.run_id == best["mlflow_run_id"]
+    weights = json.loads((sweep.root / "sweeps/champion/model.json").read_text())
+    assert version.tags["sha256"] == weights["sha256"]
+    assert version.tags["sweep_run_id"] == metrics["mlflow_run_id"]
+    assert "Limits" in version.description
+    taken = sweep.root / "taken.yaml"
+    taken.write_text("recipe: smoke\n" + (sweep.root / "sweeps/best.yaml").read_text())
+    params = load_params(path=taken)
+    assert f"operator={params.model.operator} lr={params.pretrain.lr:.3g}" == metrics["best"]
+    assert params.pretrain.epochs == 2
+
+
+def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
+    first = outcomes(sweep)
+    (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(
+        SPACE.replace("1.0e+30", "2.0e-3") + ADDED
+    )
+    params = sweep.root / "params.yaml"
+    params.write_text(params.read_text().replace("max_trials: null", "max_trials: 1"))
+    before = checkpoints(sweep)
+    code, output = sweep.run(*COMMAND)
+    assert code == 0, output[-5000:]
+    assert output.count(": taken over from run") == 2
+    assert "sweep.max_trials=1 have run" in output
+    found = outcomes(sweep)
+    for point in ("operator=elsa lr=0.001", "operator=window lr=0.001"):
+        assert found[point]["mlflow_run_id"] == first[point]["mlflow_run_id"]
+    assert {p: t for p, t in checkpoints(sweep).items() if p in before} == before
+    assert summary(sweep)["trials_not_run"] == 1
+    assert found["operator=depthwise lr=0.001"]["state"] == "not run"
+
+    code, output = sweep.run(sys.executable, "-m", "pipelines.compare", "--sweep", "test")
+    assert code == 0, output
+    ours = json.loads((sweep.root / "sweeps/comparison.json").read_text())
+    theirs = json.loads((sweep.root / "comparison/comparison.json").read_text())
+    assert [(r["point"], r["mean"]) for r in theirs["rows"]] == [
+        (r["point"], r["mean"]) for r in ours["rows"]
+    ]
+    assert len(theirs["rows"]) == 3
+    page = (sweep.root / "sweeps/sweep.html").read_text()
+    assert "http://" not in page
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 3
+    for row in ours["rows"]:
+        assert f"{row['mean']:.1f}" in page

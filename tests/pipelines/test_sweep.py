@@ -1,0 +1,140 @@
+"""Spaces are refused before anything starts; comparisons count as statistics says."""
+
+import hashlib
+from types import SimpleNamespace
+
+import pytest
+from scipy import stats
+
+from pipelines import compare, spaces
+from pipelines.errors import PipelineError
+from pipelines.params import ParamsError, load_params, override
+
+HEAD = "about: a test\n"
+OPTUNA = "search: {method: optuna, trials: 3, seed: 0, parameters: {model.gamma: {values: [0, 2]}}}"
+
+
+@pytest.fixture(autouse=True)
+def identities(monkeypatch):
+    """Identities of the parameters alone: no data and no operator are there."""
+    monkeypatch.setattr(
+        spaces,
+        "stage_identity",
+        lambda stage, params: hashlib.sha256(params.model_dump_json().encode()).hexdigest(),
+    )
+
+
+def params_for(space: str, recipe: str = "demo", **sweep):
+    values = {f"sweep.{key}": value for key, value in {"space": space, **sweep}.items()}
+    return override(load_params(recipe), values, "test")
+
+
+@pytest.mark.parametrize(
+    ("text", "sweep", "message"),
+    [
+        ("points: [{model.lamda: 1}]", {}, r"point lamda=1:\n.*model.lamda: unknown key; known"),
+        ("points: [{modle.lam: 1}]", {}, "modle.lam: a trial is a pretraining run; only"),
+        ("points: [{detect.lr: 1.0}]", {}, "detect.lr: a trial is a pretraining run; only"),
+        ("points: [{model.lam: high}]", {}, r"model.lam: .*integer.*'high'"),
+        ("grid: {model.kernel_size: [3, 4]}", {}, "kernel_size=4 is even"),
+        ("points: [{model.operator: window, model.lam: 1}]", {}, "operator=window has no lam"),
+        ("fixed: {model.lam: 1}", {}, "the space is empty"),
+        ("grid: {model.lam: []}", {}, "grid.model.lam: .*at least 1 item"),
+        ("pionts: [{model.lam: 1}]", {}, "pionts: Extra inputs are not permitted"),
+        ("points: [{pretrain.seed: 1}]", {}, "seeds are what sweep.seeds counts"),
+        ("{points: [{model.lam: 1}], fixed: {model.lam: 0}}", {}, "both fixed and varied"),
+        ("points: [{model.lam: 1}, {model.lam: 1}]", {}, "lam=1 and lam=1 have the same"),
+        ("{points: [{model.lam: 1}], reference: {model.lam: 0}}", {}, "lam=0 is no point"),
+        ("points: [{model.lam: 1}]", {"max_epochs": 8}, "too small for one trial, which has 9"),
+        (OPTUNA, {"seeds": 2}, "set sweep.seeds=1"),
+        (OPTUNA.replace("[0, 2]", "[0, -2]"), {"seeds": 1}, r"point gamma=-2:\n.*greater than"),
+        (OPTUNA.replace("values: [0, 2]", "low: 2, high: 1"), {}, "low must be below high"),
+    ],
+)
+def test_a_bad_space_is_refused_with_what_is_wrong(text, sweep, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(spaces, "SPACES", tmp_path)
+    # A flow mapping can't follow a block key: the head goes inside it.
+    whole = "{about: a test, " + text[1:] if text.startswith("{") else HEAD + text
+    (tmp_path / "bad.yaml").write_text(whole)
+    with pytest.raises(ParamsError, match=f"(?s){message}"):
+        spaces.plan(params_for("bad", **sweep), spaces.load_space("bad"))
+
+
+def test_an_unknown_space_is_told_with_those_that_exist():
+    with pytest.raises(ParamsError, match=r"'ghosts' is unknown; choose one of .*ghost_head"):
+        spaces.load_space("ghosts")
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("demo", "demo")]
+    + [(name, "elsa_swin_tiny") for name in spaces.space_names() if name not in ("none", "demo")],
+)
+def test_the_spaces_that_come_with_it_are_valid(name, recipe):
+    seeds = 1 if name == "optimisation" else 3
+    space = spaces.load_space(name)
+    trials = spaces.plan(params_for(name, recipe, seeds=seeds), space)
+    points = {trial.label for trial in trials}
+    assert len(trials) == seeds * len(points)
+    assert [t.seed for t in trials] == sorted(t.seed for t in trials)  # all points, seed by seed
+    assert space.search or len(points) >= 4
+
+
+def test_random_points_are_the_same_each_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(spaces, "SPACES", tmp_path)
+    domain = "{pretrain.lr: {low: 1.0e-4, high: 1.0e-2, log: true}}"
+    text = f"search: {{method: random, trials: 4, seed: 1, parameters: {domain}}}"
+    (tmp_path / "draw.yaml").write_text(HEAD + text)
+    once, again = (
+        [t.params.pretrain.lr for t in spaces.plan(params_for("draw"), spaces.load_space("draw"))]
+        for _ in range(2)
+    )
+    assert once == again
+    assert len(set(once)) == 4
+    assert all(1e-4 <= lr <= 1e-2 for lr in once)
+
+
+def record(run_id: str, seed: int, top1: float, lam: int) -> SimpleNamespace:
+    return SimpleNamespace(
+        run_id=run_id,
+        name=run_id,
+        params={"model.lam": str(lam), "pretrain.seed": str(seed), "pretrain.lr": "0.1"},
+        metrics={"final/top1": top1, "final/parameters": 1e6},
+    )
+
+
+def test_seeds_pair_where_they_are_the_same():
+    ours, theirs = {0: 60.0, 1: 70.0, 2: 80.0}, {0: 59.0, 1: 68.0, 2: 79.0}
+    runs = [record(f"a{s}", s, v, 1) for s, v in theirs.items()]
+    runs += [record(f"b{s}", s, v, 0) for s, v in ours.items()]
+    result = compare.compare(runs)
+    assert result["reference"] == "lam=1"
+    row = result["rows"][1]
+    paired = stats.ttest_rel(list(ours.values()), list(theirs.values())).confidence_interval(0.95)
+    assert row["difference"] == pytest.approx((paired.low + paired.high) / 2)
+    assert row["difference_ci95"] == pytest.approx((paired.high - paired.low) / 2)
+    assert row["paired_seeds"] == 3
+    alone = stats.ttest_1samp(list(ours.values()), 0).confidence_interval(0.95)
+    assert row["ci95"] == pytest.approx((alone.high - alone.low) / 2)
+    assert compare.verdict(row, "lam=1").endswith("no difference shown")  # 1.3 +- 1.4
+    table = compare.markdown(result)
+    assert "| lam=0 | 3 | 70.0 | 24.8 | +1.3 | 1.4 | 1.00 |" in table
+
+
+def test_other_seeds_are_not_paired_and_one_seed_has_no_interval():
+    ours, theirs = {0: 60.0, 1: 70.0, 2: 80.0}, {3: 10.0, 4: 12.0, 5: 11.0}
+    mean, half, paired = compare.difference(ours, theirs)
+    test = stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    assert (mean, half, paired) == (pytest.approx(59), pytest.approx((high - low) / 2), 0)
+    assert compare.difference({0: 1.0}, {0: 2.0}) == (-1.0, None, 0)
+    assert compare.interval([3.0]) == (3.0, None)
+
+
+def test_runs_that_share_no_metric_are_not_compared():
+    runs = [record("a", 0, 1.0, 0), record("b", 0, 1.0, 1)]
+    runs[1].metrics = {"final/mIoU": 40.0}
+    with pytest.raises(PipelineError, match="share none of the metrics"):
+        compare.compare(runs)
+    with pytest.raises(PipelineError, match="no finished runs"):
+        compare.compare([])
