@@ -1,6 +1,7 @@
 """Spaces are refused before anything starts; comparisons count as statistics says."""
 
 import hashlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -138,3 +139,30 @@ def test_runs_that_share_no_metric_are_not_compared():
         compare.compare(runs)
     with pytest.raises(PipelineError, match="no finished runs"):
         compare.compare([])
+
+
+def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
+    from pipelines.run import tracking
+    from pipelines.sweep import _Study
+
+    search = spaces.Search(
+        method="optuna",
+        trials=5,
+        seed=0,
+        parameters={
+            "pretrain.lr": spaces.Range(low=1e-5, high=1e-2, log=True),
+            "model.operator": spaces.Choice(values=["elsa", "window"]),
+        },
+    )
+    earlier = []
+    monkeypatch.setattr(tracking, "sweep_trials", lambda sweep_id: earlier)
+    study, points = _Study(search, "sweep"), []
+    for score in (10.0, None, 30.0):  # the second failed
+        points.append(study.ask())
+        study.name(str(score))
+        study.tell(str(score), score)
+    assert len({point["pretrain.lr"] for point in points}) == 3
+    earlier += [SimpleNamespace(tags={"point": json.dumps(point)}) for point in points]
+    again = _Study(search, "sweep")
+    assert [again.ask() for _ in points] == points
+    assert again.left == 2
