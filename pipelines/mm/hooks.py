@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.errors import PipelineError
+from pipelines.train.cost import EnergyMeter
 
 CHECKPOINT = "checkpoint.pth"
 WEIGHTS = "model.safetensors"
@@ -75,9 +76,13 @@ class ReportHook(Hook):
         self.reporter, self.folder, self.seed = reporter, folder, seed
         self.history: list[dict[str, float]] = [dict(row) for row in history]
         self.interval, self.tta = interval, tta
+        self._energy: EnergyMeter | None = None
         self._row: dict[str, float] = {}
         self._losses: list[float] = []
         self._started = 0.0
+
+    def before_train(self, runner: Any) -> None:
+        self._energy = EnergyMeter(next(runner.model.parameters()).device)
 
     def before_train_epoch(self, runner: Any) -> None:
         seed = epoch_seed(self.seed, runner.epoch, runner.rank)
@@ -114,6 +119,7 @@ class ReportHook(Hook):
             "epoch": runner.epoch + 1,
             "loss": float(np.mean(self._losses)),
             "images_per_second": self._images(runner) / seconds,
+            **self._cost(runner),
         }
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -125,6 +131,24 @@ class ReportHook(Hook):
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
         if epoch % interval and epoch != runner.max_epochs:
             self._save(runner, runner.epoch)
+
+    def _cost(self, runner: Any) -> dict[str, float]:
+        """Milliseconds of a pass, and of waiting for its images; on GPUs memory and energy."""
+        passes, logged = len(runner.train_dataloader), runner.message_hub
+        cost = {
+            f"{name}_ms": 1000 * float(logged.get_scalar(f"train/{key}").mean(passes))
+            for name, key in (("data", "data_time"), ("pass", "time"))
+        }
+        if torch.cuda.is_available():
+            cost["max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+            assert self._energy
+            drawn = torch.tensor([self._energy.read()], dtype=torch.float64, device="cuda")
+            if self.reporter.world_size > 1:
+                torch.distributed.all_reduce(drawn)
+            if math.isfinite(drawn.item()):  # all GPUs tell
+                cost["energy_wh"] = drawn.item()
+        return cost
 
     def _images(self, runner: Any) -> int:
         """Images of one epoch, of all ranks."""

@@ -76,6 +76,8 @@ def _write_outputs(
     last = {key: value for key, value in history[-1].items() if key not in ("epoch", "val_seconds")}
     # Epochs are of equal length, so the mean speed is the harmonic mean.
     metrics = last | {"images_per_second": len(speeds) / sum(1 / speed for speed in speeds)}
+    if "energy_wh" in last:
+        metrics["energy_wh"] = sum(row["energy_wh"] for row in history)
     model = stage.params.model.model_dump(mode="json")
     model |= {"method": stage.section.method, "schedule": stage.section.schedule}
     weights = stage.output(f"weights/{stage.name}")

@@ -406,9 +406,10 @@ class Classifier:
             clock.mark("data")
             with nullcontext() if micro + 1 == p.accumulate else self._no_sync():
                 loss = self._forward(input, target) / p.accumulate
+                clock.mark("forward")
                 self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
-            clock.mark("forward_backward")
+            clock.mark("backward")  # with what DDP's all-reduce does not hide behind it
         if p.clip_grad:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), p.clip_grad)
