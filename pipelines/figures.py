@@ -340,32 +340,33 @@ def _plain(axis: Any, pixels: np.ndarray, **options: Any) -> None:
     axis.grid(False)
 
 
-def tradeoffs(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """A sweep's points: the metric with its 95% interval over each cost."""
-    costs = (
-        ("parameters", "parameters, M", 1e-6),
-        ("gflops", "GFLOPs per image, forward", 1.0),
-        ("images_per_second", "training images/s", 1.0),
-    )
-    figure, axes = plt.subplots(1, 3, figsize=(10.8, 3.6), sharey=True)
-    for axis, (key, name, scale) in zip(axes, costs, strict=True):
-        for index, row in enumerate(rows):
-            if row[key] is not None:
-                axis.errorbar(
-                    row[key] * scale,
-                    row["mean"],
-                    row["ci95"] or 0,
-                    color=COLORS[index % len(COLORS)],
-                    marker="osD^vP*X"[index % 8],
-                    capsize=3,
-                    label=row["point"],
-                )
-        axis.set(xlabel=name)
-    axes[0].set(ylabel=f"{metric}, %")
+COSTS = {
+    "parameters": ("parameters, M", 1e-6),
+    "gflops": ("GFLOPs per image, forward", 1.0),
+    "images_per_second": ("training images/s", 1.0),
+}
+"""What a sweep's points cost: the name of the axis, and its scale."""
+
+
+def tradeoff(rows: Sequence[Mapping[str, Any]], metric: str, cost: str) -> Figure:
+    """A sweep's points: the metric with its 95% interval over one of `COSTS`."""
+    name, scale = COSTS[cost]
+    figure, axis = plt.subplots(figsize=(4.2, 3))
+    for index, row in enumerate(rows):
+        if row[cost] is not None:
+            axis.errorbar(
+                row[cost] * scale,
+                row["mean"],
+                row["ci95"] or 0,
+                color=COLORS[index % len(COLORS)],
+                marker="osD^vP*X"[index % 8],
+                capsize=3,
+                label=row["point"],
+            )
+    axis.set(xlabel=name, ylabel=f"{metric}, %")
+    axis.locator_params(axis="x", nbins=5)
     if len(rows) <= 12:
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="upper center", bbox_to_anchor=(0.5, 0), ncol=3)
-    figure.tight_layout()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=7, frameon=False)
     return figure
 
 

@@ -574,13 +574,19 @@ def _pictures(
 
     points = {o.trial.label: o.trial.point for o in outcomes}
     rows, metric = comparison["rows"], comparison["metric"]
-    yield {
-        "title": "Accuracy and cost",
-        "text": "Mean and 95% interval over seeds. Throughput is that of training, beside the other"
-        " trials on the same machine.",
-        "alt": "; ".join(f"{row['point']}: {metric} {row['mean']:.1f}" for row in rows),
-        "data": _png(figures.tradeoffs(rows, metric)),
-    }
+    for cost, (name, scale) in figures.COSTS.items():
+        yield {
+            "group": "cost",
+            "title": name,
+            "text": "",
+            "alt": f"{metric} by {name}: "
+            + "; ".join(
+                f"{row['point']}: {row['mean']:.1f} at {row[cost] * scale:.3g}"
+                for row in rows
+                if row[cost] is not None
+            ),
+            "data": _png(figures.tradeoff(rows, metric, cost)),
+        }
     reference = points[comparison["reference"]]
     names = dict.fromkeys(name for point in points.values() for name in point)
     for name in names:
@@ -595,6 +601,7 @@ def _pictures(
             chosen = [row for row in rows if name in points[row["point"]]]
         values = [points[row["point"]][name] for row in chosen]
         yield {
+            "group": "factor",
             "title": name,
             "text": f"Published: {space.findings[name]}" if name in space.findings else "",
             "alt": f"{metric} by {name}: "

@@ -169,6 +169,6 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     assert len(theirs["rows"]) == 3
     page = (sweep.root / "sweeps/sweep.html").read_text()
     assert "http://" not in page
-    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 3
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 5
     for row in ours["rows"]:
         assert f"{row['mean']:.1f}" in page
