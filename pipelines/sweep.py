@@ -33,6 +33,8 @@ class Plan:
 
     space: Space
     trials: list[Trial]
+    base: Trial
+    """What all trials have in common."""
     data: dict[str, Any]
 
 
@@ -70,7 +72,7 @@ def check(params: Params) -> Plan | None:
     trials = plan(params, space)
     for trial in trials:
         cost_of(trial)
-    return Plan(space, trials, data)
+    return Plan(space, trials, make_trial(params, space, {}), data)
 
 
 @dataclass
@@ -101,8 +103,7 @@ class Trials:
         self.stage, self.space, self.sweep = stage, plan.space, stage.tracker.run_id
         self.waiting = deque(plan.trials)
         self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in plan.trials}
-        pretrain = stage.params.pretrain
-        self.score = "holdout_top1" if pretrain.holdout else "val_top1"
+        self.score = "holdout_top1" if plan.base.params.pretrain.holdout else "val_top1"
         """What points are chosen by: the accuracy that also chooses a run's best epoch."""
         search = plan.space.search
         self.asha = search.asha if search else None
@@ -360,7 +361,7 @@ def run(stage: Stage, plan: Plan | None) -> None:
     reference = label(plan.space.reference or plan.trials[0].point) if plan.trials else ""
     stage.tracker.set_tags({"space": stage.section.space, "reference": reference})
     stage.tracker.log_dataset("imagenet", plan.data["digest"], Path("imagenet"), "training")
-    largest = max([t.params for t in plan.trials] or [stage.params], key=_workers)
+    largest = max((t.params for t in (plan.base, *plan.trials)), key=_workers)
     trials = Trials(stage, plan)
     try:
         asha = trials.asha
@@ -372,9 +373,7 @@ def run(stage: Stage, plan: Plan | None) -> None:
             storage=launch.storage_path(stage.params),
             concurrent=launch.at_once(largest),
             metric=trials.score,
-            asha=(asha.grace_epochs, asha.reduction_factor, stage.params.pretrain.epochs)
-            if asha
-            else None,
+            asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
         )
     finally:
         trials.close()
