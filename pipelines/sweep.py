@@ -311,16 +311,17 @@ class _Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.left = optuna, search.trials
-        self.study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=search.seed)
-        )
+        earlier = tracking.sweep_trials(sweep_id)
+        # Points that are asked again take no random numbers: the same seed would draw them twice.
+        sampler = optuna.samplers.TPESampler(seed=search.seed + len(earlier))
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
         self.distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(domain.values)
             if isinstance(domain, Choice)
             else optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
             for name, domain in search.parameters.items()
         }
-        for run in tracking.sweep_trials(sweep_id):
+        for run in earlier:
             self.study.enqueue_trial(json.loads(run.tags["point"]), skip_if_exists=True)
         self._asked: Any = None
         self._open: dict[str, Any] = {}

@@ -170,4 +170,6 @@ def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
     earlier += [SimpleNamespace(tags={"point": json.dumps(point)}) for point in points]
     again = _Study(search, "sweep")
     assert [again.ask() for _ in points] == points
-    assert again.left == 2
+    rates = {point["pretrain.lr"] for point in points}
+    rates |= {again.ask()["pretrain.lr"] for _ in range(again.left)}
+    assert len(rates) == 5  # what follows is new
