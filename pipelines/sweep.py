@@ -160,9 +160,13 @@ class Trials:
         self._end(outcome, "failed", reason)
 
     def close(self) -> None:
-        """Free what still runs."""
+        """Free what still runs, which only an interrupted sweep has."""
+        from pipelines.run.tracking import Tracker
+
         self._progress.close()
         for outcome in self.outcomes.values():
+            if outcome.state == "running":
+                Tracker(outcome.run_id).finish("KILLED")
             outcome.locks.close()
 
     def scores(self, run_id: str) -> list[tuple[int, float]]:
