@@ -216,14 +216,12 @@ def plan(params: Params, space: Space) -> list[Trial]:
     """
     name, search = params.sweep.space, space.search
     points = listed_points(space)
-    if search and search.method == "optuna":
-        if params.sweep.seeds > 1:
-            raise ParamsError(
-                f"sweep.space={name} searches with optuna, one run of each point: set"
-                " sweep.seeds=1, and compare its best point with others at several seeds"
-            )
-        for point in _corners(search):
-            make_trial(params, space, point)
+    optuna = bool(search and search.method == "optuna")
+    if optuna and params.sweep.seeds > 1:
+        raise ParamsError(
+            f"sweep.space={name} searches with optuna, one run of each point: set sweep.seeds=1,"
+            " and compare its best point with others at several seeds"
+        )
     trials = [make_trial(params, space, p, s) for s in range(params.sweep.seeds) for p in points]
     first = trials[: len(points)]
     seen: dict[str, str] = {}
@@ -236,7 +234,14 @@ def plan(params: Params, space: Space) -> list[Trial]:
         seen[trial.identity] = trial.label
     if space.reference is not None and space.reference not in points:
         raise ParamsError(f"sweep.space={name}: reference {label(space.reference)} is no point")
-    epochs = min((t.epochs for t in first), default=params.pretrain.epochs)
+    corners = _corners(search) if search and optuna else []
+    known = first + [make_trial(params, space, point) for point in corners]
+    epochs = min(trial.epochs for trial in known)
+    if search and search.asha and search.asha.grace_epochs >= epochs:
+        raise ParamsError(
+            f"sweep.space={name}: asha.grace_epochs={search.asha.grace_epochs} must be less than"
+            f" the {epochs} epochs of a trial"
+        )
     if 0 < params.sweep.max_epochs < epochs:
         raise ParamsError(
             f"sweep.max_epochs={params.sweep.max_epochs} is too small for one trial, which has"

@@ -33,6 +33,8 @@ class Plan:
 
     space: Space
     trials: list[Trial]
+    base: Trial
+    """What all trials have in common."""
     data: dict[str, Any]
 
 
@@ -70,7 +72,7 @@ def check(params: Params) -> Plan | None:
     trials = plan(params, space)
     for trial in trials:
         cost_of(trial)
-    return Plan(space, trials, data)
+    return Plan(space, trials, make_trial(params, space, {}), data)
 
 
 @dataclass
@@ -101,8 +103,7 @@ class Trials:
         self.stage, self.space, self.sweep = stage, plan.space, stage.tracker.run_id
         self.waiting = deque(plan.trials)
         self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in plan.trials}
-        pretrain = stage.params.pretrain
-        self.score = "holdout_top1" if pretrain.holdout else "val_top1"
+        self.score = "holdout_top1" if plan.base.params.pretrain.holdout else "val_top1"
         """What points are chosen by: the accuracy that also chooses a run's best epoch."""
         search = plan.space.search
         self.asha = search.asha if search else None
@@ -159,9 +160,13 @@ class Trials:
         self._end(outcome, "failed", reason)
 
     def close(self) -> None:
-        """Free what still runs."""
+        """Free what still runs, which only an interrupted sweep has."""
+        from pipelines.run.tracking import Tracker
+
         self._progress.close()
         for outcome in self.outcomes.values():
+            if outcome.state == "running":
+                Tracker(outcome.run_id).finish("KILLED")
             outcome.locks.close()
 
     def scores(self, run_id: str) -> list[tuple[int, float]]:
@@ -310,16 +315,17 @@ class _Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.left = optuna, search.trials
-        self.study = optuna.create_study(
-            direction="maximize", sampler=optuna.samplers.TPESampler(seed=search.seed)
-        )
+        earlier = tracking.sweep_trials(sweep_id)
+        # Points that are asked again take no random numbers: the same seed would draw them twice.
+        sampler = optuna.samplers.TPESampler(seed=search.seed + len(earlier))
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
         self.distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(domain.values)
             if isinstance(domain, Choice)
             else optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
             for name, domain in search.parameters.items()
         }
-        for run in tracking.sweep_trials(sweep_id):
+        for run in earlier:
             self.study.enqueue_trial(json.loads(run.tags["point"]), skip_if_exists=True)
         self._asked: Any = None
         self._open: dict[str, Any] = {}
@@ -360,7 +366,7 @@ def run(stage: Stage, plan: Plan | None) -> None:
     reference = label(plan.space.reference or plan.trials[0].point) if plan.trials else ""
     stage.tracker.set_tags({"space": stage.section.space, "reference": reference})
     stage.tracker.log_dataset("imagenet", plan.data["digest"], Path("imagenet"), "training")
-    largest = max([t.params for t in plan.trials] or [stage.params], key=_workers)
+    largest = max((t.params for t in (plan.base, *plan.trials)), key=_workers)
     trials = Trials(stage, plan)
     try:
         asha = trials.asha
@@ -372,9 +378,7 @@ def run(stage: Stage, plan: Plan | None) -> None:
             storage=launch.storage_path(stage.params),
             concurrent=launch.at_once("sweep", largest, {"imagenet": plan.data["place"]}),
             metric=trials.score,
-            asha=(asha.grace_epochs, asha.reduction_factor, stage.params.pretrain.epochs)
-            if asha
-            else None,
+            asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
         )
     finally:
         trials.close()

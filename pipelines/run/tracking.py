@@ -4,6 +4,7 @@ One experiment, a parent run per pipeline run (a parameter set, or a DVC experim
 child run per stage. The driver creates the run and passes its id; workers log by client.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -342,10 +343,11 @@ def sweep_trials(sweep_id: str) -> list[RunRecord]:
 
 
 def comparison_path(sweep_id: str) -> str:
-    """Address of a sweep's charts, below that of MLflow's user interface."""
+    """Address of a sweep's finished trials side by side, below that of MLflow's user interface."""
     experiment = _experiment(MlflowClient(tracking_uri()))
-    query = quote(f"tags.sweeps LIKE '%{sweep_id}%'")
-    return f"/#/experiments/{experiment}/runs?searchFilter={query}&compareRunsMode=CHART"
+    ids = [run.run_id for run in sweep_trials(sweep_id) if run.status == "FINISHED"]
+    runs, experiments = quote(json.dumps(ids[:100])), quote(json.dumps([experiment]))
+    return f"/#/compare-runs?runs={runs}&experiments={experiments}"
 
 
 def register(

@@ -163,12 +163,13 @@ def run_trials(
             mode="max",
             grace_period=grace,
             reduction_factor=factor,
-            max_t=most + 2,  # its own last report is one more; never cut a trial at its end
+            max_t=most - 1,  # the last rung: what reaches the last epoch is finished
+            stop_last_trials=False,
         )
     tune.Tuner(
         tune.with_resources(
             tune.with_parameters(_trial, loop=loop, inputs=inputs, report_epochs=bool(asha)),
-            {"memory": 1},  # Tune refuses nothing; the workers of the Ray Train run take the rest
+            {"memory": 1},  # Tune refuses none at all; the Ray Train run's workers take the rest
         ),
         tune_config=tune.TuneConfig(
             search_alg=_Source(queue),
@@ -176,7 +177,7 @@ def run_trials(
             num_samples=-1,
             max_concurrent_trials=concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
-            reuse_actors=True,
+            reuse_actors=not asha,  # an actor whose trial was stopped still runs it
         ),
         run_config=tune.RunConfig(
             name=name, storage_path=storage, verbose=0, callbacks=[_Outcomes(queue)]

@@ -85,10 +85,12 @@ def test_a_killed_sweep_keeps_what_finished_and_a_bad_trial_does_not_end_it(swee
         children = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    psutil.wait_procs(children, timeout=60)  # Ray's processes go with their driver
-    for left in children:
+    _, left = psutil.wait_procs(children, timeout=10)
+    # Only Ray's agents outlive their driver for a while: nothing trains on behind our back.
+    assert not [p for p in left if "RayTrainWorker" in p.name() or "ImplicitFunc" in p.name()]
+    for agent in left:
         with suppress(psutil.NoSuchProcess):
-            left.kill()
+            agent.kill()
     kept = re.search(r"sweep: 1/3 (operator=\S+ lr=0.001) seed", shown)
     assert kept, shown
     assert not (sweep.root / "sweeps").exists()

@@ -49,6 +49,11 @@ def params_for(space: str, recipe: str = "demo", **sweep):
         ("points: [{model.lam: 1}]", {"max_epochs": 8}, "too small for one trial, which has 9"),
         (OPTUNA, {"seeds": 2}, "set sweep.seeds=1"),
         (OPTUNA.replace("[0, 2]", "[0, -2]"), {"seeds": 1}, r"point gamma=-2:\n.*greater than"),
+        (
+            OPTUNA.replace("seed: 0", "seed: 0, asha: {grace_epochs: 9, reduction_factor: 2}"),
+            {"seeds": 1},
+            "grace_epochs=9 must be less than the 9 epochs",
+        ),
         (OPTUNA.replace("values: [0, 2]", "low: 2, high: 1"), {}, "low must be below high"),
     ],
 )
@@ -165,4 +170,6 @@ def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
     earlier += [SimpleNamespace(tags={"point": json.dumps(point)}) for point in points]
     again = _Study(search, "sweep")
     assert [again.ask() for _ in points] == points
-    assert again.left == 2
+    rates = {point["pretrain.lr"] for point in points}
+    rates |= {again.ask()["pretrain.lr"] for _ in range(again.left)}
+    assert len(rates) == 5  # what follows is new
