@@ -7,7 +7,7 @@ import pytest
 
 from pipelines.errors import PipelineError
 from pipelines.params import load_params
-from pipelines.run import launch, storage, tracking
+from pipelines.run import launch, preflight, storage, tracking
 from pipelines.run.reporting import RayReporter
 
 
@@ -35,6 +35,9 @@ def loop(config: dict) -> None:
 def test_a_failure_that_would_repeat_is_told_once(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    # The loop has no model, and a clean clone no compiled operator.
+    loads = preflight.Finding("operator", "here", "is not needed")
+    monkeypatch.setattr(preflight, "_operator", lambda node, use_gpu: loads)
     changes = {"storage.path": str(tmp_path / "storage"), "scaling.num_workers": 1}
     params = load_params("smoke", changes=changes)
     assert params.scaling.max_failures == 3
