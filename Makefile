@@ -39,7 +39,7 @@ lint: setup
 	$(UV) run mypy
 
 ui: setup
-	@echo "The last sweep's comparison: $$($(UV) run python -m pipelines.compare --url)"
+	@$(UV) run python -m pipelines.compare --url
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(UV) run mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 .tools/bin/uv:

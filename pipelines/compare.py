@@ -206,13 +206,15 @@ def _of_runs(ids: Sequence[str], metric: str | None) -> dict[str, Any]:
     return compare([run for run in found.values() if run], metric=metric)
 
 
-def _address() -> str:
+def _where() -> str:
+    """What to open: MLflow's page, and the last sweep's trials in it if there was one."""
     from pipelines.run import tracking
 
     sweep = tracking.find_sweep()
-    if sweep is None:
-        return UI
-    return UI + tracking.comparison_path(sweep.run_id)
+    lines = [f"All runs: {UI}"]
+    if sweep:
+        lines.append(f"The last sweep's trials: {UI}{tracking.comparison_path(sweep.run_id)}")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -223,15 +225,13 @@ def main() -> None:
     parser.add_argument("--sweep", metavar="NAME", help="a space: all trials of its last sweep")
     parser.add_argument("--metric", help=f"default: the first of {', '.join(METRICS)} they have")
     parser.add_argument("--out", type=Path, default=ROOT / "comparison", help="default: comparison")
-    parser.add_argument(
-        "--url", action="store_true", help="only print where `make ui` shows the last sweep"
-    )
+    parser.add_argument("--url", action="store_true", help="only print what to open in `make ui`")
     arguments = parser.parse_args()
     if not arguments.url and bool(arguments.runs) == bool(arguments.sweep):
         parser.error("give ids of runs, or --sweep NAME")
     try:
         if arguments.url:
-            print(_address())
+            print(_where())
             return
         comparison = (
             of_sweep(arguments.sweep, arguments.metric)

@@ -122,7 +122,7 @@ def load_model(task: str, params: Params, classes: Sequence[str], place: str, fi
     import elsa
 
     if task == "classify":
-        from pipelines.train.classify import build_model
+        from pipelines.train.models import build_model
 
         model = build_model(params.model, params.pretrain.num_classes)
     else:
@@ -201,7 +201,7 @@ def evaluate_per_worker(config: dict[str, Any]) -> None:
 
                 job = _job(what["task"], what["params"], what["classes"], what["place"])
                 predict(job, state, what["ms_flip"], folder, reporter)
-            reporter.hand_over(folder)
+            reporter.keep(folder if reporter.rank == 0 else None)
     finally:
         reporter.close()
 
@@ -211,8 +211,8 @@ def _predict_classes(
 ) -> None:
     import numpy as np
 
-    from pipelines.train.classify import build_model
     from pipelines.train.evaluation import predict
+    from pipelines.train.models import build_model
 
     p = what["params"].pretrain
     model = build_model(what["params"].model, p.num_classes)

@@ -371,12 +371,11 @@ def load_params(
     """
     overrides: dict[str, Any] = {} if recipe else read_yaml(path)
     name = recipe or overrides.pop("recipe", None)
-    for key, value in (changes or {}).items():
-        overrides = _merge(overrides, _nested(key, value))
+    overrides = merge(overrides, nested(changes or {}))
     if name not in recipe_names():
         raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
     recipe_values = read_yaml(RECIPES / f"{name}.yaml")
-    resolved = _merge(_choose_variants(recipe_values, overrides, name), overrides)
+    resolved = merge(_choose_variants(recipe_values, overrides, name), overrides)
     resolved["recipe"] = name
     return _validate(resolved, f"params.yaml, recipe {name}")
 
@@ -387,17 +386,7 @@ def override(params: Params, values: Mapping[str, Any], where: str) -> Params:
     Raises:
         ParamsError: the schema refuses them; the message starts with `where`.
     """
-    changed = params.model_dump(mode="json")
-    for name, value in values.items():
-        *sections, key = name.split(".")
-        section = changed
-        for part in sections:
-            inner = section.setdefault(part, {})
-            if not isinstance(inner, dict):
-                raise ParamsError(f"{where}: {name}: {part} has no keys")
-            section = inner
-        if value is not None or key not in section:
-            section[key] = value
+    changed = merge(params.model_dump(mode="json"), nested(values))
     return _validate(changed, where)
 
 
@@ -442,10 +431,14 @@ def parse_change(text: str) -> tuple[str, Any]:
         raise ParamsError(f"-S {text}: not of the form section.key=value") from None
 
 
-def _nested(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return value
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted name as nested mappings: the inverse of `flatten`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        found = merge(found, value)
+    return found
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -467,12 +460,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """`overrides` over `base`; null keeps the value of `base`."""
     merged = dict(base)
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merged[key] = _merge(base[key], value)
+            merged[key] = merge(base[key], value)
         elif value is not None:
             merged[key] = value
         elif key not in base:
@@ -498,7 +491,7 @@ def _choose_variants(
             continue
         own = {k: v for k, v in section.items() if k != "variants"}
         given = overrides.get(key)
-        wanted = _merge(own, given if isinstance(given, dict) else {})
+        wanted = merge(own, given if isinstance(given, dict) else {})
         variant = f"{wanted['method']} {wanted['schedule']}"
         variants = section.get("variants", {f"{own['method']} {own['schedule']}": {}})
         if variant not in variants:

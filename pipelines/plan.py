@@ -67,7 +67,7 @@ def training_images(params: Params, stage: str) -> int:
 def model_of(params: Params, stage: str) -> tuple[nn.Module, Forward]:
     """The stage's model, and how a training step calls it."""
     if stage == "pretrain":
-        from pipelines.train.classify import build_model
+        from pipelines.train.models import build_model
 
         p = params.pretrain
         model = build_model(params.model, p.num_classes, p.drop_path_rate)

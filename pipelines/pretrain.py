@@ -16,7 +16,7 @@ LARGEST_CONFUSION = 100
 def check(params: Params) -> dict[str, Any]:
     check_library()
     if params.pretrain.weights:
-        from pipelines.train.classify import build_model, load_weights
+        from pipelines.train.models import build_model, load_weights
 
         # Here, so that a fault is told before Ray starts; each worker loads them for itself.
         load_weights(build_model(params.model, params.pretrain.num_classes), params.pretrain)

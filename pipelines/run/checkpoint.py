@@ -97,7 +97,7 @@ def load_model(folder: Path) -> Any:
     from safetensors.torch import load_file
 
     from pipelines.params import Model
-    from pipelines.train.classify import build_model
+    from pipelines.train.models import build_model
 
     description = read_description(folder)
     state = load_file(str(folder / "model.safetensors"))

@@ -44,7 +44,7 @@ class Reporter(Protocol):
         """Whether the run is to end after its next checkpoint. Rank 0 knows, the others don't."""
 
     def keep(self, folder: Path | None) -> None:
-        """A checkpoint within an epoch; `folder` as in `save`."""
+        """A checkpoint without metrics, such as within an epoch; `folder` as in `save`."""
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
@@ -108,7 +108,7 @@ class RayReporter:
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
-        if self.rank == 0 and self._display and (now - self._shown > 1 or done >= total):
+        if self.rank == 0 and (now - self._shown > 1 or done >= total):
             self._shown = now
             self._display.update.remote(done, total, unit, note)
 
@@ -147,13 +147,6 @@ class RayReporter:
                 f"a checkpoint can't be written to storage.path: {error}."
                 " Mend it and start the stage again: it goes on from the checkpoint before"
             ) from error
-
-    def hand_over(self, folder: Path) -> None:
-        """Give the driver what rank 0 wrote to `folder`, as the checkpoint that `fit` returns."""
-        if self.rank == 0:
-            storage.seal(folder)
-        mine = ray.train.Checkpoint.from_directory(str(folder)) if self.rank == 0 else None
-        ray.train.report({}, checkpoint=mine)
 
     def close(self) -> None:
         """Stop the system monitor, and give the last metrics a moment to arrive."""

@@ -58,6 +58,15 @@ def run(*command: str, **options) -> subprocess.CompletedProcess:
     return subprocess.run(command, check=True, **options)
 
 
+def output(command: list[str], must_succeed: bool = True, **options) -> str:
+    """All that a command prints."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+    done = subprocess.run(command, text=True, check=False, **streams, **options)
+    if must_succeed:
+        assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
 class Hosts:
     """Two hosts at a bridge of this machine, and what `ray up` needs to reach them."""
 
@@ -150,40 +159,19 @@ class Hosts:
         run("ip", "link", "set", f"{self.links[i]}p", "up" if up else "down")
 
     def ray(self, *command: str) -> str:
-        done = subprocess.run(
-            ["ray", *command],
-            cwd=ROOT,
-            env=os.environ | {"HOME": str(self.client), "RAY_UP_enable_autoscaler_v2": "0"},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        env = os.environ | {"HOME": str(self.client), "RAY_UP_enable_autoscaler_v2": "0"}
+        return output(["ray", *command], timeout=600, cwd=ROOT, env=env)
 
     def on(self, i: int, command: str, check: bool = True) -> str:
         """Output of a shell command on a host, as over `ray attach`."""
         script = f"source ~/elsa/pipelines/cluster/env.sh; cd ~/elsa; {command}"
-        done = subprocess.run(
-            [
-                *("ssh", "-i", str(self.base / "key"), "-o", "StrictHostKeyChecking=no"),
-                *("-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
-                f"root@{self.addresses[i]}",
-                f"bash -c {shlex.quote(script)}",
-            ],
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            timeout=300,
-            check=False,
-        )
-        if check:
-            assert done.returncode == 0, done.stdout[-6000:]
-        return done.stdout
+        ssh = [
+            *("ssh", "-i", str(self.base / "key"), "-o", "StrictHostKeyChecking=no"),
+            *("-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR"),
+            f"root@{self.addresses[i]}",
+            f"bash -c {shlex.quote(script)}",
+        ]
+        return output(ssh, timeout=300, must_succeed=check)
 
     def close(self) -> None:
         for i, process in enumerate(self.processes):

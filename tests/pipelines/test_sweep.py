@@ -148,7 +148,7 @@ def test_runs_that_share_no_metric_are_not_compared():
 
 def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
     from pipelines.run import tracking
-    from pipelines.sweep import _Study
+    from pipelines.trials import _Study
 
     search = spaces.Search(
         method="optuna",

@@ -1,0 +1,322 @@
+"""The trials of a sweep as Ray Tune asks for them: what is done, what must run, what is left."""
+
+import functools
+import json
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipelines.errors import PipelineError
+from pipelines.params import ROOT, Model
+from pipelines.run.identity import HeldError, RunState, hold
+from pipelines.run.stage import Stage
+from pipelines.spaces import Choice, Point, Space, Trial, make_trial
+
+if TYPE_CHECKING:
+    from pipelines.run.tuning import Job
+
+
+@functools.cache
+def cost(model: Model, num_classes: int, img_size: int) -> tuple[int, float]:
+    """Parameters, and GFLOPs of an image's forward pass (2 per multiply-add)."""
+    import torch
+
+    from pipelines.train.cost import flops_per_image
+    from pipelines.train.models import build_model
+
+    with torch.device("meta"):
+        network = build_model(model, num_classes)
+    return sum(p.numel() for p in network.parameters()), flops_per_image(network, img_size) / 1e9
+
+
+def cost_of(trial: Trial) -> tuple[int, float]:
+    """`cost` of a trial's model and images.
+
+    Raises:
+        PipelineError: the model can't be built.
+    """
+    p = trial.params.pretrain
+    try:
+        return cost(trial.params.model, p.num_classes, p.img_size)
+    except PipelineError as error:
+        raise PipelineError(f"point {trial.label}: {error}") from error
+
+
+@dataclass
+class Outcome:
+    """What became of a trial."""
+
+    trial: Trial
+    run_id: str = ""
+    run_name: str = ""
+    state: str = "not run"
+    """finished, stopped, failed, running or not run."""
+    reused: bool = False
+    reason: str = ""
+    locks: ExitStack = field(default_factory=ExitStack)
+    started: float = 0.0
+
+
+class Trials:
+    """The queue of a sweep: gives Ray Tune its trials and keeps what became of them.
+
+    What was done before is found by the trials' identities: in `.runs/pretrain-<identity>` is
+    their MLflow run, and that says whether they finished.
+
+    Args:
+        trials: those that are known before the first one starts.
+        base: what all trials have in common.
+    """
+
+    def __init__(self, stage: Stage, space: Space, trials: Sequence[Trial], base: Trial) -> None:
+        from pipelines.run.reporting import Progress
+
+        self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
+        self.waiting = deque(trials)
+        self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in trials}
+        self.score = "holdout_top1" if base.params.pretrain.holdout else "val_top1"
+        """What points are chosen by: the accuracy that also chooses a run's best epoch."""
+        search = space.search
+        self.asha = search.asha if search else None
+        self.study = _Study(search, self.sweep) if search and search.method == "optuna" else None
+        self.total = len(trials) + (search.trials if search and self.study else 0)
+        self.retry = stage.state.attempt > 1
+        self._spent_trials = self._spent_epochs = 0
+        self._began = time.monotonic()
+        self._progress = Progress("sweep")
+
+    def next(self) -> "Job | None":
+        """The next trial that must run, or whose epochs the scheduler must see again."""
+        for trial in self._upcoming():
+            outcome = self.outcomes.setdefault(trial.identity, Outcome(trial))
+            try:
+                job = self._start(outcome)
+            except HeldError as error:
+                self._end(outcome, "failed", str(error))
+                continue
+            if job:
+                return job
+        return None
+
+    def finished(self, key: str, result: Mapping[str, Any]) -> None:
+        """A trial ended: log its summary, and free it."""
+        from pipelines.run.tracking import Tracker
+
+        outcome = self.outcomes[key]
+        tracker = Tracker(outcome.run_id)
+        kept = ("top1", "top5", "loss", "best_epoch", "images_per_second")
+        seconds = round(time.monotonic() - outcome.started, 1)
+        tracker.log_summary({k: result[k] for k in kept} | {"wall_time_s": seconds})
+        tracker.finish()
+        self._end(outcome, "finished", f"top1 {result['top1']:.1f}")
+
+    def stopped(self, key: str, epoch: int) -> None:
+        """ASHA stopped a trial."""
+        from pipelines.run.tracking import Tracker
+
+        outcome, reason = self.outcomes[key], f"stopped by ASHA after epoch {epoch + 1}"
+        tracker = Tracker(outcome.run_id)
+        tracker.set_tags({"stopped": reason})
+        tracker.finish()
+        self._end(outcome, "stopped", reason)
+
+    def failed(self, key: str, reason: str) -> None:
+        """A trial failed: keep the reason, and go on with the others."""
+        from pipelines.run.tracking import Tracker
+
+        outcome = self.outcomes[key]
+        tracker = Tracker(outcome.run_id)
+        tracker.set_tags({"error": reason[:500]})
+        tracker.finish("FAILED")
+        self._end(outcome, "failed", reason)
+
+    def close(self) -> None:
+        """Free what still runs, which only an interrupted sweep has."""
+        from pipelines.run.tracking import Tracker
+
+        self._progress.close()
+        for outcome in self.outcomes.values():
+            if outcome.state == "running":
+                Tracker(outcome.run_id).finish("KILLED")
+            outcome.locks.close()
+
+    def scores(self, run_id: str) -> list[tuple[int, float]]:
+        """The score of each epoch of a run."""
+        from pipelines.run.tracking import metric_history
+
+        return metric_history(run_id).get(self.score, [])
+
+    def _upcoming(self) -> Iterator[Trial]:
+        """Trials in order, while the budget lasts."""
+        budget, study = self.stage.params.sweep, self.study
+        while self.waiting or (study and study.left > 0):
+            hours = (time.monotonic() - self._began) / 3600
+            if budget.max_hours and hours >= budget.max_hours:
+                return self._progress.line(f"sweep.max_hours={budget.max_hours} are over")
+            if budget.max_trials and self._spent_trials >= budget.max_trials:
+                return self._progress.line(f"sweep.max_trials={budget.max_trials} have run")
+            if self.waiting:
+                trial = self.waiting[0]
+            else:
+                assert study is not None
+                trial = make_trial(self.stage.params, self.space, study.ask())
+                study.name(trial.identity)
+            if budget.max_epochs and self._spent_epochs + trial.epochs > budget.max_epochs:
+                return self._progress.line(f"sweep.max_epochs={budget.max_epochs} are used up")
+            if self.waiting:
+                self.waiting.popleft()
+            yield trial
+        return None
+
+    def _start(self, outcome: Outcome) -> "Job | None":
+        """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
+        from pipelines.run import tracking
+        from pipelines.run.tuning import Job
+
+        trial = outcome.trial
+        folder = ROOT / ".runs" / f"pretrain-{trial.identity}"
+        outcome.locks.enter_context(hold(folder))
+        state = RunState.load(folder)
+        outcome.run_name = folder.name + (f"-{state.attempt}" if state.attempt > 1 else "")
+        outcome.started = time.monotonic()
+        before = tracking.read_run(state.mlflow_run_id) if state.mlflow_run_id else None
+        if before:
+            outcome.run_id = before.run_id
+            own = before.tags.get("mlflow.parentRunId") == self.sweep
+            ended = self._earlier(outcome, before, own)
+            if own or not ended:
+                self._count(trial)
+            if ended:
+                self._mark(before.tags, outcome)
+                self._end(outcome, ended, outcome.reason)
+                if not (self.asha and ended in ("finished", "stopped")):
+                    return None
+                epochs = [
+                    {self.score: value, "epoch": step} for step, value in self.scores(before.run_id)
+                ]
+                return Job(trial.identity, {}, "", "", replay=epochs)
+        else:
+            self._count(trial)
+        tracker = tracking.start_run(
+            f"{trial.label} seed {trial.seed}",
+            "sweep",
+            {
+                "stage": "pretrain",
+                "identity": trial.identity,
+                "ray_run": outcome.run_name,
+                "recipe": trial.params.recipe,
+                **tracking.git_tags(),
+            },
+            state.mlflow_run_id,
+            parent=self.sweep,
+        )
+        outcome.run_id = state.mlflow_run_id = tracker.run_id
+        state.save(folder)
+        resolved = trial.params.model_dump(mode="json")
+        tracker.log_params({name: resolved[name] for name in ("scaling", "model", "pretrain")})
+        tracker.log_dict(resolved, "params.json")
+        self._mark(before.tags if before else {}, outcome)
+        outcome.state = "running"
+        return Job(trial.identity, resolved, outcome.run_name, tracker.run_id)
+
+    def _earlier(self, outcome: Outcome, before: Any, own: bool) -> str:
+        """How a trial ended before; empty if it must run, or go on."""
+        from pipelines.run import launch
+
+        if before.status == "FINISHED" and "final/top1" in before.metrics:
+            if launch.last_checkpoint(outcome.run_name, outcome.trial.params) is None:
+                return ""  # its weights are gone
+            outcome.reused = True
+            where = "this sweep, before it was interrupted" if own else f"run {before.name!r}"
+            outcome.reason = f"taken over from {where}: top1 {before.metrics['final/top1']:.1f}"
+            return "finished"
+        if before.status == "FINISHED" and "stopped" in before.tags and self.asha:
+            outcome.reused, outcome.reason = True, before.tags["stopped"]
+            return "stopped"
+        if before.status == "FAILED" and not self.retry and own:
+            outcome.reused = True
+            outcome.reason = before.tags.get("error", "failed")
+            return "failed"
+        return ""
+
+    def _count(self, trial: Trial) -> None:
+        self._spent_trials += 1
+        self._spent_epochs += trial.epochs
+
+    def _mark(self, tags: Mapping[str, str], outcome: Outcome) -> None:
+        """Tag a run as one of this sweep's, by which the comparison finds it."""
+        from pipelines.run.tracking import Tracker
+
+        tracker, trial = Tracker(outcome.run_id), outcome.trial
+        sweeps = json.loads(tags.get("sweeps", "{}")) | {self.sweep: trial.label}
+        order = list(self.outcomes).index(trial.identity)
+        tracker.set_tags(
+            {
+                "sweeps": json.dumps(sweeps),
+                "trial": f"{order:04d}",
+                "point": json.dumps(trial.point),
+            }
+        )
+        parameters, gflops = cost_of(trial)
+        tracker.log_summary({"parameters": parameters, "gflops": gflops})
+
+    def _end(self, outcome: Outcome, state: str, reason: str) -> None:
+        outcome.state, outcome.reason = state, reason
+        outcome.locks.close()
+        if self.study:
+            scores = self.scores(outcome.run_id) if outcome.run_id else []
+            best = max((value for _, value in scores), default=None)
+            self.study.tell(outcome.trial.identity, None if state == "failed" else best)
+        done = sum(o.state not in ("running", "not run") for o in self.outcomes.values())
+        trial = outcome.trial
+        self._progress.line(
+            f"{done}/{self.total} {trial.label} seed {trial.seed}: {state}"
+            + (f": {reason}" if reason else "")
+        )
+        self._progress.update(done, self.total, "trials")
+
+
+class _Study:
+    """Optuna's TPE, fed with what this sweep's trials gave before it was interrupted."""
+
+    def __init__(self, search: Any, sweep_id: str) -> None:
+        import optuna
+
+        from pipelines.run import tracking
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna, self.left = optuna, search.trials
+        earlier = tracking.sweep_trials(sweep_id)
+        # Points that are asked again take no random numbers: the same seed would draw them twice.
+        sampler = optuna.samplers.TPESampler(seed=search.seed + len(earlier))
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.distributions: dict[str, Any] = {
+            name: optuna.distributions.CategoricalDistribution(domain.values)
+            if isinstance(domain, Choice)
+            else optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
+            for name, domain in search.parameters.items()
+        }
+        for run in earlier:
+            self.study.enqueue_trial(json.loads(run.tags["point"]), skip_if_exists=True)
+        self._asked: Any = None
+        self._open: dict[str, Any] = {}
+
+    def ask(self) -> Point:
+        """The next point: first those that were asked before."""
+        self.left -= 1
+        self._asked = self.study.ask(self.distributions)
+        return dict(self._asked.params)
+
+    def name(self, identity: str) -> None:
+        """The trial of the last point."""
+        self._open[identity] = self._asked
+
+    def tell(self, identity: str, score: float | None) -> None:
+        """A trial's score; None: it failed."""
+        trial = self._open.pop(identity, None)
+        if trial is not None:
+            state = self.optuna.trial.TrialState
+            self.study.tell(trial, score, None if score is not None else state.FAIL)
