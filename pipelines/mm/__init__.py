@@ -1,18 +1,21 @@
 """mmdet and mmseg on the pipeline's models: `custom_imports = dict(imports=["pipelines.mm"])`.
 
-Importing it registers the backbones, the hook, the metric and the sampler with mmengine's
-root registries, where mmdet and mmseg both look.
+Importing it registers the backbones, the training loop, its data and the rest with mmengine's root
+registries, where mmdet and mmseg both look.
 """
 
 from pipelines.mm.backbone import ELSASwin, TimmBackbone
-from pipelines.mm.hooks import MaskImages, ReportHook, seed_workers_by_loader
-from pipelines.mm.sampler import IntervalSampler
+from pipelines.mm.hooks import MaskImages, ReportHook
+from pipelines.mm.loading import IntervalSampler, ResumableBatchSampler, SeededDataset
+from pipelines.mm.loop import ResumableTrainLoop
 
 __all__ = [
     "ELSASwin",
     "IntervalSampler",
     "MaskImages",
     "ReportHook",
+    "ResumableBatchSampler",
+    "ResumableTrainLoop",
+    "SeededDataset",
     "TimmBackbone",
-    "seed_workers_by_loader",
 ]

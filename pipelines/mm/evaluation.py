@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import PipelineError
-from pipelines.mm.hooks import PREDICTIONS, evaluate, unwrapped
+from pipelines.mm.hooks import PREDICTIONS, evaluate
+from pipelines.mm.loop import unwrapped
 from pipelines.mm.train import Job, build_config, make_runner, test_time_augmentation
 from pipelines.run.reporting import Reporter
 

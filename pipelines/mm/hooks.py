@@ -3,8 +3,8 @@
 import io
 import json
 import math
-import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
@@ -15,89 +15,99 @@ import numpy as np
 import torch
 from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
-from mmengine.registry import FUNCTIONS, HOOKS, METRICS, MODELS
+from mmengine.registry import HOOKS, METRICS, MODELS
 from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.errors import PipelineError
-from pipelines.train.cost import EnergyMeter
+from pipelines.mm.loop import unwrapped
+from pipelines.run.reporting import Reporter
+from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, peak_flops
+from pipelines.train.resume import Requests
 
-CHECKPOINT = "checkpoint.pth"
+STATE = "state.pt"
+BEGUN = "begun.json"
 WEIGHTS = "model.safetensors"
 HISTORY = "history.json"
 CONFIG = "config.py"
 PREDICTIONS = "predictions"
 
 
-@FUNCTIONS.register_module()
-def seed_workers_by_loader(worker_id: int) -> None:
-    """Leave the seeds of a data worker as the loader set them.
-
-    The loader draws them from the main process's generator, which `ReportHook` reseeds each
-    epoch; mmengine's own function would give every epoch the same augmentations.
-    """
-
-
-def epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """A seed for everything random in one epoch on one rank."""
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+class Stopped(Exception):  # noqa: N818  no error: the user's wish, after a checkpoint
+    """Training left an epoch because the reporter is stopping."""
 
 
 @HOOKS.register_module()
 class ReportHook(Hook):
-    """Reports progress, metrics and checkpoints; an epoch depends on its checkpoint alone.
+    """Reports progress, metrics and checkpoints of a `ResumableTrainLoop`.
 
-    Runs on all ranks. Each epoch ends with one `reporter.save`: after the validation where
-    there is one. The checkpoint's folder holds `checkpoint.pth` (mmengine's, to resume),
-    `model.safetensors`, `history.json` (a row of metrics per epoch), `config.py` and what the
-    evaluators wrote to `predictions`.
+    Runs on all ranks. Each epoch ends with one `reporter.save`: after the validation where there is
+    one. A checkpoint's folder holds `state.pt` (to resume), `history.json` (a row of metrics per
+    epoch) and, of an epoch that is not over, `begun.json`. At the end of an epoch `config.py` and
+    the evaluators' `predictions` come with it, at the end of the last `model.safetensors`.
 
     Args:
         reporter: see `pipelines.run.reporting.Reporter`.
         folder: scratch folder of the checkpoint; the evaluators write into its `predictions`.
-        history: rows of the epochs before the checkpoint that is resumed.
+        resumed: folder of the checkpoint to go on from; None starts.
+        checkpoint_minutes: between checkpoints within an epoch; 0 for none.
         interval: iterations between metrics.
+        flops: of one image's forward pass, for the MFU; None leaves it out.
         tta: config of a test-time augmentation to evaluate after the last epoch, with
             `model`, `dataloader`, `evaluator` and the suffix of its metrics' names.
+
+    Raises:
+        Stopped: the reporter is stopping, and a checkpoint was written.
     """
 
     priority = "VERY_LOW"  # after the optimizer, the schedulers and the timers
 
     def __init__(
         self,
-        reporter: Any,
+        reporter: Reporter,
         folder: Path,
-        seed: int,
-        history: Sequence[Mapping[str, float]] = (),
+        resumed: Path | None,
+        checkpoint_minutes: float,
         interval: int = 10,
+        flops: float | None = None,
         tta: Mapping[str, Any] | None = None,
     ) -> None:
-        self.reporter, self.folder, self.seed = reporter, folder, seed
-        self.history: list[dict[str, float]] = [dict(row) for row in history]
-        self.interval, self.tta = interval, tta
-        self._energy: EnergyMeter | None = None
+        self.reporter, self.folder, self.resumed = reporter, folder, resumed
+        self.minutes, self.interval, self.flops, self.tta = checkpoint_minutes, interval, flops, tta
+        self.history: list[dict[str, float]] = []
         self._row: dict[str, float] = {}
-        self._losses: list[float] = []
-        self._started = 0.0
+        self._epoch: dict[str, Any] = {}
+        """Losses and seconds of the epoch that runs, from before a checkpoint within it too."""
 
     def before_train(self, runner: Any) -> None:
-        self._energy = EnergyMeter(next(runner.model.parameters()).device)
+        loop = runner.train_loop
+        self._energy = EnergyMeter(loop.device)
+        self._requests = Requests(self.reporter, self.minutes, loop.device)
+        if not self.resumed:
+            return
+        # Not mmengine's: its checkpoints are pickles that can run code.
+        state = torch.load(self.resumed / STATE, map_location=loop.device, weights_only=True)
+        loop.load_state_dict(state)
+        self.history = json.loads((self.resumed / HISTORY).read_text())
+        if (self.resumed / BEGUN).is_file():
+            begun = json.loads((self.resumed / BEGUN).read_text())
+            self._epoch, self._row = begun["epoch"], begun["row"]
+            if self._row:  # all but the validation was done
+                self.folder.mkdir(parents=True)
+                shutil.copy(self.resumed / STATE, self.folder)
+                runner.val_loop.run()
 
     def before_train_epoch(self, runner: Any) -> None:
-        seed = epoch_seed(self.seed, runner.epoch, runner.rank)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        # Whole steps in each epoch: gradients in between are in no checkpoint.
-        runner.optim_wrapper.initialize_count_status(runner.model, 0, len(runner.train_dataloader))
-        self._losses, self._started = [], time.perf_counter()
+        self._before = self._epoch or {"losses": [], "seconds": 0.0, "phases": {}}
+        self._epoch = {**self._before, "losses": list(self._before["losses"])}
+        self._started = time.perf_counter()
+        self._requests.kept()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        iterations, images = len(runner.train_dataloader), self._images(runner)
-        done = images * (runner.epoch + min(1.0, (batch_idx + 1) / iterations))
+        passes, images = len(runner.train_dataloader), self._images(runner)
+        done = images * (runner.epoch + min(1.0, (batch_idx + 1) / passes))
         self.reporter.progress(
             int(done), images * runner.max_epochs, "img", f"epoch {runner.epoch + 1}"
         )
@@ -107,47 +117,61 @@ class ReportHook(Hook):
                 f"the loss is {loss} at step {runner.iter + 1} (epoch {runner.epoch + 1}); lower"
                 " the stage's lr, raise its warmup_iters or set its clip_grad"
             )
-        self._losses.append(loss)
+        self._epoch["losses"].append(loss)
         if (runner.iter + 1) % self.interval == 0:
             metrics = {f"train/{name}": float(value) for name, value in outputs.items()}
             metrics["lr"] = runner.optim_wrapper.get_lr()["lr"][0]
             self.reporter.metrics(metrics, runner.iter + 1)
+            self._read_clocks(runner)
+        # Between steps, and not each time: the ranks have to agree.
+        steps, left = divmod(batch_idx + 1, runner.cfg.optim_wrapper.get("accumulative_counts", 1))
+        if not left and steps % self.interval == 1 and batch_idx + 1 < passes:
+            stopping, due = self._requests.read()
+            if stopping or due:
+                self._read_clocks(runner)
+                self._write(runner, batch_idx + 1)
+                self._keep(stopping)
 
     def after_train_epoch(self, runner: Any) -> None:
-        seconds = time.perf_counter() - self._started
+        self._read_clocks(runner)
+        passes = len(runner.train_dataloader)
+        images_per_second = self._images(runner) / self._epoch["seconds"]
         self._row = {
             "epoch": runner.epoch + 1,
-            "loss": float(np.mean(self._losses)),
-            "images_per_second": self._images(runner) / seconds,
-            **self._cost(runner),
+            "loss": float(np.mean(self._epoch["losses"])),
+            "images_per_second": images_per_second,
+            **{f"{k}_ms": 1000 * v / passes for k, v in self._epoch["phases"].items()},
+            **self._gpu(images_per_second),
         }
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder.mkdir(parents=True)
-        runner.save_checkpoint(str(self.folder), CHECKPOINT)
-        if self.reporter.rank == 0:
-            state = unwrapped(runner).state_dict()
-            weights = {name: value.contiguous() for name, value in state.items()}
-            save_file(weights, str(self.folder / WEIGHTS))
+        self._epoch = {}
+        self._write(runner, passes)
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
         if epoch % interval and epoch != runner.max_epochs:
             self._save(runner, runner.epoch)
+            return
+        stopping, due = self._requests.read()
+        if stopping or due:
+            self._keep(stopping)
 
-    def _cost(self, runner: Any) -> dict[str, float]:
-        """Milliseconds of a pass, and of waiting for its images; on GPUs memory and energy."""
-        passes, logged = len(runner.train_dataloader), runner.message_hub
-        cost = {
-            f"{name}_ms": 1000 * float(logged.get_scalar(f"train/{key}").mean(passes))
-            for name, key in (("data", "data_time"), ("pass", "time"))
-        }
-        if torch.cuda.is_available():
-            cost["max_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
-            assert self._energy
-            drawn = torch.tensor([self._energy.read()], dtype=torch.float64, device="cuda")
-            if self.reporter.world_size > 1:
-                torch.distributed.all_reduce(drawn)
-            if math.isfinite(drawn.item()):  # all GPUs tell
-                cost["energy_wh"] = drawn.item()
+    def _read_clocks(self, runner: Any) -> None:
+        before, phases = self._before["phases"], runner.train_loop.clock.read()
+        self._epoch["phases"] = {k: before.get(k, 0.0) + v for k, v in phases.items()}
+        self._epoch["seconds"] = self._before["seconds"] + time.perf_counter() - self._started
+
+    def _gpu(self, images_per_second: float) -> dict[str, float]:
+        """Peak memory, energy of all GPUs where they tell, and MFU in percent; empty on CPUs."""
+        if not torch.cuda.is_available():
+            return {}
+        cost = {"max_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        torch.cuda.reset_peak_memory_stats()
+        drawn = torch.tensor([self._energy.read()], dtype=torch.float64, device="cuda")
+        if self.reporter.world_size > 1:
+            torch.distributed.all_reduce(drawn)
+        if math.isfinite(drawn.item()):
+            cost["energy_wh"] = drawn.item()
+        if self.flops and (peak := peak_flops(torch.cuda.get_device_name())):
+            done = BACKWARD_FACTOR * self.flops * images_per_second / self.reporter.world_size
+            cost["mfu"] = 100 * done / peak
         return cost
 
     def _images(self, runner: Any) -> int:
@@ -157,19 +181,65 @@ class ReportHook(Hook):
     def before_val_epoch(self, runner: Any) -> None:
         self._started = time.perf_counter()
 
+    def after_val_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if batch_idx % self.interval == 0:
+            self._leave_validation()
+
+    def _leave_validation(self) -> None:
+        if self._requests.read()[0]:
+            self._keep(stopping=True)
+
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        self._row |= percentages(metrics or {})
-        self._row["val_seconds"] = time.perf_counter() - self._started
+        row = self._row | percentages(metrics or {})
+        row["val_seconds"] = time.perf_counter() - self._started
         if self.tta and runner.epoch == runner.max_epochs:
-            self._row |= percentages(evaluate_tta(runner, self.tta), self.tta["suffix"])
+            model = MODELS.build(dict(self.tta["model"], module=unwrapped(runner)))
+            found = evaluate(
+                runner,
+                model,
+                self.tta["dataloader"],
+                self.tta["evaluator"],
+                lambda done, total: self._leave_validation(),
+            )
+            row |= percentages(found, self.tta["suffix"])
+        self._row = row
         self._save(runner, runner.epoch - 1)  # the loop has counted the epoch by now
 
+    def _write(self, runner: Any, passes: int) -> None:
+        """The state after so many passes of the epoch, into the scratch folder."""
+        state = runner.train_loop.state_dict(passes)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        if self.reporter.rank == 0:
+            torch.save(state, self.folder / STATE)
+
+    def _keep(self, stopping: bool) -> None:
+        """A checkpoint of an epoch that is not over, or not validated."""
+        kept = None
+        if self.reporter.rank == 0:
+            kept = Path(tempfile.mkdtemp(dir=self.folder.parent))
+            (kept / STATE).hardlink_to(self.folder / STATE)  # the end of the epoch needs it too
+            (kept / HISTORY).write_text(json.dumps(self.history))
+            (kept / BEGUN).write_text(json.dumps({"epoch": self._epoch, "row": self._row}))
+        self.reporter.keep(kept)
+        self._requests.kept()
+        if stopping:
+            raise Stopped
+
     def _save(self, runner: Any, epoch: int) -> None:
+        """The checkpoint of an epoch that is over."""
         self.history.append(self._row)
+        reported = {name: value for name, value in self._row.items() if name != "epoch"}
+        self._row = {}
         if self.reporter.rank == 0:
             (self.folder / HISTORY).write_text(json.dumps(self.history, indent=1))
             runner.cfg.dump(self.folder / CONFIG)
-        reported = {name: value for name, value in self._row.items() if name != "epoch"}
+            if epoch + 1 == runner.max_epochs:
+                state = unwrapped(runner).state_dict()
+                weights = {name: value.contiguous() for name, value in state.items()}
+                save_file(weights, str(self.folder / WEIGHTS))
         self.reporter.save(reported, epoch, self.folder if self.reporter.rank == 0 else None)
 
 
@@ -184,12 +254,6 @@ def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float
         if isinstance(value, Real) and (number := float(value)) >= 0:  # numpy's types too
             found[plain + suffix] = round(100 * number, 4) if group == "coco" else number
     return found
-
-
-def evaluate_tta(runner: Any, tta: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics of the runner's model under test-time augmentation, by all ranks together."""
-    model = MODELS.build(dict(tta["model"], module=unwrapped(runner)))
-    return evaluate(runner, model, tta["dataloader"], tta["evaluator"])
 
 
 @torch.no_grad()
@@ -217,10 +281,6 @@ def evaluate(
         done += len(samples) * runner.world_size
         progress(min(done, total), total)
     return judge.evaluate(total)
-
-
-def unwrapped(runner: Any) -> torch.nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 @METRICS.register_module()

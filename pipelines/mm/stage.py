@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
         weights=str(PRETRAINED / "model.safetensors"),
     )
     build_config(job, ROOT, params.scaling.num_workers)
+    if params.scaling.use_gpu:
+        from pipelines.plan import flops, model_of
+
+        job = replace(job, flops=flops(*model_of(params, name)))
     return {"job": job, "data": data, "upstream": upstream}
 
 
@@ -58,6 +63,7 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,
         data={name: data["place"]},
+        stops=True,
     )
     with checkpoint.as_directory() as folder:
         _write_outputs(stage, Path(folder), upstream, headline)

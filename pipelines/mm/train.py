@@ -1,9 +1,9 @@
 """mmengine's Runner inside a Ray Train worker: parameters to config, and the run itself."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
 
 from pipelines.errors import PipelineError
-from pipelines.mm.hooks import CHECKPOINT, HISTORY, PREDICTIONS, ReportHook
+from pipelines.mm.hooks import PREDICTIONS, ReportHook, Stopped
 from pipelines.params import Detect, Downstream, Params, Segment
 from pipelines.run.reporting import RayReporter, Reporter
 
@@ -35,6 +35,8 @@ class Job:
     classes: tuple[str, ...]
     weights: str | None
     """File with the backbone's weights; None starts from scratch."""
+    flops: float | None = None
+    """Of one image's forward pass, for the MFU on GPUs."""
 
     @property
     def section(self) -> Downstream:
@@ -54,29 +56,27 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
 def train(job: Job, reporter: Reporter) -> None:
     """Train and validate, from the reporter's checkpoint if there is one.
 
-    One call per process: mmengine's logger, message hub and visualizer are singletons.
+    Where the reporter is stopping, this returns after a checkpoint. One call per process:
+    mmengine's logger, message hub and visualizer are singletons.
     """
     work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
     try:
         with reporter.checkpoint() as found:
             folder = work / "checkpoint"
             config = build_config(job, folder, reporter.world_size)
-            history = []
-            if found:
-                history = json.loads((found / HISTORY).read_text())
-                config.load_from, config.resume = str(found / CHECKPOINT), True
             runner = make_runner(config, work)
-            runner.register_hook(
-                ReportHook(
-                    reporter,
-                    folder,
-                    job.section.seed,
-                    history,
-                    REPORT_INTERVAL,
-                    test_time_augmentation(config),
-                )
+            hook = ReportHook(
+                reporter,
+                folder,
+                found,
+                job.params.storage.checkpoint_minutes,
+                interval=REPORT_INTERVAL,
+                flops=job.flops,
+                tta=test_time_augmentation(config),
             )
-            runner.train()
+            runner.register_hook(hook)
+            with suppress(Stopped):
+                runner.train()
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -177,7 +177,12 @@ def _set_optimizer(config: Config, job: Job) -> None:
         )
     if not section.warmup_iters:
         config.param_scheduler = [decay]
-    config.train_cfg.update(max_epochs=section.epochs, val_interval=section.val_interval)
+    config.train_cfg = {
+        "type": "ResumableTrainLoop",
+        "seed": section.seed,
+        "max_epochs": section.epochs,
+        "val_interval": section.val_interval,
+    }
 
 
 def _precision(section: Downstream, use_gpu: bool) -> str | None:
@@ -235,11 +240,7 @@ def _channels(backbone: dict[str, Any]) -> list[int]:
 
 def _set_data(config: Config, job: Job, workers: int) -> None:
     section = job.section
-    loader = {
-        "num_workers": section.data_workers,
-        "persistent_workers": False,  # new ones each epoch, seeded by the epoch
-        "worker_init_fn": {"type": "seed_workers_by_loader"},
-    }
+    loader = {"num_workers": section.data_workers, "persistent_workers": False}
     per_pass = section.batch_size // (workers * section.accumulate)
     config.train_dataloader.update(batch_size=per_pass, **loader)
     normed = per_pass * (workers if job.params.scaling.use_gpu else 1)
@@ -261,6 +262,14 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         dataloader.dataset.update(data_root=job.data, metainfo={"classes": job.classes})
     _set_sizes(config, job)
     config.test_dataloader = config.val_dataloader
+    training = config.train_dataloader
+    training.batch_sampler = {
+        "type": "ResumableBatchSampler",
+        "inner": training.get("batch_sampler"),
+        "seed": section.seed if section.data_workers else None,
+    }
+    if section.data_workers:
+        training.dataset = {"type": "SeededDataset", "dataset": training.dataset}
 
 
 def _set_sizes(config: Config, job: Job) -> None:

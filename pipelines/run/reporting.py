@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
+from ray.train import CheckpointUploadMode
 
 from pipelines.errors import PipelineError
 from pipelines.run import storage
@@ -49,10 +50,9 @@ class Reporter(Protocol):
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
 
-        The folder is uploaded before this returns, so the caller may delete it then.
-
-        Raises:
-            PipelineError: the storage can't be written; the checkpoints before it are whole.
+        The folder is the reporter's from then on: it is moved away, and uploaded while training
+        goes on. Where the storage can't be written, the run ends; the checkpoints before it are
+        whole.
         """
 
 
@@ -74,7 +74,7 @@ class RayReporter:
     def __init__(self, reporting: Reporting) -> None:
         from pipelines.run import tracking
 
-        context = ray.train.get_context()
+        context = self._context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._display, self._storage = reporting.display, reporting.storage
         self._stopping = self._display.stopping.remote()
@@ -138,15 +138,32 @@ class RayReporter:
         if folder:
             if self._delivery and (waiting := self._delivery.undelivered()):
                 (folder / UNDELIVERED).write_text(json.dumps(waiting))
-            storage.seal(folder)
-            checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+            moved = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            for file in folder.iterdir():
+                shutil.move(file, moved)
+            checkpoint = ray.train.Checkpoint.from_directory(str(moved))
+        # One at a time, in order; the run ends when the last is written.
+        ray.train.report(
+            dict(metrics),
+            checkpoint=checkpoint,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=self._upload,
+        )
+
+    def _upload(self, checkpoint: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
+        folder = Path(checkpoint.path)
         try:
-            ray.train.report(dict(metrics), checkpoint=checkpoint)
+            storage.seal(folder)
+            return self._context.get_storage().persist_current_checkpoint(checkpoint, name)
         except OSError as error:
-            raise PipelineError(
+            message = (
                 f"a checkpoint can't be written to storage.path: {error}."
                 " Mend it and start the stage again: it goes on from the checkpoint before"
-            ) from error
+            )
+            ray.get(self._display.fail.remote(message))
+            raise PipelineError(message) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
         """Stop the system monitor, and give the last metrics a moment to arrive."""

@@ -7,10 +7,9 @@ else: a resumed run repeats an undisturbed one bit for bit on the CPU.
 
 import json
 import math
-import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -48,35 +47,13 @@ from pipelines.train.loading import (
     split_holdout,
 )
 from pipelines.train.models import build_model, load_weights
+from pipelines.train.resume import Requests, rng_states, set_rng_state
 
 REPORT_EVERY = 10
 """Steps between metrics. A GPU's loss is read as often: each reading stalls the GPU."""
 
 FUSED = ("adam", "adamw", "sgd")
 """Optimizers of torch that update all parameters in one call, far faster on a CPU."""
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """All random state of this process, as `torch.load(weights_only=True)` reads it."""
-    _, keys, *rest = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "numpy": [torch.from_numpy(keys.astype(np.int64)), *rest],
-        "python": [version, list(numbers), gauss],
-    }
-
-
-def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from what `rng_state` gave."""
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
-    keys, *rest = state["numpy"]
-    np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), *rest))
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
 
 
 class Classifier:
@@ -162,7 +139,7 @@ class Classifier:
                 shape_only = build_model(params.model, p.num_classes)
             self.flops = flops_per_image(shape_only, p.img_size)
         self.energy = EnergyMeter(device)
-        self.checkpoint_minutes = params.storage.checkpoint_minutes
+        self.requests = Requests(reporter, params.storage.checkpoint_minutes, device)
         self.start_epoch = 0
         self.begun: dict[str, Any] | None = None
         """Of an epoch that a checkpoint was written in: what is done of it."""
@@ -285,7 +262,8 @@ class Classifier:
         if begun:  # after the iterator, which draws a number too
             total_loss, skipped = begun["total_loss"], begun["skipped"]
             set_rng_state(begun["rng"][self.reporter.rank], self.device)
-        steps, kept = self.steps - first, time.monotonic()
+        steps = self.steps - first
+        self.requests.kept()
         for index in range(first, self.steps):
             step = epoch * self.steps + index
             loss, updated = self._step(batches, step, clock)
@@ -310,11 +288,11 @@ class Classifier:
                 lr = self.optimizer.param_groups[0]["lr"]
                 self.reporter.metrics({"step/loss": losses[-1], "step/lr": lr}, step)
             if index % REPORT_EVERY == 0 and index + 1 < self.steps:
-                stopping, due = self._asked(time.monotonic() - kept)
+                stopping, due = self.requests.read()
                 if stopping or due:
                     now = {"step": index + 1, "total_loss": total_loss, "skipped": skipped}
                     self._save(epoch, None, None, now)
-                    kept = time.monotonic()
+                    self.requests.kept()
                 if stopping:
                     return None
         self.scheduler.step(epoch + 1)
@@ -425,18 +403,6 @@ class Classifier:
             return self.wrapped.no_sync()
         return nullcontext()
 
-    def _asked(self, seconds: float) -> tuple[bool, bool]:
-        """Whether all ranks are to stop, and whether they are to write a checkpoint.
-
-        Args:
-            seconds: since the last checkpoint within this epoch.
-        """
-        interval = 60 * self.checkpoint_minutes
-        due = self.reporter.rank == 0 and 0 < interval <= seconds
-        asked = torch.tensor([self.reporter.stopping(), due], dtype=torch.float64)
-        stopping, due = self._sum(asked).bool().tolist()
-        return stopping, due
-
     def _save(
         self,
         epoch: int,
@@ -446,10 +412,7 @@ class Classifier:
     ) -> None:
         """A checkpoint after `epoch`, or within it after the steps that `begun` tells."""
         if begun:
-            states: list[Any] = [rng_state(self.device)] * self.reporter.world_size
-            if self.reporter.world_size > 1:
-                dist.all_gather_object(states, states[0])
-            begun = {**begun, "rng": states}
+            begun = {**begun, "rng": rng_states(self.device, self.reporter.world_size)}
         with _temporary_folder() if self.reporter.rank == 0 else nullcontext() as folder:
             if folder:
                 best = {k: v for k, v in self.best.items() if k != "weights"}

@@ -1,18 +1,22 @@
 """Backbones in mmdet and mmseg, the shipped configs, and exact resume of mmengine's Runner."""
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.runner import Runner
 from safetensors.torch import load_file, save_file
 
 import elsa
 from pipelines.errors import PipelineError
 from pipelines.mm.backbone import ELSASwin, TimmBackbone
-from pipelines.mm.hooks import HISTORY, PREDICTIONS, WEIGHTS, epoch_seed, percentages
+from pipelines.mm.hooks import BEGUN, HISTORY, PREDICTIONS, STATE, WEIGHTS, percentages
+from pipelines.mm.loading import epoch_seed
 from pipelines.mm.train import Job, build_config, train
 from pipelines.params import load_params
 from pipelines.run.reporting import LocalReporter
@@ -175,47 +179,134 @@ def test_every_epoch_and_rank_has_a_seed_of_its_own():
     assert len(seeds) == 81
 
 
-class StoppedError(Exception):
+class KilledError(Exception):
     pass
 
 
-class StoppingReporter(LocalReporter):
-    """Dies after the first epoch was saved."""
+class KilledReporter(LocalReporter):
+    """Dies after checkpoint `last`, of an epoch or within one."""
 
-    def save(self, metrics, epoch, folder):
-        super().save(metrics, epoch, folder)
-        raise StoppedError
+    def __init__(self, folder, last):
+        super().__init__(folder, quiet=True)
+        self.left = last
+
+    def keep(self, folder):
+        super().keep(folder)
+        self.left -= 1
+        if not self.left:
+            raise KilledError
+
+
+class StoppingReporter(LocalReporter):
+    """Asked to stop from the `after`-th time on that it is looked at."""
+
+    def __init__(self, folder, after):
+        super().__init__(folder, quiet=True)
+        self.after = after
+
+    def stopping(self):
+        self.after -= 1
+        return self.after < 0
+
+
+def scores(folder):
+    """The rows of the epochs, without what differs from run to run."""
+    timed = ("images_per_second", "val_seconds")
+    rows = json.loads((folder / HISTORY).read_text())
+    return [{k: v for k, v in r.items() if k not in timed and k[-3:] != "_ms"} for r in rows]
+
+
+def assert_same(straight, resumed):
+    expected, found = load_file(straight / WEIGHTS), load_file(resumed / WEIGHTS)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert scores(straight) == scores(resumed)
 
 
 @pytest.mark.parametrize("stage", ["detect", "segment"])
 def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
-    def weights(folder: Path):
-        return load_file(str(folder / WEIGHTS))
-
-    job = make_job(stage, data)
+    """Killed after each of its checkpoints: within epochs, before a validation, after it."""
+    # 4 passes, 2 steps: a checkpoint after the first step of an epoch and before its validation.
+    job = make_job(stage, data, accumulate=2, val_interval=1)
+    often = job.params.storage.model_copy(update={"checkpoint_minutes": 1e-9})
+    often = replace(job, params=job.params.model_copy(update={"storage": often}))
     DefaultScope._instance_dict.clear()
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(job, LocalReporter(straight, quiet=True))
-    with pytest.raises(StoppedError):
-        train(job, StoppingReporter(resumed, quiet=True))
-    assert len(json.loads((resumed / HISTORY).read_text())) == 1
-    train(job, LocalReporter(resumed, quiet=True))
-
-    expected, found = weights(straight), weights(resumed)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
-    history = [json.loads((f / HISTORY).read_text()) for f in (straight, resumed)]
-    timed = ("images_per_second", "data_ms", "pass_ms", "val_seconds")
-    rows = [[{k: v for k, v in r.items() if k not in timed} for r in rows] for rows in history]
-    assert rows[0] == rows[1]
-    assert [row["epoch"] for row in rows[0]] == [1, 2]
-    scores = {k: v for k, v in rows[0][-1].items() if k not in ("epoch", "loss")}
-    wanted = {"detect": "segm_mAP_50", "segment": "mIoU_ms_flip"}[stage]
-    assert wanted in scores
-    assert all(0 <= value <= 100 for value in scores.values())
+    kills, begun = 0, []
+    for last in (1, 1, 1, 2, 9):
+        try:
+            train(often, KilledReporter(resumed, last))
+        except KilledError:
+            kills += 1
+            begun.append((resumed / BEGUN).is_file())
+    assert kills == 4
+    assert begun == [True, True, False, True]
+    assert_same(straight, resumed)
+    rows = scores(resumed)
+    assert [row["epoch"] for row in rows] == [1, 2]
+    phases = {"data_ms", "forward_ms", "backward_ms", "optimizer_ms"}
+    assert phases <= json.loads((resumed / HISTORY).read_text())[0].keys()
+    percent = {k: v for k, v in rows[-1].items() if k not in ("epoch", "loss")}
+    assert {"detect": "segm_mAP_50", "segment": "mIoU_ms_flip"}[stage] in percent
+    assert all(0 <= value <= 100 for value in percent.values())
     written = sorted(path.name for path in (straight / PREDICTIONS).iterdir())
     if stage == "detect":
         assert written == ["coco.bbox.json", "coco.segm.json"]
     else:
         assert len(written) == 4
         assert all(name.endswith(".png") for name in written)
+
+
+def test_a_stopping_run_leaves_a_checkpoint_and_goes_on(data, tmp_path):
+    job = make_job("segment", data, val_interval=1)
+    DefaultScope._instance_dict.clear()
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(job, LocalReporter(straight, quiet=True))
+    for after in range(9):  # at each place that looks: in an epoch, before and in a validation
+        train(job, StoppingReporter(stopped, after))
+        if (stopped / WEIGHTS).is_file():
+            break
+    assert after > 2
+    assert_same(straight, stopped)
+
+
+@pytest.mark.parametrize("stage", ["detect", "segment"])
+def test_images_depend_on_their_place_in_the_epoch_alone(stage, data, tmp_path):
+    """Not on how many loader processes there are, or where in the epoch the run began."""
+
+    def batches(data_workers, first):
+        job = make_job(stage, data, batch_size=2, data_workers=data_workers)
+        config = build_config(job, tmp_path, 1)
+        init_default_scope(config.default_scope)
+        loader = Runner.build_dataloader(config.train_dataloader, seed=0)
+        loader.batch_sampler.sampler.set_epoch(3)
+        loader.batch_sampler.first = first
+        assert len(loader) == 4
+        return [torch.cat([image.flatten() for image in batch["inputs"]]) for batch in loader]
+
+    DefaultScope._instance_dict.clear()
+    straight, resumed = batches(2, 0), batches(1, 1)
+    assert len(straight) == 4
+    assert len(resumed) == 3
+    assert all(map(torch.equal, straight[1:], resumed))
+
+
+def test_a_checkpoint_is_read_without_running_code(data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"model": Harmful(tmp_path / "harm")}, folder / STATE)
+    DefaultScope._instance_dict.clear()
+    with pytest.raises(pickle.UnpicklingError):
+        train(make_job("segment", data), LocalReporter(folder, quiet=True))
+    assert not (tmp_path / "harm").exists()
+
+
+class Harmful:
+    """A pickle that makes a file where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)

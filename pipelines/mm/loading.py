@@ -1,0 +1,133 @@
+"""Which images a rank trains on, in which order, and with which seeds."""
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.dist import get_rank
+from mmengine.registry import DATA_SAMPLERS, DATASETS
+from torch.utils.data import BatchSampler, Dataset, Sampler
+
+
+def epoch_seed(seed: int, epoch: int, rank: int) -> int:
+    """A seed for everything random in one epoch on one rank."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch's CPU generator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not `torch.manual_seed`, which would queue a call for CUDA each time.
+    torch.default_generator.manual_seed(seed)
+
+
+@DATA_SAMPLERS.register_module()
+class IntervalSampler(Sampler[int]):
+    """mmengine's `InfiniteSampler`, cut into epochs of a fixed number of samples.
+
+    So training that counts steps runs in mmengine's epoch loop, with a checkpoint per epoch. An
+    epoch's samples depend on the seed and the epoch alone, so a resumed run goes on exactly.
+
+    Args:
+        samples: samples of an epoch on each rank.
+        shuffle, seed: as `InfiniteSampler` has them.
+    """
+
+    def __init__(
+        self, dataset: Any, samples: int, shuffle: bool = True, seed: int | None = None
+    ) -> None:
+        self.dataset, self.samples = dataset, samples
+        self.shuffle, self.seed = shuffle, seed
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[int]:
+        stream = iter(InfiniteSampler(self.dataset, self.shuffle, self.seed))
+        start = self.epoch * self.samples
+        return itertools.islice(stream, start, start + self.samples)
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+@DATA_SAMPLERS.register_module()
+class ResumableBatchSampler(Sampler[list[Any]]):
+    """The batches of an epoch from the place `first` on, which the training loop sets.
+
+    Args:
+        sampler: of one rank, with an `epoch`.
+        inner: config of the batch sampler that makes the batches; None takes images in order.
+        seed: with it, an image is asked for as (seed, index), for `SeededDataset`; the seed is
+            that of its place in the epoch.
+    """
+
+    def __init__(
+        self,
+        sampler: Any,
+        batch_size: int,
+        inner: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> None:
+        self.sampler, self.seed, self.first = sampler, seed, 0
+        self._batches: Any = (
+            DATA_SAMPLERS.build(
+                dict(inner), default_args={"sampler": sampler, "batch_size": batch_size}
+            )
+            if inner
+            else BatchSampler(sampler, batch_size, drop_last=False)
+        )
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        batches = enumerate(self._batches)
+        for place, batch in itertools.islice(batches, self.first, None):
+            if self.seed is None:
+                yield batch
+                continue
+            root = epoch_seed(self.seed, self.sampler.epoch, get_rank())
+            seeds = np.random.SeedSequence([root, place]).generate_state(len(batch))
+            yield [(int(seed), index) for seed, index in zip(seeds, batch, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+@DATASETS.register_module()
+class SeededDataset(Dataset[Any]):
+    """A data set whose random augmentation of an image depends on the seed it is asked with alone.
+
+    So loader processes hold no random state: how many they are and how far they read ahead leaves
+    no trace, and a run that resumes within an epoch draws what an undisturbed one draws.
+
+    Args:
+        dataset: config of the data set.
+    """
+
+    def __init__(self, dataset: Mapping[str, Any]) -> None:
+        self.dataset = DATASETS.build(dict(dataset))
+
+    @property
+    def metainfo(self) -> Mapping[str, Any]:
+        return self.dataset.metainfo
+
+    def full_init(self) -> None:
+        """Read the annotations."""
+        self.dataset.full_init()
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        """What the annotations tell of an image; `AspectRatioBatchSampler` asks for its size."""
+        return self.dataset.get_data_info(index)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        seed, index = key
+        seed_all(seed)
+        return self.dataset[index]
