@@ -79,6 +79,8 @@ class RayReporter:
         self._display, self._storage = reporting.display, reporting.storage
         self._stopping = self._display.stopping.remote()
         self._shown = 0.0
+        self._uploaded = threading.Event()
+        self._uploaded.set()
         self._delivery = None
         self._monitor = None
         os.environ["MLFLOW_TRACKING_URI"] = reporting.mlflow_uri
@@ -142,13 +144,18 @@ class RayReporter:
             for file in folder.iterdir():
                 shutil.move(file, moved)
             checkpoint = ray.train.Checkpoint.from_directory(str(moved))
-        # One at a time, in order; the run ends when the last is written.
-        ray.train.report(
-            dict(metrics),
-            checkpoint=checkpoint,
-            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-            checkpoint_upload_fn=self._upload,
-        )
+            self._uploaded.wait()  # the one before: they must not pile up
+            self._uploaded.clear()
+        try:
+            ray.train.report(
+                dict(metrics),
+                checkpoint=checkpoint,
+                checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+                checkpoint_upload_fn=self._upload,
+            )
+        except BaseException:
+            self._uploaded.set()  # nothing to wait for
+            raise
 
     def _upload(self, checkpoint: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
         folder = Path(checkpoint.path)
@@ -164,9 +171,12 @@ class RayReporter:
             raise PipelineError(message) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self._uploaded.set()
 
     def close(self) -> None:
-        """Stop the system monitor, and give the last metrics a moment to arrive."""
+        """Wait for the last checkpoint, stop the system monitor, and give the last metrics a
+        moment to arrive."""
+        self._uploaded.wait()
         if self._monitor:
             self._monitor.finish()
         if self._delivery:

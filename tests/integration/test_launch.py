@@ -1,6 +1,10 @@
 """A Ray Train run that can't succeed: told once, with the checkpoints before it whole."""
 
+import os
 import resource
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -22,17 +26,21 @@ def loop(config: dict) -> None:
     (folder / "state").write_text("small")
     reporter.keep(folder)
     try:
+        if config["fails"] == "deaf":
+            time.sleep(600)
         if config["fails"] == "nan":
             raise PipelineError("the loss is nan at step 7; lower pretrain.lr")
         (folder / "state").write_text("large" * 10_000)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         reporter.keep(folder)  # the storage takes no more
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         reporter.close()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
-def test_a_failure_that_would_repeat_is_told_once(tmp_path: Path, monkeypatch) -> None:
+@pytest.fixture
+def fit(tmp_path: Path, monkeypatch):
+    """Runs the loop that ends as the argument says, on a local Ray; the run's scratch folder."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     # The loop has no model, and a clean clone no compiled operator.
@@ -41,25 +49,54 @@ def test_a_failure_that_would_repeat_is_told_once(tmp_path: Path, monkeypatch) -
     changes = {"storage.path": str(tmp_path / "storage"), "scaling.num_workers": 1}
     params = load_params("smoke", changes=changes)
     assert params.scaling.max_failures == 3
+
+    def run(fails: str) -> None:
+        scratch = tmp_path / fails
+        scratch.mkdir()
+        launch.fit(
+            loop,
+            {"scratch": str(scratch), "fails": fails},
+            params,
+            name=f"{fails}-1",
+            mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
+            data={},
+            stops=True,
+        )
+
     with launch.ray_session():
-        for fails, message in (
-            ("nan", "the loss is nan at step 7; lower pretrain.lr"),
-            ("full", "can't be written to storage.path: .*File too large"),
-        ):
-            scratch = tmp_path / fails
-            scratch.mkdir()
-            tracker = tracking.start_run("pretrain", "test", {})
-            with pytest.raises(PipelineError, match=message):
-                launch.fit(
-                    loop,
-                    {"scratch": str(scratch), "fails": fails},
-                    params,
-                    name=f"{fails}-1",
-                    mlflow_run_id=tracker.run_id,
-                    data={},
-                )
-            assert (scratch / "starts").read_text() == "started\n"
-            kept = storage.newest_complete(str(tmp_path / "storage" / f"{fails}-1"))
-            assert kept is not None
-            with kept.as_directory() as folder:
-                assert (Path(folder) / "state").read_text() == "small"
+        yield run
+
+
+def assert_small_is_kept(tmp_path: Path, fails: str) -> None:
+    assert (tmp_path / fails / "starts").read_text() == "started\n"
+    kept = storage.newest_complete(str(tmp_path / "storage" / f"{fails}-1"))
+    assert kept is not None
+    with kept.as_directory() as folder:
+        assert (Path(folder) / "state").read_text() == "small"
+
+
+def test_a_failure_that_would_repeat_is_told_once(fit, tmp_path: Path) -> None:
+    for fails, message in (
+        ("nan", "the loss is nan at step 7; lower pretrain.lr"),
+        ("full", "can't be written to storage.path: .*File too large"),
+    ):
+        with pytest.raises(PipelineError, match=message):
+            fit(fails)
+        assert_small_is_kept(tmp_path, fails)
+
+
+def test_a_second_interrupt_ends_a_run_that_does_not_stop(fit, tmp_path: Path, capsys) -> None:
+    def interrupt() -> None:
+        while storage.newest_complete(str(tmp_path / "storage/deaf-1")) is None:
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(2)  # the display shows what it is asked to
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        fit("deaf")
+    thread.join()
+    assert "Ctrl-C again stops at once" in capsys.readouterr().err
+    assert_small_is_kept(tmp_path, "deaf")

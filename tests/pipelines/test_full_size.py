@@ -268,7 +268,7 @@ def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
         assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
         assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ("GIoULoss", 10.0)
         assert (head.norm_cfg.type, head.num_classes) == ("SyncBN", 80)
-    flip, choice = config.train_dataloader.dataset.pipeline[2:4]
+    flip, choice = config.train_dataloader.dataset.dataset.pipeline[2:4]
     assert (flip.type, flip.prob) == ("RandomFlip", 0.5)
     plain, cropped = choice.transforms
     assert plain[0].scales == [(side, 1333) for side in range(480, 801, 32)]
@@ -287,17 +287,17 @@ def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
     segment = build_config(make_job("segment", scaling=on_gpu), tmp_path, 8)
     assert segment.model.auxiliary_head.loss_decode.loss_weight == 0.4
     assert segment.model.decode_head.norm_cfg.type == "SyncBN"
-    resize, crop = segment.train_dataloader.dataset.pipeline[2:4]
+    resize, crop = segment.train_dataloader.dataset.dataset.pipeline[2:4]
     assert (resize.scale, resize.ratio_range) == ((2048, 512), (0.5, 2.0))
     assert crop.crop_size == (512, 512)
-    assert segment.train_dataloader.dataset.pipeline[5].type == "PhotoMetricDistortion"
+    assert segment.train_dataloader.dataset.dataset.pipeline[5].type == "PhotoMetricDistortion"
     ratios, flips = segment.tta_pipeline[1].transforms[:2]
     assert [r.scale for r in ratios] == [(2048 * k // 4, 512 * k // 4) for k in (2, 3, 4, 5, 6, 7)]
     assert [f.prob for f in flips] == [0.0, 1.0]
 
     small = build_config(make_job("detect", img_size=80), tmp_path, 1)
     assert small.val_dataloader.dataset.pipeline[1].scale == (133, 80)
-    assert small.train_dataloader.dataset.pipeline[3].transforms[1][1].crop_size == (38, 60)
+    assert small.train_dataloader.dataset.dataset.pipeline[3].transforms[1][1].crop_size == (38, 60)
     assert small.optim_wrapper.type == "OptimWrapper"  # amp: auto, on a CPU
 
 
