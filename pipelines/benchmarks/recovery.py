@@ -104,8 +104,10 @@ def kill(notes: Path, kills: int, finished: threading.Event) -> None:
             file.write(json.dumps(["kill", time.time(), 0, process]) + "\n")
 
 
-def measure(stage: str, params: Params, kills: int, scratch: Path) -> dict[str, str]:
-    """One row of the table."""
+def measure(
+    stage: str, params: Params, kills: int, minutes: float, scratch: Path
+) -> dict[str, str]:
+    """One row of the table, of a run with so many kills; `minutes` is a recipe's interval."""
     from pipelines.run import launch, storage, tracking
 
     notes, finished = scratch / f"{stage}.jsonl", threading.Event()
@@ -133,10 +135,10 @@ def measure(stage: str, params: Params, kills: int, scratch: Path) -> dict[str, 
     assert newest is not None
     with newest.as_directory() as folder:
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    return {"stage": stage, "MB": f"{size / 1e6:.0f}", **row(read(notes), params)}
+    return {"stage": stage, "MB": f"{size / 1e6:.0f}", **row(read(notes), minutes)}
 
 
-def row(notes: list[tuple[str, float, int, int]], params: Params) -> dict[str, str]:
+def row(notes: list[tuple[str, float, int, int]], minutes: float) -> dict[str, str]:
     plain, across = list[float](), list[float]()
     for before, between, after in triples(notes):
         if before[0] == after[0] == "step" and before[3] == after[3]:
@@ -152,7 +154,6 @@ def row(notes: list[tuple[str, float, int, int]], params: Params) -> dict[str, s
             recovered.append(new[0][1] - one[1])
     step = statistics.median(plain)
     blocks = max(0.0, statistics.median(across) - step)
-    minutes = params.storage.checkpoint_minutes
     return {
         "step ms": f"{1000 * step:.0f}",
         "blocks ms": f"{1000 * blocks:.0f}",
@@ -188,9 +189,10 @@ def main() -> None:
                 changes=changes | often | {"scaling.max_failures": arguments.kills}
             )
             with launch.ray_session():
+                minutes = recipe.storage.checkpoint_minutes
                 for stage in STAGES:
                     print(f"{stage}: {arguments.kills} kills", flush=True)
-                    rows.append(measure(stage, params, arguments.kills, scratch))
+                    rows.append(measure(stage, params, arguments.kills, minutes, scratch))
         except PipelineError as error:
             sys.exit(f"error: {error}")
     print(f"\nrecipe {recipe.recipe}, {recipe.scaling.num_workers} workers")
