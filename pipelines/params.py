@@ -65,12 +65,31 @@ class Data(Section):
 
 class Scaling(Section):
     num_workers: Positive
+    min_workers: NonNegative
+    """Pretraining goes on with as few workers when nodes are lost, and with more when they are
+    back, each time from the last checkpoint; a step's batch and images stay the same. 0: it waits
+    for `num_workers`, as all other stages do."""
     use_gpu: bool
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)]
+    """Where `use_gpu`: less than 1 lets several trials of a sweep share a GPU."""
     cpus_per_worker: Positive
     max_failures: NonNegative
     wait_s: NonNegative
     """Seconds that a cluster gets to start the nodes for all workers, before the stage ends with
     what is missing. A local Ray does not grow and is never waited for."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Scaling":
+        if self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} must not exceed num_workers={self.num_workers}"
+            )
+        if self.gpus_per_worker < 1 and self.num_workers > 1:
+            raise ValueError(
+                f"gpus_per_worker={self.gpus_per_worker} lets runs share a GPU, but NCCL refuses"
+                f" two workers of one run on the same: set num_workers={self.num_workers} to 1"
+            )
+        return self
 
 
 class Model(Section):
@@ -140,7 +159,7 @@ class Prepare(Section):
     """What to do with a data set that carries a manifest of this pipeline: compare names and
     sizes with it, or read and decode every image again."""
     max_corrupt: NonNegative
-    """Training images of ImageNet that may be left out because they do not decode."""
+    """Training images of a data set that may be left out because they do not decode."""
     max_empty_boxes: NonNegative
     """COCO annotations that may be left out because their box has no area."""
     imagenet: Expected

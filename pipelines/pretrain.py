@@ -31,6 +31,12 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     from pipelines.train.classify import Classifier
 
     reporter = RayReporter(config["reporting"])
+    planned = config["params"].scaling.num_workers
+    if reporter.world_size < planned:
+        reporter.tell(
+            f"on {reporter.world_size} of scaling.num_workers={planned} workers; with more as soon"
+            " as there are nodes for them"
+        )
     try:
         Classifier(config["params"], config["data"], get_device(), reporter).fit()
     finally:
@@ -54,6 +60,7 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
         name=stage.run_name,
         mlflow_run_id=stage.tracker.run_id,
         stops=True,
+        elastic=True,
         data={"imagenet": data["place"]},
     )
     with checkpoint.as_directory() as folder:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -224,12 +224,17 @@ def _check_coco(
 
 
 def check_coco(
-    root: Path, folder: str, classes: Sequence[str], sizes: dict[str, tuple[int, int]]
+    root: Path,
+    folder: str,
+    classes: Sequence[str],
+    sizes: dict[str, tuple[int, int]],
+    left_out: Collection[str] = (),
 ) -> dict[int, str]:
     """Check `instances_<folder>.json` in itself and against the images.
 
     Args:
         sizes: (width, height) of every image, by `<folder>/<file name>`.
+        left_out: names of images that have no size and are not used.
 
     Returns:
         annotations with an empty box by id, with the fault: mmdet leaves those out.
@@ -255,6 +260,8 @@ def check_coco(
     images = {image["id"]: image for image in content["images"]}
     for image in images.values():
         name = f"{folder}/{image.get('file_name')}"
+        if name in left_out:
+            continue
         if name not in sizes:
             raise DataError(
                 f"{path}: image {image['id']} refers to {name}, which does not exist; {MEND}"

@@ -13,7 +13,7 @@ import json
 import os
 import socket
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,14 @@ class Settings(Protocol):
     def max_corrupt(self) -> int: ...
     @property
     def max_empty_boxes(self) -> int: ...
+
+
+TRAINING = {
+    "imagenet": ("train/",),
+    "coco": (f"{COCO_SPLITS['train']}/",),
+    "ade20k": ("images/training/", "annotations/training/"),
+}
+"""How the paths of training images begin: of those, corrupt ones may be left out."""
 
 
 @dataclass(frozen=True)
@@ -327,8 +335,7 @@ def verify(
     else:
         manifest = _verify_folder(kind, place, settings, storage, each)
     counts = manifest["counts"] | {"classes": len(manifest["classes"])}
-    for split in ("train", "val"):
-        counts[split] += sum(name.startswith(f"{split}/") for name in manifest["skipped"])
+    counts["train"] += left_out(kind, manifest["skipped"])
     wrong = [
         f"{counts[key]} {what}, {wanted} expected (prepare.{kind}.{key})"
         for key, what in (
@@ -386,20 +393,18 @@ def conclude(
     """The manifest of what all chunks found; raises DataError with all that is wrong."""
     corrupt = {name: reason for f in found for name, reason in f.corrupt.items()}
     faults = [fault for f in found for fault in f.faults]
-    if kind == "imagenet":
-        fixed = [name for name in corrupt if not name.startswith("train/")]
-        limit, reason = settings.max_corrupt, f"prepare.max_corrupt={settings.max_corrupt}"
-    else:
-        fixed, limit, reason = list(corrupt), 0, f"{kind} leaves none out"
-    if fixed or len(corrupt) > limit:
+    fixed = [name for name in corrupt if not name.startswith(TRAINING[kind])]
+    reason = ""
+    if fixed or len(corrupt) > settings.max_corrupt:
         faults += [f"{place / name} can't be decoded: {why}" for name, why in corrupt.items()]
-        reason = f"{len(corrupt)} corrupt images, {reason}" + (
-            ", and none of the validation images" if fixed and kind == "imagenet" else ""
+        reason = (
+            f"{len(corrupt)} corrupt images, prepare.max_corrupt={settings.max_corrupt}"
+            + ", and none of the validation images" * bool(fixed)
         )
     elif not faults and kind == "coco":
         shapes = {name: tuple(wh) for f in found for name, wh in f.shapes.items()}
         for folder in COCO_SPLITS.values():
-            empty = check_coco(place, folder, classes, shapes)  # type: ignore[arg-type]
+            empty = check_coco(place, folder, classes, shapes, corrupt)  # type: ignore[arg-type]
             path = INSTANCES.format(folder)
             faults += [f"{path}: annotation {number} {why}" for number, why in empty.items()]
         reason = f"prepare.max_empty_boxes={settings.max_empty_boxes}"
@@ -421,12 +426,18 @@ def conclude(
     labelled = dict.fromkeys(("train", "val"), 0)
     for part, f in zip(parts, found, strict=True):
         if part.split:
-            counts[part.split] += f.images // (2 if kind == "ade20k" else 1)
+            every = (f.images + len(f.corrupt)) // (2 if kind == "ade20k" else 1)
+            counts[part.split] += every - left_out(kind, f.corrupt)
             labelled[part.split] += f.labelled
     for split in counts:
         if not counts[split] or (kind == "ade20k" and not labelled[split]):
             raise DataError(f"{place} has no {split} images with ground truth")
     return chunk_manifest(kind, classes, counts, {f.name: f.entry for f in found}, corrupt)
+
+
+def left_out(kind: str, corrupt: Collection[str]) -> int:
+    """How many images the corrupt files take away; ADE20K's come with a label map each."""
+    return len({Path(name).stem for name in corrupt} if kind == "ade20k" else corrupt)
 
 
 def difference(place: str, manifest: Mapping[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ registries, where mmdet and mmseg both look.
 
 from pipelines.mm.backbone import ELSASwin, TimmBackbone
 from pipelines.mm.hooks import MaskImages, ReportHook
-from pipelines.mm.loading import IntervalSampler, ResumableBatchSampler, SeededDataset
+from pipelines.mm.loading import IntervalSampler, ResumableBatchSampler, TrainingDataset
 from pipelines.mm.loop import ResumableTrainLoop
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "ReportHook",
     "ResumableBatchSampler",
     "ResumableTrainLoop",
-    "SeededDataset",
     "TimmBackbone",
+    "TrainingDataset",
 ]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from pipelines.errors import PipelineError
 from pipelines.mm.loop import unwrapped
 from pipelines.run.reporting import Reporter
-from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, peak_flops
+from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, communication, peak_flops
 from pipelines.train.resume import Requests
 
 STATE = "state.pt"
@@ -143,6 +143,7 @@ class ReportHook(Hook):
             **{f"{k}_ms": 1000 * v / passes for k, v in self._epoch["phases"].items()},
             **self._gpu(images_per_second),
         }
+        self._row |= communication(runner.model, self._row["backward_ms"])
         self._epoch = {}
         self._write(runner, passes)
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval

@@ -1,8 +1,9 @@
 """Which images a rank trains on, in which order, and with which seeds."""
 
 import itertools
+import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class ResumableBatchSampler(Sampler[list[Any]]):
     Args:
         sampler: of one rank, with an `epoch`.
         inner: config of the batch sampler that makes the batches; None takes images in order.
-        seed: with it, an image is asked for as (seed, index), for `SeededDataset`; the seed is
+        seed: with it, an image is asked for as (seed, index), for `TrainingDataset`; the seed is
             that of its place in the epoch.
     """
 
@@ -99,18 +100,21 @@ class ResumableBatchSampler(Sampler[list[Any]]):
 
 
 @DATASETS.register_module()
-class SeededDataset(Dataset[Any]):
-    """A data set whose random augmentation of an image depends on the seed it is asked with alone.
+class TrainingDataset(Dataset[Any]):
+    """A data set without the images that `prepare` left out, whose augmentation can be seeded.
 
-    So loader processes hold no random state: how many they are and how far they read ahead leaves
-    no trace, and a run that resumes within an epoch draws what an undisturbed one draws.
+    Asked for (seed, index), what is drawn depends on the seed alone. So loader processes hold no
+    random state: how many they are and how far they read ahead leaves no trace, and a run that
+    resumes within an epoch draws what an undisturbed one draws.
 
     Args:
         dataset: config of the data set.
+        left_out: files of images or label maps.
     """
 
-    def __init__(self, dataset: Mapping[str, Any]) -> None:
+    def __init__(self, dataset: Mapping[str, Any], left_out: Sequence[str] = ()) -> None:
         self.dataset = DATASETS.build(dict(dataset))
+        self.left_out = {os.path.normpath(file) for file in left_out}
 
     @property
     def metainfo(self) -> Mapping[str, Any]:
@@ -119,6 +123,13 @@ class SeededDataset(Dataset[Any]):
     def full_init(self) -> None:
         """Read the annotations."""
         self.dataset.full_init()
+        if self.left_out:
+            every = range(len(self.dataset))
+            self.dataset.get_subset_([i for i in every if self._is_there(self.get_data_info(i))])
+
+    def _is_there(self, info: Mapping[str, Any]) -> bool:
+        files = [info[key] for key in ("img_path", "seg_map_path") if info.get(key)]
+        return not self.left_out.intersection(map(os.path.normpath, files))
 
     def get_data_info(self, index: int) -> dict[str, Any]:
         """What the annotations tell of an image; `AspectRatioBatchSampler` asks for its size."""
@@ -127,7 +138,9 @@ class SeededDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
+    def __getitem__(self, key: int | tuple[int, int]) -> Any:
+        if not isinstance(key, tuple):
+            return self.dataset[key]
         seed, index = key
         seed_all(seed)
         return self.dataset[index]

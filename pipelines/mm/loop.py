@@ -10,7 +10,7 @@ from mmengine.runner import EpochBasedTrainLoop
 
 from pipelines.mm.loading import epoch_seed, seed_all
 from pipelines.train.cost import StepClock
-from pipelines.train.resume import rng_states, set_rng_state
+from pipelines.train.resume import gather, rng_state, set_rng_state
 
 
 def unwrapped(runner: Any) -> torch.nn.Module:
@@ -87,7 +87,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
             "epoch": self.epoch if within else self.epoch + 1,
             "iter": self.epoch * total + passes,
             "passes": passes if within else 0,
-            "rng": rng_states(self.device, runner.world_size) if within else None,
+            "rng": gather(rng_state(self.device), runner.world_size) if within else None,
             "model": unwrapped(runner).state_dict(),
             "optim_wrapper": runner.optim_wrapper.state_dict(),
             "param_schedulers": [one.state_dict() for one in runner.param_schedulers],

@@ -32,6 +32,7 @@ def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
         data=data["place"],
         classes=tuple(data["classes"]),
         weights=str(PRETRAINED / "model.safetensors"),
+        left_out=data["skipped"],
     )
     build_config(job, ROOT, params.scaling.num_workers)
     if params.scaling.use_gpu:

@@ -35,6 +35,8 @@ class Job:
     classes: tuple[str, ...]
     weights: str | None
     """File with the backbone's weights; None starts from scratch."""
+    left_out: tuple[str, ...] = ()
+    """Paths in the data set of files that `prepare` could not decode."""
     flops: float | None = None
     """Of one image's forward pass, for the MFU on GPUs."""
 
@@ -268,8 +270,11 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         "inner": training.get("batch_sampler"),
         "seed": section.seed if section.data_workers else None,
     }
-    if section.data_workers:
-        training.dataset = {"type": "SeededDataset", "dataset": training.dataset}
+    training.dataset = {
+        "type": "TrainingDataset",
+        "dataset": training.dataset,
+        "left_out": [f"{job.data}/{name}" for name in job.left_out],
+    }
 
 
 def _set_sizes(config: Config, job: Job) -> None:

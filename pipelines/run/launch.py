@@ -123,6 +123,7 @@ def fit(
     mlflow_run_id: str,
     data: Mapping[str, str],
     stops: bool = False,
+    elastic: bool = False,
     trial: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> "ray.train.Checkpoint":
@@ -136,13 +137,17 @@ def fit(
         data: the data set by name, and the folder or URL that every worker reads it from.
         stops: the loop writes a checkpoint and ends where `reporter.stopping()`; then the first
             Ctrl-C or SIGTERM asks it to. Else, and with the second, the run ends at once.
+        elastic: the loop runs on any number of workers from `scaling.min_workers` on, where that
+            is set.
 
     Raises:
         PipelineError: a node lacks something, or training failed for good.
     """
-    scaling = params.scaling
+    scaling, workers = params.scaling, params.scaling.num_workers
+    least = (elastic and scaling.min_workers) or workers
     if not trial:  # a sweep looks once, for all its trials
-        _require(name.split("-")[0], params, data)
+        fewest = scaling.model_copy(update={"num_workers": least})
+        _require(name.split("-")[0], params.model_copy(update={"scaling": fewest}), data)
     run = f"{storage_path(params)}/{name}"
     with reporting.display(name.rsplit("-", 1)[0], quiet=trial) as shown:
         storage.mend(run, lambda line: shown.line.remote(line))
@@ -151,7 +156,7 @@ def fit(
             _on_worker(train_loop),
             train_loop_config=config | {"reporting": told},
             scaling_config=ScalingConfig(
-                num_workers=scaling.num_workers,
+                num_workers=workers if least == workers else (least, workers),  # type: ignore[arg-type]
                 use_gpu=scaling.use_gpu,
                 resources_per_worker=preflight.bundle(scaling),
             ),

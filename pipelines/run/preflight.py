@@ -90,7 +90,7 @@ def require(stage: str, scaling: Scaling, needs: Needs) -> None:
 
 def bundle(scaling: Scaling) -> dict[str, float]:
     """Resources of one worker."""
-    gpus: dict[str, float] = {"GPU": 1} if scaling.use_gpu else {}
+    gpus = {"GPU": scaling.gpus_per_worker} if scaling.use_gpu else {}
     return {"CPU": scaling.cpus_per_worker, **gpus}
 
 

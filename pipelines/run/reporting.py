@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import ray
 import ray.train
 from ray.train import CheckpointUploadMode
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
 from pipelines.run import storage
@@ -86,7 +87,7 @@ class RayReporter:
         os.environ["MLFLOW_TRACKING_URI"] = reporting.mlflow_uri
         if self.rank == 0:
             tracker = tracking.Tracker(reporting.mlflow_run_id, reporting.mlflow_uri)
-            self._delivery = tracking.Delivery(tracker, self._tell)
+            self._delivery = tracking.Delivery(tracker, self.tell)
         if context.get_local_rank() == 0:
             self._monitor = tracking.system_metrics(
                 reporting.mlflow_run_id, context.get_node_rank()
@@ -95,7 +96,7 @@ class RayReporter:
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         # Not Ray's own choice: that may be a part of one.
-        found = storage.newest_complete(self._storage, self._tell)
+        found = storage.newest_complete(self._storage, self.tell)
         if found is None:
             yield None
             return
@@ -104,7 +105,8 @@ class RayReporter:
                 self._delivery.put_all(read_undelivered(Path(folder)))
             yield Path(folder)
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
+        """Show a line to the user; rank 0's alone."""
         if self.rank == 0:
             self._display.line.remote(line)
 
@@ -122,7 +124,7 @@ class RayReporter:
         # Before the checkpoint: an epoch that is in it is never missing from the curves. What
         # MLflow does not have yet goes into the checkpoint, for whoever goes on from it.
         self.metrics(metrics, epoch)
-        self._tell(f"epoch {epoch + 1}: {_readable(metrics)}")
+        self.tell(f"epoch {epoch + 1}: {_readable(metrics)}")
         self._report({**metrics, "epoch": epoch}, folder)
 
     def keep(self, folder: Path | None) -> None:
@@ -324,7 +326,9 @@ class Progress:
 def display(name: str, quiet: bool = False) -> Iterator[Any]:
     """A `Display` actor whose content is shown in this process while the block runs, unless
     `quiet`."""
-    actor = Display.remote()  # type: ignore[attr-defined]
+    # Here: with the driver's node all is lost anyway, with another it would not be.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = Display.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     if quiet:
         yield actor
         return

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -35,19 +35,20 @@ from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,
     StepClock,
+    communication,
     flops_per_image,
     peak_flops,
 )
 from pipelines.train.evaluation import amp_dtype, predict
 from pipelines.train.loading import (
-    EpochSampler,
+    MicroBatchSampler,
     Part,
     evaluation_loader,
     make_loader,
     split_holdout,
 )
 from pipelines.train.models import build_model, load_weights
-from pipelines.train.resume import Requests, rng_states, set_rng_state
+from pipelines.train.resume import Requests, gather, rng_state, set_rng_state
 
 REPORT_EVERY = 10
 """Steps between metrics. A GPU's loss is read as often: each reading stalls the GPU."""
@@ -70,6 +71,10 @@ class Classifier:
         self, params: Params, data: DataPlace, device: torch.device, reporter: Reporter
     ) -> None:
         self.params: Pretrain = params.pretrain
+        # What a step's images are split for; where pretraining is elastic, fewer may run.
+        self.planned = (
+            params.scaling.num_workers if params.scaling.min_workers else reporter.world_size
+        )
         self.data, self.device, self.reporter = data, device, reporter
         p = self.params
         random_seed(p.seed, 0)  # the same initial weights on every rank
@@ -103,8 +108,7 @@ class Classifier:
             SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(p.smoothing)
         )
         self.train_loader, self.choice_loader, self.val_loader = self._loaders(data, collate)
-        # The same with any number of workers, and every step has the whole global batch.
-        self.steps = len(self.train_loader.dataset) // p.batch_size
+        self.steps = self.sampler.steps
         if not self.steps:
             raise PipelineError(
                 f"pretrain.batch_size={p.batch_size} is larger than the"
@@ -190,7 +194,9 @@ class Classifier:
         """Result of the best weights; on rank 0 with `predictions`."""
         chosen = deepcopy(self.model)
         chosen.load_state_dict(self.best["weights"])
-        predictions = predict(self.params, chosen, self.data, self.device, self.reporter)
+        predictions = predict(
+            self.params, chosen, self.data, self.device, self.reporter, self.planned
+        )
         if predictions is None:
             return {}
         last = self.history[-1] if self.history else {}
@@ -206,7 +212,7 @@ class Classifier:
         }
 
     def _loaders(self, data: DataPlace, collate: Any) -> tuple[Any, Any, Any]:
-        p, rank, world = self.params, self.reporter.rank, self.reporter.world_size
+        p, reporter = self.params, self.reporter
         train, val_images = data.images("train"), data.images("val")
         kept, held = split_holdout(len(train), p.holdout, p.seed)
         train.transform = create_transform(
@@ -223,23 +229,22 @@ class Classifier:
         )
         part = Part(train, kept, p.seed)
         # One worker has it too: then a step has the same images on any number of workers.
-        sampler = EpochSampler(
-            part, whole=p.data_workers > 0, num_replicas=world, rank=rank, seed=p.seed
+        self.sampler = MicroBatchSampler(
+            len(part), p, self.planned, reporter.rank, reporter.world_size, p.data_workers > 0
         )
         train_loader = make_loader(
             p,
             part,
-            world,
             self.device,
             {"re_prob": p.reprob, "re_mode": "pixel"},
-            sampler=sampler,
-            drop_last=True,
+            batch_sampler=self.sampler,
             persistent_workers=p.persistent_workers and p.data_workers > 0,
             collate_fn=collate,
         )
 
         def evaluation(images: Images, indices: list[int]) -> Any:
-            return evaluation_loader(p, images, indices, rank, world, self.device)
+            own = indices[reporter.rank :: reporter.world_size]
+            return evaluation_loader(p, images, own, p.micro_batch(self.planned), self.device)
 
         val = evaluation(val_images, list(range(len(val_images))))
         # A data set of its own: it has another transform than the training images.
@@ -249,10 +254,9 @@ class Classifier:
         """Metrics of the epoch; None if it was left after a checkpoint."""
         p, cuda = self.params, self.device.type == "cuda"
         random_seed(p.seed + 1000 * (epoch + 1), self.reporter.rank)
-        sampler, begun, self.begun = self.train_loader.sampler, self.begun, None
-        first = begun["step"] if begun else 0
-        sampler.set_epoch(epoch)
-        sampler.start = first * p.batch_size // self.reporter.world_size
+        begun, self.begun = self.begun, None
+        first = self.sampler.start = begun["step"] if begun else 0
+        self.sampler.epoch = epoch
         self.wrapped.train()
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -260,8 +264,8 @@ class Classifier:
         unread: list[Tensor] = []
         clock, batches = StepClock(self.device), iter(self.train_loader)
         if begun:  # after the iterator, which draws a number too
-            total_loss, skipped = begun["total_loss"], begun["skipped"]
-            set_rng_state(begun["rng"][self.reporter.rank], self.device)
+            skipped = begun["skipped"]
+            total_loss = self._go_on(begun, epoch)
         steps = self.steps - first
         self.requests.kept()
         for index in range(first, self.steps):
@@ -290,7 +294,8 @@ class Classifier:
             if index % REPORT_EVERY == 0 and index + 1 < self.steps:
                 stopping, due = self.requests.read()
                 if stopping or due:
-                    now = {"step": index + 1, "total_loss": total_loss, "skipped": skipped}
+                    ranks = gather((total_loss, rng_state(self.device)), self.reporter.world_size)
+                    now = {"step": index + 1, "ranks": ranks, "skipped": skipped}
                     self._save(epoch, None, None, now)
                     self.requests.kept()
                 if stopping:
@@ -308,6 +313,7 @@ class Classifier:
             "images_per_second": images_per_second,
         }
         metrics |= {f"{phase}_ms": 1000 * s / steps for phase, s in clock.read().items()}
+        metrics |= communication(self.wrapped, metrics["backward_ms"])
         if self.scaler.is_enabled():
             metrics["skipped_steps"] = skipped
         if cuda:
@@ -320,20 +326,34 @@ class Classifier:
             metrics["mfu"] = 100 * done / self.peak
         return metrics
 
+    def _go_on(self, begun: Mapping[str, Any], epoch: int) -> float:
+        """Take over the random state of an epoch that was left; the losses so far, added up."""
+        rank, world = self.reporter.rank, self.reporter.world_size
+        losses, states = zip(*begun["ranks"], strict=True)
+        if len(losses) == world:
+            set_rng_state(states[rank], self.device)
+            return losses[rank]
+        # On another number of workers nothing can be repeated; but nothing may be drawn twice.
+        entropy = [self.params.seed, epoch, begun["step"]]
+        random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] // 2), rank)
+        return sum(losses) / len(losses)
+
     def _step(self, batches: Iterator[Any], step: int, clock: StepClock) -> tuple[Tensor, bool]:
         """One optimizer step: its mean loss, still on the device, and whether weights changed."""
-        p = self.params
+        p, shares = self.params, len(self.sampler.shares)
+        # DDP takes the mean over the workers, and their shares may differ by one.
+        weight = self.planned * p.accumulate / self.reporter.world_size
         self.optimizer.zero_grad()
         mean_loss = torch.zeros((), device=self.device)
-        for micro in range(p.accumulate):
+        for micro in range(shares):
             input, target = next(batches)
             input = input.to(self.device, memory_format=self.memory_format)
             target = target.to(self.device)
             if self.mixup:
                 input, target = self.mixup(input, target)
             clock.mark("data")
-            with nullcontext() if micro + 1 == p.accumulate else self._no_sync():
-                loss = self._forward(input, target) / p.accumulate
+            with nullcontext() if micro + 1 == shares else self._no_sync():
+                loss = self._forward(input, target) / weight
                 clock.mark("forward")
                 self.scaler.scale(loss).backward()
             mean_loss += loss.detach()
@@ -411,8 +431,6 @@ class Classifier:
         begun: dict[str, Any] | None = None,
     ) -> None:
         """A checkpoint after `epoch`, or within it after the steps that `begun` tells."""
-        if begun:
-            begun = {**begun, "rng": rng_states(self.device, self.reporter.world_size)}
         with _temporary_folder() if self.reporter.rank == 0 else nullcontext() as folder:
             if folder:
                 best = {k: v for k, v in self.best.items() if k != "weights"}

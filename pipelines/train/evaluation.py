@@ -29,9 +29,17 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 @torch.inference_mode()
 def predict(
-    p: Pretrain, model: nn.Module, data: DataPlace, device: torch.device, reporter: Reporter
+    p: Pretrain,
+    model: nn.Module,
+    data: DataPlace,
+    device: torch.device,
+    reporter: Reporter,
+    planned: int | None = None,
 ) -> dict[str, np.ndarray] | None:
     """What the model says of each validation image, in the order of the data set.
+
+    Args:
+        planned: workers that the batch size is for, where others run.
 
     Returns:
         on rank 0, arrays of N images: `name` and `target` (N), `classes` and `probabilities` of the
@@ -43,7 +51,8 @@ def predict(
         raise PipelineError(
             f"{len(images)} validation images are too few for scaling.num_workers={workers}"
         )
-    loader = evaluation_loader(p, images, list(range(len(images))), rank, workers, device)
+    own = list(range(rank, len(images), workers))
+    loader = evaluation_loader(p, images, own, p.micro_batch(planned or workers), device)
     memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
     amp = amp_dtype(p.amp, device)

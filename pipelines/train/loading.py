@@ -3,14 +3,13 @@
 import multiprocessing
 import random
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Sampler
 
 from pipelines.data.images import Images
 from pipelines.params import Pretrain
@@ -53,20 +52,46 @@ class Part(ImageDataset):
         return [self[index] for index in indices]
 
 
-class EpochSampler(DistributedSampler):
-    """A rank's share of an epoch, from the place `start` on.
+class MicroBatchSampler(Sampler[list[Any]]):
+    """The micro-batches of one rank in an epoch, from step `start` on.
 
-    With `whole` it asks for (epoch, index). So loader processes hold no random state: their number,
-    and how long they live, leave no trace in the images.
+    A step's images are `batch_size` places of the epoch's order, whatever the number of workers.
+    They are split for `planned` workers: of these, worker r takes every `planned`-th, from the r-th
+    on, `accumulate` times. Where fewer run, each takes the shares of several.
+
+    Args:
+        count: images of the data set.
+        planned: workers that the parameters ask for.
+        whole: ask for (epoch, index). So loader processes hold no random state: their number, and
+            how long they live, leave no trace in the images.
     """
 
-    def __init__(self, dataset: Any, whole: bool, **kwargs: Any) -> None:
-        super().__init__(dataset, **kwargs)
-        self.whole, self.start = whole, 0
+    def __init__(
+        self, count: int, p: Pretrain, planned: int, rank: int, world_size: int, whole: bool
+    ) -> None:
+        self.count, self.p, self.planned, self.whole = count, p, planned, whole
+        self.shares = range(rank, planned * p.accumulate, world_size)
+        self.epoch = self.start = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        left = islice(super().__iter__(), self.start, None)
-        return ((self.epoch, index) for index in left) if self.whole else left
+    @property
+    def steps(self) -> int:
+        """Of an epoch; each has the whole batch."""
+        return self.count // self.p.batch_size
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        generator = torch.Generator().manual_seed(self.p.seed + self.epoch)
+        order = torch.randperm(self.count, generator=generator).tolist()
+        size = self.p.batch_size
+        for step in range(self.start, self.steps):
+            batch = order[step * size : (step + 1) * size]
+            for share in self.shares:
+                turn, worker = divmod(share, self.planned)
+                images = self.planned * self.p.micro_batch(self.planned)
+                indices = batch[turn * images : (turn + 1) * images][worker :: self.planned]
+                yield [(self.epoch, index) for index in indices] if self.whole else indices
+
+    def __len__(self) -> int:
+        return self.steps * len(self.shares)
 
 
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -79,7 +104,6 @@ def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[
 def make_loader(
     p: Pretrain,
     part: Part,
-    workers: int,
     device: torch.device,
     erasing: Mapping[str, Any] | None = None,
     collate_fn: Any = None,
@@ -88,7 +112,6 @@ def make_loader(
     """timm's `create_loader`, but for any sampler, and for processes that are safe to start.
 
     Args:
-        workers: how many processes share the global batch.
         device: batches for a GPU are prefetched, as bytes that are normalised there.
         erasing: random erasing on the GPU, for training.
     """
@@ -105,7 +128,6 @@ def make_loader(
         }
     loader = DataLoader(
         part,
-        batch_size=p.micro_batch(workers),
         num_workers=p.data_workers,
         pin_memory=p.pin_memory and prefetch,
         collate_fn=collate_fn or (fast_collate if prefetch else None),
@@ -115,14 +137,18 @@ def make_loader(
 
 
 def evaluation_loader(
-    p: Pretrain, images: Images, indices: list[int], rank: int, workers: int, device: torch.device
+    p: Pretrain,
+    images: Images,
+    indices: list[int],
+    batch_size: int,
+    device: torch.device,
 ) -> Any:
-    """Every rank takes its own of the images at `indices`, so none is padded or counted twice."""
-    mine = Part(images, indices[rank::workers])
+    """The images at `indices`, in order. Each rank has indices of its own: none counts twice."""
+    mine = Part(images, indices)
     mine.transform = create_transform(
         p.img_size,
         crop_pct=p.crop_pct,
         interpolation=p.interpolation,
         use_prefetcher=device.type == "cuda",
     )
-    return make_loader(p, mine, workers, device)
+    return make_loader(p, mine, device, batch_size=batch_size)

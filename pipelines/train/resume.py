@@ -24,12 +24,12 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def rng_states(device: torch.device, world_size: int) -> list[dict[str, Any]]:
-    """`rng_state` of every rank; all ranks call it."""
-    states = [rng_state(device)] * world_size
+def gather(value: Any, world_size: int) -> list[Any]:
+    """The value of every rank; all ranks call it."""
+    values = [value] * world_size
     if world_size > 1:
-        dist.all_gather_object(states, states[0])
-    return states
+        dist.all_gather_object(values, value)
+    return values
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:

@@ -289,3 +289,64 @@ def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_l
     assert ("workers", "ok") in marks
     assert PASSWORD not in output
     assert code == (1 if "fails" in [mark for _, mark in marks] else 0)
+
+
+ELASTIC = """
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from pipelines import pretrain
+from pipelines.data.demo import prepare
+from pipelines.data.images import DataPlace
+from pipelines.params import load_params
+from pipelines.run import launch, tracking
+
+folder = Path(sys.argv[1])
+sizes = {"image_size": 28, "train_variants": 4, "scene_size": 96}
+counts = {"digits_per_class": 20, "train_scenes": 1, "val_scenes": 1, "max_digits": 3}
+prepare(SimpleNamespace(seed=0, **sizes, **counts), folder / "data")
+params = load_params("smoke", changes={
+    "storage.path": str(folder / "storage"), "scaling.min_workers": int(sys.argv[2]),
+    "pretrain.epochs": 6, "pretrain.warmup_epochs": 0,
+})
+launch._require = lambda *arguments: None  # this checkout may have no compiled operator
+place = str(folder / "data/imagenet")
+with launch.ray_session():
+    run = tracking.start_run("pretrain", "test", {})
+    launch.fit(
+        pretrain.train_loop_per_worker, {"params": params, "data": DataPlace(place)}, params,
+        name="pretrain-elastic", mlflow_run_id=run.run_id, data={}, stops=True, elastic=True,
+    )
+    steps = [m.step for m in run.client.get_metric_history(run.run_id, "train_loss")]
+    print("epochs", steps)
+"""
+
+
+def test_pretraining_goes_on_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
+    """On the worker that is left; the second node joined in a test above."""
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ELASTIC, str(tmp_path), "1"],
+            cwd=ROOT,
+            env=cluster.env
+            | {
+                "RAY_ADDRESS": f"127.0.0.1:{cluster.port}",
+                "MLFLOW_TRACKING_URI": cluster.tracking,
+                "GLOO_SOCKET_IFNAME": "lo",
+                "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+            },
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("storage/*/checkpoint_2*/digests.json")):
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.1)
+    assert "num_workers=2 workers" not in output.read_text()
+    os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
+    assert process.wait(timeout=240) == 0, output.read_text()
+    assert "on 1 of scaling.num_workers=2 workers" in output.read_text()
+    assert f"epochs {list(range(6))}" in output.read_text()

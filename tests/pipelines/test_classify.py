@@ -186,13 +186,53 @@ def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> N
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     reporter = Recorder(folder, rank, 2)
+    if params.scaling.min_workers:
+        # Interrupted within the second epoch; a single worker of the three takes it from there.
+        reporter.patience = 1
+        fit(params, data, reporter)
+        assert len(reporter.epochs) == 1
+        assert rank or reporter.state["begun"]["step"] == 1
+        torch.distributed.destroy_process_group()
+        return
     trained = fit(params, data, reporter)
     assert reporter.kept > params.pretrain.epochs  # within epochs too, by the clock
+    row = reporter.epochs[-1]
+    assert 0 <= row["communication_ms"] <= row["all_reduce_ms"]
+    assert row["all_reduce_ms"] > 0
     found = predict(params.pretrain, trained.model, DataPlace(str(data)), CPU, reporter)
     assert (found is None) == (rank == 1)
     if found:
         np.savez(folder / "predictions.npz", **found)
     torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_elastic_training_sees_the_same_batches_on_any_number_of_workers(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three workers, with shares of 2 and 1, then one; against three on their own."""
+    common = {"opt": "sgd", "lr": 0.05, "drop_path_rate": 0.0, "mixup": 0.0, "holdout": 0.0}
+    params = smoke(**common, batch_size=6, data_workers=1)
+    for folder in ("whole", "elastic"):
+        (tmp_path / folder).mkdir()
+    whole, last = Recorder(tmp_path / "whole"), Recorder(tmp_path / "elastic")
+    with threads(1):
+        fit(params, data, whole)
+        scaling = params.scaling.model_copy(update={"num_workers": 3, "min_workers": 1})
+        elastic = params.model_copy(update={"scaling": scaling})
+        args = (free_port(), elastic, data, tmp_path / "elastic")
+        multiprocessing.spawn(_worker, args, nprocs=2)
+        fit(elastic, data, last)
+    for part in ("model", "ema"):
+        torch.testing.assert_close(last.state[part], whole.state[part], rtol=1e-4, atol=1e-5)
+    for row, expected in zip(last.state["history"], whole.state["history"], strict=True):
+        for key in ("train_loss", "val_loss", "val_top1"):
+            assert row[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
 def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Path) -> None:
@@ -204,9 +244,6 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
     with threads(1):
         fit(smoke(**common, accumulate=4, data_workers=2), data, one)
         trained = fit(smoke(**common, data_workers=1, persistent_workers=False), data, whole)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     two = smoke(**common, accumulate=2, data_workers=1)
     two = two.model_copy(
         update={
@@ -214,7 +251,7 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
             "storage": two.storage.model_copy(update={"checkpoint_minutes": 1e-6}),
         }
     )
-    multiprocessing.spawn(_worker, (port, two, data, tmp_path / "two"), nprocs=2)
+    multiprocessing.spawn(_worker, (free_port(), two, data, tmp_path / "two"), nprocs=2)
     reference = whole.state
     assert reference["model"].keys() == one.state["model"].keys()
     for state in (one.state, Recorder(tmp_path / "two").state):

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import scipy.io
+from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.runner import Runner
 from PIL import Image
 
 from pipelines import prepare
 from pipelines.data import archives, demo, images, places, verify
 from pipelines.data.checks import DataError
 from pipelines.data.manifest import write_json
+from pipelines.mm.train import Job, build_config
 from pipelines.params import Params, load_params
 
 SIZES = SimpleNamespace(
@@ -191,6 +194,45 @@ def test_corrupt_images_are_listed_and_left_out_within_the_limit(
     path = min((root / "val/digit_1").iterdir())
     path.write_bytes(b"no image")
     refused(tmp_path, "imagenet", root, "none of the validation images", str(path), max_corrupt=9)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("coco", ["train2017/*.jpg"]),
+        # An image, and the label map of another: both pairs are lost.
+        ("ade20k", ["images/training/*.jpg", "annotations/training/*.png"]),
+    ],
+)
+def test_scenes_that_do_not_decode_are_left_out_of_training(
+    copy: Callable[[str], Path], tmp_path: Path, name: str, bad: list[str]
+) -> None:
+    root = copy(name)
+    files = [sorted(root.glob(pattern))[place] for place, pattern in enumerate(bad)]
+    for file in files:
+        file.write_bytes(file.read_bytes()[:200])
+    count = {"coco": 1, "ade20k": 2}[name]
+    refused(tmp_path, name, root, f"{count} corrupt images, prepare.max_corrupt=0", str(files[0]))
+    manifest = take(tmp_path, name, root, max_corrupt=count)
+    left_out = tuple(file.relative_to(root).as_posix() for file in files)
+    assert sorted(manifest["skipped"]) == sorted(left_out)
+    assert manifest["counts"]["train"] == 9 - count
+
+    stage = {"coco": "detect", "ade20k": "segment"}[name]
+    job = Job(stage, load_params("demo"), str(root), tuple(manifest["classes"]), None, left_out)
+    config = build_config(job, tmp_path, 1)
+    DefaultScope._instance_dict.clear()
+    init_default_scope(config.default_scope)
+    loader = Runner.build_dataloader(config.train_dataloader)
+    assert len(loader.dataset) == 9 - count
+    seen = {loader.dataset[i]["data_samples"].img_path for i in range(len(loader.dataset))}
+    stems = {file.stem for file in files}
+    assert len(seen) == 9 - count
+    assert not {Path(path).stem for path in seen} & stems
+    # Validation images are what is reported.
+    validation = min(root.glob({"coco": "val2017/*", "ade20k": "images/validation/*"}[name]))
+    validation.write_bytes(b"no image")
+    refused(tmp_path, name, root, "none of the validation images", max_corrupt=9)
 
 
 def test_counts_classes_and_layout(copy: Callable[[str], Path], tmp_path: Path) -> None:
