@@ -40,6 +40,10 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # as env.sh: these tests run under `uv run`
             "RAY_AUTH_MODE": "token",
+            # A node that is killed counts as lost after seconds, not half a minute.
+            "RAY_health_check_period_ms": "500",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
             "RAY_AUTH_TOKEN_PATH": str(token),
         }
 
@@ -323,6 +327,9 @@ with launch.ray_session():
 """
 
 
+@pytest.mark.skipif(
+    not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
+)
 def test_pretraining_goes_on_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
     """On the worker that is left; the second node joined in a test above."""
     output = tmp_path / "output"
@@ -348,5 +355,6 @@ def test_pretraining_goes_on_when_a_node_is_lost(cluster: RayCluster, tmp_path: 
     assert "num_workers=2 workers" not in output.read_text()
     os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
+    assert "going on from the last checkpoint" in output.read_text()
     assert "on 1 of scaling.num_workers=2 workers" in output.read_text()
     assert f"epochs {list(range(6))}" in output.read_text()
