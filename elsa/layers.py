@@ -7,6 +7,7 @@ Shapes, here and in the comments below:
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class ELSA(nn.Module):
         dilation: Spacing of the neighbours.
         qkv_bias: Bias in `pre_proj`.
         qk_scale: Factor on the Hadamard product; ELSA-Swin has 1.
-        group_width: Channels per group of the k x k convolution on the product.
+        group_width: Channels per group of the k x k convolution on the product; "all" is one group.
         groups: Groups of the 1x1 convolution that makes the attention map.
         lam: Exponent of the multiplicative ghost head, a whole number >= 0; 0 leaves it out.
         gamma: Factor of the additive ghost head; 0 leaves it out.
@@ -70,7 +71,7 @@ class ELSA(nn.Module):
         dilation: int = 1,
         qkv_bias: bool = True,
         qk_scale: float = 1.0,
-        group_width: int = 8,
+        group_width: int | Literal["all"] = 8,
         groups: int = 1,
         lam: float = 0.0,
         gamma: float = 1.0,
@@ -78,6 +79,8 @@ class ELSA(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        if group_width == "all":
+            group_width = dim_qk = dim // 3 * 2 if dim_qk is None else dim_qk
         positive = {"dim": dim, "num_heads": num_heads, "stride": stride, "dilation": dilation}
         for name, value in {**positive, "group_width": group_width, "groups": groups}.items():
             _require(value >= 1, f"{name} must be at least 1, got {value}")

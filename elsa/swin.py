@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +176,7 @@ class ELSASwin(nn.Module):
             (`elsa.counterparts`).
         elsa_stages: Which stages use `operator`; the others use (shifted) window attention.
         kernel_size: Neighbourhood of ELSA and its counterparts.
-        group_width: ELSA's channels per group of the k x k convolution.
+        group_width: ELSA's channels per group of the k x k convolution; "all" is one group.
         lam: Exponent of ELSA's multiplicative ghost head.
         gamma: Factor of ELSA's additive ghost head.
         window_size: Side of the attention window.
@@ -209,7 +209,7 @@ class ELSASwin(nn.Module):
         operator: str = "elsa",
         elsa_stages: Sequence[bool] = (True, True, True, False),
         kernel_size: int = 7,
-        group_width: int = 8,
+        group_width: int | Literal["all"] = 8,
         lam: float = 0.0,
         gamma: float = 1.0,
         window_size: int = 7,

@@ -7,7 +7,7 @@ models and nobody has released weights of them: nothing here loads or reproduces
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -29,7 +29,7 @@ class ELSAVOLO(VOLO):
         embed_dims: Channels per stage.
         num_heads: Heads per stage.
         kernel_size: ELSA's neighbourhood.
-        group_width: ELSA's channels per group of the k x k convolution.
+        group_width: ELSA's channels per group of the k x k convolution; "all" is one group.
         lam: Exponent of ELSA's multiplicative ghost head.
         gamma: Factor of ELSA's additive ghost head.
         **kwargs: Further arguments of timm's VOLO.
@@ -42,7 +42,7 @@ class ELSAVOLO(VOLO):
         num_heads: Sequence[int],
         *,
         kernel_size: int = 5,
-        group_width: int = 8,
+        group_width: int | Literal["all"] = 8,
         lam: float = 1.0,
         gamma: float = 1.0,
         **kwargs: Any,

@@ -104,7 +104,8 @@ class Model(Section):
     elsa_stages: tuple[bool, ...] | None = None
     """Which stages use `operator`; the others use shifted-window attention."""
     kernel_size: Positive | None = None
-    group_width: Positive | None = None
+    group_width: Positive | Literal["all"] | None = None
+    """Channels per group of ELSA's k x k convolution; all is one group."""
     lam: NonNegative | None = None
     gamma: NonNegative | None = None
 

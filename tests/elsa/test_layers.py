@@ -65,6 +65,8 @@ def test_matches_the_formula(kwargs):
 
 def test_default_qk_width():
     assert elsa.ELSA(96, 3, group_width=4).dim_qk == 64
+    every = elsa.ELSA(96, 3, group_width="all")
+    assert (every.dim_qk, every.attn[0].groups) == (64, 1)
     assert elsa.ELSA(128, 4, group_width=8).dim_qk == 88  # 84, raised to a multiple of 8
 
 
