@@ -387,3 +387,41 @@ def factor(
     axis.set(xlabel=name, ylabel=f"{metric}, %")
     figure.tight_layout()
     return figure
+
+
+def parallel(
+    names: Sequence[str],
+    points: Sequence[Mapping[str, Any]],
+    scores: Sequence[float],
+    metric: str,
+) -> Figure:
+    """Parallel coordinates: a line per point over one axis per parameter, and the metric last.
+
+    Numbers are placed by value, anything else by its order; darker lines score higher.
+    """
+    figure, axis = plt.subplots(figsize=(1.5 + 1.7 * len(names), 3.6))
+    columns: list[list[Any]] = [[point.get(name) for point in points] for name in names]
+    heights: list[list[float]] = []
+    for place, column in enumerate([*columns, list(scores)]):
+        numbers = [v for v in column if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(numbers) == len(column) and len(set(numbers)) > 1:
+            low, high = min(numbers), max(numbers)
+            heights.append([(value - low) / (high - low) for value in numbers])
+            ticks = {0.0: f"{low:.3g}", 1.0: f"{high:.3g}"}
+        else:
+            kinds = list(dict.fromkeys("none" if v is None else str(v) for v in column))
+            at = {kind: i / max(len(kinds) - 1, 1) for i, kind in enumerate(kinds)}
+            heights.append([at["none" if v is None else str(v)] for v in column])
+            ticks = {height: kind for kind, height in at.items()}
+        axis.axvline(place, color="#889", linewidth=0.8)
+        for height, text in ticks.items():
+            axis.text(place + 0.03, height, text, fontsize=7, va="bottom", zorder=4)
+    shades = plt.get_cmap("viridis_r")
+    for line, shade in zip(zip(*heights, strict=True), heights[-1], strict=True):
+        axis.plot(range(len(heights)), line, color=shades(0.15 + 0.85 * shade), marker="o", ms=3)
+    titles = [name.rsplit(".", 1)[-1] for name in names]
+    axis.set_xticks(range(len(heights)), [*titles, f"{metric}, %"])
+    axis.set(yticks=[], xlim=(-0.2, len(heights) - 0.6), ylim=(-0.08, 1.08))
+    axis.spines[:].set_visible(False)
+    figure.tight_layout()
+    return figure

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipelines.compare import verdict
 from pipelines.data import places
 from pipelines.data.images import DataPlace
 from pipelines.params import ROOT, Params, changed
@@ -165,9 +166,30 @@ def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]
         "total": duration(sum(metrics[name]["wall_time_s"] for name in STAGES)),
         "changed": changed(stage.params),
         "lineage": lineage,
+        "ablation": _ablation(),
         "commands": STAGE_COMMANDS,
         "public": stage.params.prepare.source == "public",
     }
+
+
+def _ablation() -> dict[str, Any] | None:
+    """What the last sweep in this workspace found; None where there was none."""
+    comparison, summary = ROOT / "sweeps/comparison.json", ROOT / "metrics/sweep.json"
+    if not (comparison.exists() and summary.exists()):
+        return None
+    found, sweep = json.loads(comparison.read_text()), json.loads(summary.read_text())
+    rows = [
+        {
+            "point": row["point"],
+            "runs": row["runs"],
+            "score": f"{row['mean']:.1f}" + (f" ± {row['ci95']:.1f}" if row["ci95"] else ""),
+            "verdict": (
+                verdict(row, found["reference"]) if "difference" in row else "the reference"
+            ),
+        }
+        for row in found["rows"]
+    ]
+    return {"metric": found["metric"], "rows": rows, "sweep": sweep}
 
 
 def _cost(name: str, metrics: dict[str, Any], params: Params) -> dict[str, str]:
@@ -227,9 +249,27 @@ def _write_markdown(target: Path, context: dict[str, Any], names: list[str]) -> 
             for time, line in zip(context["times"], context["lineage"], strict=True)
         ),
         "",
+        *_ablation_lines(context["ablation"]),
         *(f"![{PICTURES[name][0]}](pictures/{name}.png)\n" for name in names),
     ]
     target.write_text("\n".join(lines))
+
+
+def _ablation_lines(ablation: dict[str, Any] | None) -> list[str]:
+    if ablation is None:
+        return []
+    sweep = ablation["sweep"]
+    return [
+        f"Sweep `{sweep['space']}` (MLflow run `{sweep['mlflow_run_id']}`), 95% intervals:",
+        "",
+        f"| point | runs | {ablation['metric']} | finding |",
+        "|---|---:|---:|---|",
+        *(
+            f"| {row['point']} | {row['runs']} | {row['score']} | {row['verdict']} |"
+            for row in ablation["rows"]
+        ),
+        "",
+    ]
 
 
 def _base64(path: Path) -> str:

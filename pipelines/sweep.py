@@ -273,7 +273,17 @@ def _pictures(
         }
     reference = points[comparison["reference"]]
     names = dict.fromkeys(name for point in points.values() for name in point)
-    for name in names:
+    varied = [n for n in names if len({json.dumps(p.get(n)) for p in points.values()}) > 1]
+    if len(varied) > 1:
+        means, named = [row["mean"] for row in rows], [points[row["point"]] for row in rows]
+        yield {
+            "group": "parallel",
+            "title": "Parallel coordinates",
+            "text": "A line per point; darker ones score higher.",
+            "alt": f"{metric}: " + "; ".join(f"{row['point']}: {row['mean']:.1f}" for row in rows),
+            "data": _png(figures.parallel(varied, named, means, metric)),
+        }
+    for name in varied:
         if len({json.dumps(p[name]) for p in points.values() if name in p}) < 2:
             continue
         chosen = [
