@@ -188,7 +188,8 @@ def of_sweep(name: str | None, metric: str | None = None) -> dict[str, Any]:
             f"no sweep{f' of space {name}' if name else ''} at {tracking.tracking_uri()}:"
             f" run `dvc repro sweep`, or `dvc exp run sweep -S sweep.space={name or '...'}`"
         )
-    runs = [r for r in tracking.sweep_trials(sweep.run_id) if "final/top1" in r.metrics]
+    judged = {f"final/{name}" for name in METRICS}
+    runs = [r for r in tracking.sweep_trials(sweep.run_id) if judged & r.metrics.keys()]
     labels = {run.run_id: json.loads(run.tags["sweeps"])[sweep.run_id] for run in runs}
     return compare(runs, labels, sweep.tags.get("reference"), metric)
 

@@ -20,6 +20,16 @@ from pipelines.errors import PipelineError
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "pipelines" / "recipes"
 
+
+def shared_root(root: Path) -> Path:
+    """The repository of a checkout: itself, or the one in whose `.dvc` DVC copied it to run an
+    experiment (`dvc exp run --queue` or `--temp`) and will delete it."""
+    return next((path.parent for path in root.parents if path.name == ".dvc"), root)
+
+
+SHARED = shared_root(ROOT)
+"""Where runs, their storage and MLflow's store are, which outlive an experiment."""
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -271,6 +281,8 @@ class Downstream(Training):
     method: str
     schedule: str
     num_classes: Positive
+    pretrained: bool
+    """Start the backbone from the weights of `pretrain`; false starts it from scratch."""
     with_cp: bool
     """Recompute the backbone's activations in the backward pass, to save memory."""
     img_size: Annotated[int, Field(ge=32)]

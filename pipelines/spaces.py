@@ -1,7 +1,7 @@
 """Spaces of a sweep: YAML in `pipelines/recipes/sweeps/`, validated before anything starts.
 
-A point is a set of parameters by dotted name. A trial is a point with a seed: one pretraining run,
-known by the identity that `pretrain` would have with the same parameters.
+A point is a set of parameters by dotted name. A trial is a point with a seed: one run of a training
+stage, known by the identity that the stage would have with the same parameters.
 """
 
 import itertools
@@ -24,12 +24,11 @@ from pipelines.params import (
     read_yaml,
 )
 from pipelines.run.identity import stage_identity
+from pipelines.subjects import SUBJECTS
 
 SPACES = RECIPES / "sweeps"
 NONE = "none"
 """The space that sweeps nothing."""
-SECTIONS = ("model", "pretrain", "scaling")
-"""What a pretraining run depends on (`dvc.yaml`), so what a trial can vary."""
 Point = dict[str, Any]
 
 
@@ -93,6 +92,8 @@ class Space(Section):
     """One file of `pipelines/recipes/sweeps/`: `points`, the product of `grid`, and a `search`."""
 
     about: str
+    stage: Literal["pretrain", "detect", "segment"] = "pretrain"
+    """What a trial runs."""
     fixed: dict[str, Any] = {}
     """Parameters of every trial that differ from the recipe and params.yaml, over both."""
     points: list[Point] = []
@@ -109,11 +110,13 @@ class Trial:
     """A point with a seed.
 
     Attributes:
+        stage: what it runs.
         point: what the space says of it, by dotted name.
         params: all its parameters.
-        identity: that of a run of `pretrain` with these parameters.
+        identity: that of a run of the stage with these parameters.
     """
 
+    stage: str
     point: Point
     params: Params
     identity: str
@@ -124,11 +127,16 @@ class Trial:
 
     @property
     def seed(self) -> int:
-        return self.params.pretrain.seed
+        return self.section.seed
+
+    @property
+    def section(self) -> Any:
+        """The stage's own parameters."""
+        return getattr(self.params, self.stage)
 
     @property
     def epochs(self) -> int:
-        return self.params.pretrain.epochs + self.params.pretrain.cooldown_epochs
+        return self.section.epochs + getattr(self.section, "cooldown_epochs", 0)
 
 
 def label(point: Mapping[str, Any]) -> str:
@@ -163,16 +171,19 @@ def load_space(name: str) -> Space:
         raise ParamsError(f"{where}:\n  " + "\n  ".join(lines)) from None
     if not (space.points or space.grid or space.search):
         raise ParamsError(f"{where} has no points, grid or search: the space is empty")
+    sections, seed = SUBJECTS[space.stage].sections, f"{space.stage}.seed"
     used = {name for point in space.points for name in point} | space.grid.keys()
     used |= set(space.search.parameters) if space.search else set()
     for key in sorted(used | space.fixed.keys()):
-        if key.split(".")[0] not in SECTIONS:
+        if key.split(".")[0] not in sections:
             raise ParamsError(
-                f"{where}: {key}: a trial is a pretraining run; only parameters of"
-                f" {', '.join(SECTIONS)} can be set"
+                f"{where}: {key}: a trial is a run of {space.stage}; only parameters of"
+                f" {', '.join(sections)} can be set"
             )
-        if key == "pretrain.seed":
-            raise ParamsError(f"{where}: pretrain.seed: seeds are what sweep.seeds counts")
+        if key == seed:
+            raise ParamsError(f"{where}: {seed}: seeds are what sweep.seeds counts")
+    if space.search and space.search.asha and space.stage != "pretrain":
+        raise ParamsError(f"{where}: asha stops runs of pretrain only; leave it out")
     for key in sorted(used & space.fixed.keys()):
         raise ParamsError(f"{where}: {key} is both fixed and varied")
     return space
@@ -202,9 +213,10 @@ def make_trial(params: Params, space: Space, point: Point, seed: int = 0) -> Tri
         ParamsError: the schema refuses the point.
     """
     where = f"sweep.space={params.sweep.space}, point {label(point)}"
-    seeded = {"pretrain.seed": params.pretrain.seed + seed}
+    stage = space.stage
+    seeded = {f"{stage}.seed": getattr(params, stage).seed + seed}
     resolved = override(params, {**space.fixed, **point, **seeded}, where)
-    return Trial(point, resolved, stage_identity("pretrain", resolved))
+    return Trial(stage, point, resolved, stage_identity(stage, resolved))
 
 
 def plan(params: Params, space: Space) -> list[Trial]:

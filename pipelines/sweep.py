@@ -1,4 +1,4 @@
-"""An ablation or search over pretraining: trials of a space, compared over their seeds."""
+"""An ablation or search over a training stage: trials of a space, compared over their seeds."""
 
 import base64
 import io
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import pretrain
 from pipelines.compare import compare, markdown, verdict
 from pipelines.compare import write as write_comparison
 from pipelines.errors import PipelineError
@@ -17,6 +16,7 @@ from pipelines.params import Params, nested
 from pipelines.run.stage import Stage, run_stage
 from pipelines.scores import write_csv
 from pipelines.spaces import NONE, Point, Space, Trial, label, load_space, make_trial, plan
+from pipelines.subjects import SUBJECTS, Subject
 from pipelines.trials import Outcome, Trials, cost_of
 
 
@@ -28,22 +28,30 @@ class Plan:
     trials: list[Trial]
     base: Trial
     """What all trials have in common."""
-    data: dict[str, Any]
+    checked: dict[str, Any]
+    """What the stage's own check gave: `data`, the data set, and more."""
+
+    @property
+    def subject(self) -> Subject:
+        return SUBJECTS[self.space.stage]
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return self.checked["data"]
 
 
 def check(params: Params) -> Plan | None:
     if params.sweep.space == NONE:
         return None
     space = load_space(params.sweep.space)
-    data = pretrain.check(params)
+    checked = SUBJECTS[space.stage].check(params)
     trials = plan(params, space)
     for trial in trials:
         cost_of(trial)
-    return Plan(space, trials, make_trial(params, space, {}), data)
+    return Plan(space, trials, make_trial(params, space, {}), checked)
 
 
 def run(stage: Stage, plan: Plan | None) -> None:
-    from pipelines.data.images import DataPlace
     from pipelines.run import launch
     from pipelines.run.tuning import run_trials
 
@@ -59,18 +67,19 @@ def run(stage: Stage, plan: Plan | None) -> None:
         return
     reference = label(plan.space.reference or plan.trials[0].point) if plan.trials else ""
     stage.tracker.set_tags({"space": stage.section.space, "reference": reference})
-    stage.tracker.log_dataset("imagenet", plan.data["digest"], Path("imagenet"), "training")
+    dataset = plan.subject.dataset
+    stage.tracker.log_dataset(dataset, plan.data["digest"], Path(dataset), "training")
     largest = max((t.params for t in (plan.base, *plan.trials)), key=_workers)
     trials = Trials(stage, plan.space, plan.trials, plan.base)
     try:
         asha = trials.asha
         run_trials(
             trials,
-            pretrain.train_loop_per_worker,
-            {"data": DataPlace(plan.data["place"], plan.data["skipped"])},
+            plan.subject,
+            plan.checked,
             name=stage.run_name,
             storage=launch.storage_path(stage.params),
-            concurrent=launch.at_once("sweep", largest, {"imagenet": plan.data["place"]}),
+            concurrent=launch.at_once("sweep", largest, {dataset: plan.data["place"]}),
             metric=trials.score,
             asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
         )
@@ -95,7 +104,8 @@ def _write(stage: Stage, plan: Plan, trials: Trials, reference: str, folder: Pat
         raise PipelineError(f"no trial finished: {reasons or 'the budget is too small for one'}")
     runs = [run for run in (tracking.read_run(run_id) for run_id in finished) if run]
     labels = {run_id: outcome.trial.label for run_id, outcome in finished.items()}
-    comparison = compare(runs, labels, reference, "top1")
+    metric = plan.subject.metric
+    comparison = compare(runs, labels, reference, metric)
     for row in comparison["rows"]:
         ids = row["run_ids"]
         scores = {run_id: max(value for _, value in trials.scores(run_id)) for run_id in ids}
@@ -107,8 +117,10 @@ def _write(stage: Stage, plan: Plan, trials: Trials, reference: str, folder: Pat
     best = max((row for row in rows if row["runs"] == most), key=lambda row: row[trials.score])
     champion = finished[best["best_run"]]
     values = {**plan.space.fixed, **champion.trial.point}
-    (folder / "best.yaml").write_text(_best_yaml(stage, values, best, trials.score))
-    rows_of_trials = _trial_rows(outcomes, runs)
+    (folder / "best.yaml").write_text(
+        _best_yaml(stage, champion.trial.stage, values, best, trials.score)
+    )
+    rows_of_trials = _trial_rows(outcomes, runs, metric)
     write_csv(folder / "trials.csv", rows_of_trials)
     version = _register(stage, plan, champion, best, comparison, trials.score, folder)
     counts = {
@@ -122,10 +134,12 @@ def _write(stage: Stage, plan: Plan, trials: Trials, reference: str, folder: Pat
         "trials_not_run": trials.total - sum(counts.values()),
         "trials_reused": sum(o.reused for o in outcomes),
         "reference": comparison["reference"],
-        "reference_top1": next(r["mean"] for r in rows if r["point"] == comparison["reference"]),
+        f"reference_{metric}": next(
+            r["mean"] for r in rows if r["point"] == comparison["reference"]
+        ),
         "best": best["point"],
-        "best_top1": best["mean"],
-        "best_top1_ci95": best["ci95"],
+        f"best_{metric}": best["mean"],
+        f"best_{metric}_ci95": best["ci95"],
     }
     context = {
         "recipe": stage.params.recipe,
@@ -155,7 +169,9 @@ def _write(stage: Stage, plan: Plan, trials: Trials, reference: str, folder: Pat
     print(markdown(comparison))
 
 
-def _best_yaml(stage: Stage, values: Mapping[str, Any], best: Mapping[str, Any], score: str) -> str:
+def _best_yaml(
+    stage: Stage, trained: str, values: Mapping[str, Any], best: Mapping[str, Any], score: str
+) -> str:
     from ruamel.yaml import YAML
 
     text = io.StringIO()
@@ -165,18 +181,18 @@ def _best_yaml(stage: Stage, values: Mapping[str, Any], best: Mapping[str, Any],
         f"# The best point of sweep {stage.section.space} (recipe {stage.params.recipe}) by"
         f" {score}, the mean over {best['runs']} seeds.\n"
         "# Into params.yaml or a recipe, or as options:\n"
-        f"#   dvc exp run pretrain {options}\n{text.getvalue()}"
+        f"#   dvc exp run {trained} {options}\n{text.getvalue()}"
     )
 
 
-def _trial_rows(outcomes: list[Outcome], runs: list[Any]) -> list[dict[str, Any]]:
+def _trial_rows(outcomes: list[Outcome], runs: list[Any], metric: str) -> list[dict[str, Any]]:
     metrics = {run.run_id: run.metrics for run in runs}
     return [
         {
             "point": o.trial.label,
             "seed": o.trial.seed,
             "state": o.state,
-            "top1": metrics.get(o.run_id, {}).get("final/top1"),
+            metric: metrics.get(o.run_id, {}).get(f"final/{metric}"),
             "wall_time_s": metrics.get(o.run_id, {}).get("final/wall_time_s"),
             "reused": o.reused,
             "reason": "" if o.state == "finished" and not o.reused else o.reason,
@@ -207,15 +223,16 @@ def _register(
     if checkpoint is None:
         raise PipelineError(f"the checkpoint of {champion.run_name} is gone from the storage")
     with checkpoint.as_directory() as source:
-        weights = load_file(f"{source}/best.safetensors")
+        weights = load_file(f"{source}/{plan.subject.weights}")
+    metric = plan.subject.metric
     own, demo = best["seeds"][str(trial.seed)], params.prepare.source == "demo"
     description = write_weights(
         folder / "champion",
         weights,
-        model=params.model.model_dump(mode="json"),
+        model=_model(trial),
         identity=trial.identity,
         mlflow_run_id=champion.run_id,
-        metrics={"top1": own},
+        metrics={metric: own},
     )
     git = tracking.git_tags()
     name = f"elsa-{stage.params.recipe}-{stage.section.space}"
@@ -229,7 +246,7 @@ def _register(
   {len(plan.data["classes"])} classes, digest {plan.data["digest"][:12]}.
 - Recipe: `{stage.params.recipe}` with {json.dumps({**plan.space.fixed, **trial.point})}, seed
   {trial.seed}; all parameters are in `params.json` of run {champion.run_id}.
-- top1 on the validation images: {own:.1f} with this seed; {best["mean"]:.1f}{spread} over
+- {metric} on the validation images: {own:.1f} with this seed; {best["mean"]:.1f}{spread} over
   {best["runs"]} seeds.
 - Limits: chosen among {len(comparison["rows"])} points and {best["runs"]} seeds, so expect a
   little less on new images.{" The images are the demo's." if demo else ""}
@@ -248,6 +265,14 @@ def _register(
     tracker = tracking.Tracker(champion.run_id)
     version = tracking.register(name, "champion", tracker, folder / "champion", card, tags)
     return f"{name} version {version}"
+
+
+def _model(trial: Trial) -> dict[str, Any]:
+    """What rebuilds the model."""
+    model = trial.params.model.model_dump(mode="json")
+    if trial.stage == "pretrain":
+        return model
+    return model | {"method": trial.section.method, "schedule": trial.section.schedule}
 
 
 def _pictures(

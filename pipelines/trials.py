@@ -10,37 +10,34 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Model
+from pipelines.params import SHARED, Params
 from pipelines.run.identity import HeldError, RunState, hold
 from pipelines.run.stage import Stage
 from pipelines.spaces import Choice, Point, Space, Trial, make_trial
+from pipelines.subjects import SUBJECTS
 
 if TYPE_CHECKING:
     from pipelines.run.tuning import Job
 
 
 @functools.cache
-def cost(model: Model, num_classes: int, img_size: int) -> tuple[int, float]:
-    """Parameters, and GFLOPs of an image's forward pass (2 per multiply-add)."""
-    import torch
+def _cost(stage: str, params: str) -> tuple[int, float]:
+    from pipelines.plan import flops, model_of
 
-    from pipelines.train.cost import flops_per_image
-    from pipelines.train.models import build_model
-
-    with torch.device("meta"):
-        network = build_model(model, num_classes)
-    return sum(p.numel() for p in network.parameters()), flops_per_image(network, img_size) / 1e9
+    model, forward = model_of(Params.model_validate_json(params), stage)
+    return sum(p.numel() for p in model.parameters()), flops(model, forward) / 1e9
 
 
 def cost_of(trial: Trial) -> tuple[int, float]:
-    """`cost` of a trial's model and images.
+    """Parameters of a trial's model, and GFLOPs of an image's forward pass (2 per multiply-add).
 
     Raises:
         PipelineError: the model can't be built.
     """
-    p = trial.params.pretrain
+    section = trial.section.model_copy(update={"seed": 0})  # all seeds cost the same
+    params = trial.params.model_copy(update={trial.stage: section})
     try:
-        return cost(trial.params.model, p.num_classes, p.img_size)
+        return _cost(trial.stage, params.model_dump_json())
     except PipelineError as error:
         raise PipelineError(f"point {trial.label}: {error}") from error
 
@@ -63,7 +60,7 @@ class Outcome:
 class Trials:
     """The queue of a sweep: gives Ray Tune its trials and keeps what became of them.
 
-    What was done before is found by the trials' identities: in `.runs/pretrain-<identity>` is
+    What was done before is found by the trials' identities: in `.runs/<stage>-<identity>` is
     their MLflow run, and that says whether they finished.
 
     Args:
@@ -77,7 +74,8 @@ class Trials:
         self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
         self.waiting = deque(trials)
         self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in trials}
-        self.score = "holdout_top1" if base.params.pretrain.holdout else "val_top1"
+        self.subject = SUBJECTS[space.stage]
+        self.score = self.subject.score(base.params)
         """What points are chosen by: the accuracy that also chooses a run's best epoch."""
         search = space.search
         self.asha = search.asha if search else None
@@ -107,11 +105,12 @@ class Trials:
 
         outcome = self.outcomes[key]
         tracker = Tracker(outcome.run_id)
-        kept = ("top1", "top5", "loss", "best_epoch", "images_per_second")
+        kept = {k: v for k, v in result.items() if isinstance(v, int | float) and k != "epoch"}
         seconds = round(time.monotonic() - outcome.started, 1)
-        tracker.log_summary({k: result[k] for k in kept} | {"wall_time_s": seconds})
+        tracker.log_summary(kept | {"wall_time_s": seconds})
         tracker.finish()
-        self._end(outcome, "finished", f"top1 {result['top1']:.1f}")
+        metric = self.subject.metric
+        self._end(outcome, "finished", f"{metric} {result[metric]:.1f}")
 
     def stopped(self, key: str, epoch: int) -> None:
         """ASHA stopped a trial."""
@@ -177,7 +176,7 @@ class Trials:
         from pipelines.run.tuning import Job
 
         trial = outcome.trial
-        folder = ROOT / ".runs" / f"pretrain-{trial.identity}"
+        folder = SHARED / ".runs" / f"{trial.stage}-{trial.identity}"
         outcome.locks.enter_context(hold(folder))
         state = RunState.load(folder)
         outcome.run_name = folder.name + (f"-{state.attempt}" if state.attempt > 1 else "")
@@ -204,7 +203,7 @@ class Trials:
             f"{trial.label} seed {trial.seed}",
             "sweep",
             {
-                "stage": "pretrain",
+                "stage": trial.stage,
                 "identity": trial.identity,
                 "ray_run": outcome.run_name,
                 "recipe": trial.params.recipe,
@@ -216,7 +215,7 @@ class Trials:
         outcome.run_id = state.mlflow_run_id = tracker.run_id
         state.save(folder)
         resolved = trial.params.model_dump(mode="json")
-        tracker.log_params({name: resolved[name] for name in ("scaling", "model", "pretrain")})
+        tracker.log_params({name: resolved[name] for name in ("scaling", "model", trial.stage)})
         tracker.log_dict(resolved, "params.json")
         self._mark(before.tags if before else {}, outcome)
         outcome.state = "running"
@@ -226,12 +225,14 @@ class Trials:
         """How a trial ended before; empty if it must run, or go on."""
         from pipelines.run import launch
 
-        if before.status == "FINISHED" and "final/top1" in before.metrics:
+        metric = self.subject.metric
+        if before.status == "FINISHED" and f"final/{metric}" in before.metrics:
             if launch.last_checkpoint(outcome.run_name, outcome.trial.params) is None:
                 return ""  # its weights are gone
             outcome.reused = True
             where = "this sweep, before it was interrupted" if own else f"run {before.name!r}"
-            outcome.reason = f"taken over from {where}: top1 {before.metrics['final/top1']:.1f}"
+            score = before.metrics[f"final/{metric}"]
+            outcome.reason = f"taken over from {where}: {metric} {score:.1f}"
             return "finished"
         if before.status == "FINISHED" and "stopped" in before.tags and self.asha:
             outcome.reused, outcome.reason = True, before.tags["stopped"]

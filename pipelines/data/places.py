@@ -13,12 +13,12 @@ from typing import Any
 from pipelines.data import archives, images, verify
 from pipelines.data.checks import DataError, check_dataset
 from pipelines.data.manifest import MANIFEST, read_manifest
-from pipelines.params import ROOT, Params
+from pipelines.params import ROOT, SHARED, Params
 
 
 def storage(params: Params) -> Path:
     """`data.storage`, absolute."""
-    return (ROOT / Path(params.data.storage).expanduser()).resolve()
+    return (SHARED / Path(params.data.storage).expanduser()).resolve()
 
 
 def given_place(params: Params, name: str) -> str:
@@ -40,7 +40,7 @@ def given_place(params: Params, name: str) -> str:
                 " can be at; set it to a folder that all nodes see"
             )
         return str(given).rstrip("/")
-    return str((ROOT / Path(given).expanduser()).resolve())
+    return str((SHARED / Path(given).expanduser()).resolve())
 
 
 def locate(params: Params, name: str) -> str:

@@ -24,14 +24,16 @@ def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
     from pipelines.mm.train import Job, build_config
 
     data = places.check(params, dataset, getattr(params, name).num_classes)
-    upstream = read_description(PRETRAINED)
-    check_architecture(upstream, params.model.model_dump(mode="json"))
+    upstream = None
+    if getattr(params, name).pretrained:
+        upstream = read_description(PRETRAINED)
+        check_architecture(upstream, params.model.model_dump(mode="json"))
     job = Job(
         stage=name,
         params=params,
         data=data["place"],
         classes=tuple(data["classes"]),
-        weights=str(PRETRAINED / "model.safetensors"),
+        weights=str(PRETRAINED / "model.safetensors") if upstream else None,
         left_out=data["skipped"],
     )
     build_config(job, ROOT, params.scaling.num_workers)
@@ -52,9 +54,10 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
     from pipelines.run.launch import fit
 
     job, data, upstream = checked["job"], checked["data"], checked["upstream"]
-    stage.tracker.set_tags(
-        {"upstream_weights": upstream["sha256"], "upstream_run_id": upstream["mlflow_run_id"]}
-    )
+    if upstream:
+        stage.tracker.set_tags(
+            {"upstream_weights": upstream["sha256"], "upstream_run_id": upstream["mlflow_run_id"]}
+        )
     name = data["dataset"]
     stage.tracker.log_dataset(name, data["digest"], Path(name), "training")
     checkpoint = fit(
@@ -71,7 +74,7 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
 
 
 def _write_outputs(
-    stage: Stage, folder: Path, upstream: dict[str, Any], headline: Sequence[str]
+    stage: Stage, folder: Path, upstream: dict[str, Any] | None, headline: Sequence[str]
 ) -> None:
     from safetensors.torch import load_file
 

@@ -27,7 +27,7 @@ from pipelines.params import ROOT, Params
 NOT_IDENTIFYING = {
     "storage": None,
     "data": None,
-    "scaling": {"max_failures", "cpus_per_worker", "wait_s"},
+    "scaling": {"max_failures", "min_workers", "cpus_per_worker", "gpus_per_worker", "wait_s"},
 }
 
 

@@ -16,7 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params
+from pipelines.params import ROOT, SHARED, Params
 from pipelines.run import preflight, reporting, storage, tracking
 from pipelines.run.loopback import LoopbackTorchConfig
 
@@ -111,7 +111,7 @@ def each(
 def storage_path(params: Params) -> str:
     """`storage.path`, absolute if it is a folder."""
     path = params.storage.path
-    return path if "://" in path else str((ROOT / path).resolve())
+    return path if "://" in path else str((SHARED / path).resolve())
 
 
 def fit(

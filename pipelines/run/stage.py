@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params, load_params
+from pipelines.params import ROOT, SHARED, Params, load_params
 from pipelines.run.identity import RunState, hold, stage_definition, stage_identity
 
 
@@ -32,7 +32,7 @@ class Stage:
 
     def __init__(self, name: str, params: Params, identity: str) -> None:
         self.name, self.params, self.identity = name, params, identity
-        self.folder = ROOT / ".runs" / f"{name}-{identity}"
+        self.folder = SHARED / ".runs" / f"{name}-{identity}"
         self.state = RunState.load(self.folder)
         self.run_name = self.folder.name
         self.tracker: Any = None

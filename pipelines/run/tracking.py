@@ -37,7 +37,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, flatten
+from pipelines.params import ROOT, SHARED, flatten
 
 EXPERIMENT = "elsa"
 TrackingError = mlflow.exceptions.MlflowException
@@ -45,7 +45,7 @@ TrackingError = mlflow.exceptions.MlflowException
 
 def tracking_uri() -> str:
     """`MLFLOW_TRACKING_URI`, or a sqlite store at the root of the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{ROOT / 'mlflow.db'}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{SHARED / 'mlflow.db'}"
 
 
 class Tracker:
@@ -403,7 +403,7 @@ def _experiment(client: MlflowClient) -> str:
         return found.experiment_id
     # A sqlite store would put artifacts below the current folder, wherever that is.
     local = tracking_uri().startswith("sqlite:")
-    location = (ROOT / "mlartifacts").as_uri() if local else None
+    location = (SHARED / "mlartifacts").as_uri() if local else None
     return client.create_experiment(EXPERIMENT, artifact_location=location)
 
 

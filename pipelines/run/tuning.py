@@ -6,7 +6,7 @@ what was done. So an interrupted sweep is started again like a new one.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from ray.tune.search import Searcher
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.run import launch
+from pipelines.subjects import Subject
 
 RESULT, FAILED = "result", "failed"
 
@@ -102,8 +103,8 @@ class _Outcomes(tune.Callback):
 
 def _trial(
     config: dict[str, Any],
-    loop: Callable[[dict[str, Any]], None],
-    inputs: dict[str, Any],
+    subject: Subject,
+    checked: dict[str, Any],
     report_epochs: bool,
 ) -> None:
     job = Job(**json.loads(config["job"]))
@@ -117,12 +118,12 @@ def _trial(
         params = params.model_copy(update={"storage": whole})
     try:
         checkpoint = launch.fit(
-            loop,
-            {"params": params, **inputs},
+            subject.loop(),
+            subject.config(params, checked),
             params,
             name=job.run_name,
             mlflow_run_id=job.mlflow_run_id,
-            data={"imagenet": inputs["data"].place},
+            data={subject.dataset: checked["data"]["place"]},
             trial=True,
             callbacks=[TuneReportCallback()] if report_epochs else [],
         )
@@ -130,15 +131,15 @@ def _trial(
         tune.report({FAILED: str(error)})
         return
     with checkpoint.as_directory() as folder:
-        result = json.loads((Path(folder) / "result.json").read_text())
+        result = subject.result(Path(folder))
     # ASHA compares a trial's last report too, so that has the same score as its last epoch's.
     tune.report({**result["history"][-1], "epoch": len(result["history"]) - 1, RESULT: result})
 
 
 def run_trials(
     queue: Queue,
-    loop: Callable[[dict[str, Any]], None],
-    inputs: dict[str, Any],
+    subject: Subject,
+    checked: dict[str, Any],
     *,
     name: str,
     storage: str,
@@ -146,9 +147,11 @@ def run_trials(
     metric: str,
     asha: tuple[int, int, int] | None = None,
 ) -> None:
-    """Run all trials of `queue` with the training loop `loop`, which gets `inputs` and `params`.
+    """Run all trials of `queue`.
 
     Args:
+        subject: what a trial trains.
+        checked: what `subject.check` gave.
         name: of the folder in `storage` for Tune's own notes.
         concurrent: trials at the same time.
         metric: of an epoch; more is better.
@@ -168,7 +171,9 @@ def run_trials(
         )
     tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_trial, loop=loop, inputs=inputs, report_epochs=bool(asha)),
+            tune.with_parameters(
+                _trial, subject=subject, checked=checked, report_epochs=bool(asha)
+            ),
             {"memory": 1},  # Tune refuses none at all; the Ray Train run's workers take the rest
         ),
         tune_config=tune.TuneConfig(

@@ -21,6 +21,8 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.data.demo import prepare
 from pipelines.params import load_params
+from pipelines.run.checkpoint import write_weights
+from pipelines.train.models import build_model
 
 from .conftest import Workspace, copy_checkout
 
@@ -171,6 +173,51 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     assert len(theirs["rows"]) == 3
     page = (sweep.root / "sweeps/sweep.html").read_text()
     assert "http://" not in page
-    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 5
+    assert page.count("<img alt=") == page.count("data:image/png;base64,") == 6
     for row in ours["rows"]:
         assert f"{row['mean']:.1f}" in page
+
+
+SEGMENT = """about: a test
+stage: segment
+fixed:
+  scaling.num_workers: 1
+  segment.epochs: 1
+  segment.epoch_iters: 2
+  segment.warmup_iters: 0
+grid:
+  segment.pretrained: [true, false]
+"""
+
+
+def test_a_sweep_can_be_of_segmentation(sweep: Workspace) -> None:
+    """From given weights and from scratch, through the code of the stage."""
+    params = load_params("smoke")
+    write_weights(
+        sweep.root / "weights/pretrain",
+        build_model(params.model, params.pretrain.num_classes).state_dict(),
+        model=params.model.model_dump(mode="json"),
+        identity="0" * 12,
+        mlflow_run_id="0" * 32,
+        metrics={"top1": 10.0},
+    )
+    (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(SEGMENT)
+    path = sweep.root / "params.yaml"
+    path.write_text(path.read_text().replace("max_trials: 1", "max_trials: null"))
+    code, output = sweep.run(*COMMAND)
+    assert code == 0, output[-5000:]
+    found = outcomes(sweep)
+    assert {point: row["state"] for point, row in found.items()} == {
+        "pretrained=True": "finished",
+        "pretrained=False": "finished",
+    }
+    losses = {}
+    for point, row in found.items():
+        run = client(sweep).get_run(row["mlflow_run_id"])
+        assert run.data.tags["stage"] == "segment"
+        assert run.data.metrics["final/mIoU"] == float(row["mIoU"])
+        losses[point] = run.data.metrics["final/loss"]
+    assert losses["pretrained=True"] != losses["pretrained=False"]
+    champion = json.loads((sweep.root / "sweeps/champion/model.json").read_text())
+    assert champion["model"]["method"] == "upernet"
+    assert summary(sweep)["best_mIoU"] == champion["metrics"]["mIoU"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.params import ROOT, Params, ParamsError, load_params, recipe_names
+from pipelines.params import ROOT, Params, ParamsError, load_params, recipe_names, shared_root
 
 
 @pytest.fixture
@@ -112,3 +112,10 @@ def test_command_prints_json() -> None:
     command = [sys.executable, "-m", "pipelines.params", "demo"]
     printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert Params.model_validate_json(printed) == load_params("demo")
+
+
+def test_an_experiment_in_dvcs_folder_shares_the_repositorys_runs():
+    repository = Path("/home/a/elsa")
+    assert shared_root(repository) == repository
+    for name in ("tmp/exps/tmp1a2b", "tmp/exps/standalone/tmp3c"):
+        assert shared_root(repository / ".dvc" / name) == repository

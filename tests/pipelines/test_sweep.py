@@ -34,8 +34,15 @@ def params_for(space: str, recipe: str = "demo", **sweep):
     ("text", "sweep", "message"),
     [
         ("points: [{model.lamda: 1}]", {}, r"point lamda=1:\n.*model.lamda: unknown key; known"),
-        ("points: [{modle.lam: 1}]", {}, "modle.lam: a trial is a pretraining run; only"),
-        ("points: [{detect.lr: 1.0}]", {}, "detect.lr: a trial is a pretraining run; only"),
+        ("points: [{modle.lam: 1}]", {}, "modle.lam: a trial is a run of pretrain; only"),
+        ("points: [{detect.lr: 1.0}]", {}, "detect.lr: a trial is a run of pretrain; only"),
+        (
+            "{stage: detect, points: [{model.lam: 1}]}",
+            {},
+            "model.lam: a trial is a run of detect; only parameters of detect, scaling",
+        ),
+        ("{stage: segment, points: [{segment.seed: 1}]}", {}, "segment.seed: seeds are what"),
+        ("{stage: prepare, points: [{prepare.seed: 1}]}", {}, "stage: .*'pretrain', 'detect'"),
         ("points: [{model.lam: high}]", {}, r"model.lam: .*integer.*'high'"),
         ("grid: {model.kernel_size: [3, 4]}", {}, "kernel_size=4 is even"),
         ("points: [{model.operator: window, model.lam: 1}]", {}, "operator=window has no lam"),
@@ -83,7 +90,7 @@ def test_the_spaces_that_come_with_it_are_valid(name, recipe):
     points = {trial.label for trial in trials}
     assert len(trials) == seeds * len(points)
     assert [t.seed for t in trials] == sorted(t.seed for t in trials)  # all points, seed by seed
-    assert space.search or len(points) >= 4
+    assert space.search or len(points) >= (4 if space.stage == "pretrain" else 2)
 
 
 def test_random_points_are_the_same_each_time(tmp_path, monkeypatch):
