@@ -6,7 +6,7 @@ UV := $(or $(shell command -v uv),.tools/bin/uv)
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
 	@echo "make test   set up, run the tests"
-	@echo "make test-cluster  loss of a node; two hosts on this machine (root, openssh-server, iproute2, rsync)"
+	@echo "make test-cluster  what takes minutes more: loss of a node, two hosts (root, openssh-server, iproute2, rsync)"
 	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
@@ -22,7 +22,7 @@ test: setup
 	$(UV) run pytest
 
 test-cluster: setup
-	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/integration/test_cluster.py tests/cluster
+	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/cluster tests/integration/test_cluster.py tests/integration/test_sweep.py
 
 # Leaks are Python's own. Exceptions need libstdc++ loaded as early as the sanitizer. The tests of
 # values and inputs are those that run the kernels.

@@ -190,6 +190,9 @@ grid:
 """
 
 
+@pytest.mark.skipif(
+    not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
+)
 def test_a_sweep_can_be_of_segmentation(sweep: Workspace) -> None:
     """From given weights and from scratch, through the code of the stage."""
     params = load_params("smoke")
