@@ -124,7 +124,7 @@ class ReportHook(Hook):
             self.reporter.metrics(metrics, runner.iter + 1)
             self._read_clocks(runner)
         # Between steps, and not each time: the ranks have to agree.
-        steps, left = divmod(batch_idx + 1, runner.cfg.optim_wrapper.get("accumulative_counts", 1))
+        steps, left = divmod(batch_idx + 1, _accumulate(runner))
         if not left and steps % self.interval == 1 and batch_idx + 1 < passes:
             stopping, due = self._requests.read()
             if stopping or due:
@@ -135,12 +135,13 @@ class ReportHook(Hook):
     def after_train_epoch(self, runner: Any) -> None:
         self._read_clocks(runner)
         passes = len(runner.train_dataloader)
+        steps = passes / _accumulate(runner)
         images_per_second = self._images(runner) / self._epoch["seconds"]
         self._row = {
             "epoch": runner.epoch + 1,
             "loss": float(np.mean(self._epoch["losses"])),
             "images_per_second": images_per_second,
-            **{f"{k}_ms": 1000 * v / passes for k, v in self._epoch["phases"].items()},
+            **{f"{k}_ms": 1000 * v / steps for k, v in self._epoch["phases"].items()},
             **self._gpu(images_per_second),
         }
         self._row |= communication(runner.model, self._row["backward_ms"])
@@ -242,6 +243,11 @@ class ReportHook(Hook):
                 weights = {name: value.contiguous() for name, value in state.items()}
                 save_file(weights, str(self.folder / WEIGHTS))
         self.reporter.save(reported, epoch, self.folder if self.reporter.rank == 0 else None)
+
+
+def _accumulate(runner: Any) -> int:
+    """Passes of a step."""
+    return runner.cfg.optim_wrapper.get("accumulative_counts", 1)
 
 
 def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float]:

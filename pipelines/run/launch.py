@@ -211,6 +211,8 @@ class _Losses(UserCallback):
             return  # told as the run's end
         for rank, error in sorted(worker_exceptions.items()):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+            if "DataLoader worker" in cause:
+                cause += "; if memory was short, lower data_workers or prefetch_factor"
             self.display.line.remote(f"worker {rank} failed: {cause}")
         self.display.line.remote(
             "going on from the last checkpoint as soon as there are resources for the workers"

@@ -8,11 +8,24 @@ import time
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from pipelines.errors import PipelineError
 from pipelines.params import load_params
 from pipelines.run import launch, preflight, storage, tracking
 from pipelines.run.reporting import RayReporter
+
+
+class Numbers(Dataset):
+    """Its second number kills the process that loads it, as one that has too little memory is."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> int:
+        if index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return index
 
 
 def loop(config: dict) -> None:
@@ -28,6 +41,9 @@ def loop(config: dict) -> None:
     try:
         if config["fails"] == "deaf":
             time.sleep(600)
+        if config["fails"] == "loader" and (scratch / "starts").read_text() == "started\n":
+            for number in DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn"):
+                assert number == 0
         if config["fails"] == "nan":
             raise PipelineError("the loss is nan at step 7; lower pretrain.lr")
         (folder / "state").write_text("large" * 10_000)
@@ -83,6 +99,15 @@ def test_a_failure_that_would_repeat_is_told_once(fit, tmp_path: Path) -> None:
         with pytest.raises(PipelineError, match=message):
             fit(fails)
         assert_small_is_kept(tmp_path, fails)
+
+
+def test_a_run_goes_on_after_a_loader_process_was_killed(fit, tmp_path: Path, capsys) -> None:
+    fit("loader")
+    assert (tmp_path / "loader/starts").read_text() == "started\nstarted\n"
+    told = capsys.readouterr().err
+    assert "worker 0 failed: DataLoader worker" in told
+    assert "lower data_workers or prefetch_factor" in told
+    assert "going on from the last checkpoint" in told
 
 
 def test_a_second_interrupt_ends_a_run_that_does_not_stop(fit, tmp_path: Path, capsys) -> None:
