@@ -41,9 +41,10 @@ def loop(config: dict) -> None:
     try:
         if config["fails"] == "deaf":
             time.sleep(600)
-        if config["fails"] == "loader" and (scratch / "starts").read_text() == "started\n":
-            for number in DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn"):
-                assert number == 0
+        if config["fails"] == "loader":
+            if (scratch / "starts").read_text() == "started\n":
+                list(DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn"))
+            return
         if config["fails"] == "nan":
             raise PipelineError("the loss is nan at step 7; lower pretrain.lr")
         (folder / "state").write_text("large" * 10_000)
