@@ -54,7 +54,7 @@ class Storage(Section):
     path: str = Field(min_length=1)
     """Ray Train's storage: a folder (relative to the repository) for checkpoints of runs."""
     checkpoint_minutes: Annotated[float, Field(ge=0)]
-    """Minutes between checkpoints within an epoch of pretraining; 0: only at the end of each."""
+    """Minutes between checkpoints within an epoch; 0: only at the end of each."""
 
 
 class Data(Section):
