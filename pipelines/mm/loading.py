@@ -2,29 +2,21 @@
 
 import itertools
 import os
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
+from pipelines.train.loading import seed_all
+
 
 def epoch_seed(seed: int, epoch: int, rank: int) -> int:
     """A seed for everything random in one epoch on one rank."""
     return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-
-
-def seed_all(seed: int) -> None:
-    """Seed Python, NumPy and torch's CPU generator."""
-    random.seed(seed)
-    np.random.seed(seed)
-    # Not `torch.manual_seed`, which would queue a call for CUDA each time.
-    torch.default_generator.manual_seed(seed)
 
 
 @DATA_SAMPLERS.register_module()

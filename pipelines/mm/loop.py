@@ -8,8 +8,9 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
 
-from pipelines.mm.loading import epoch_seed, seed_all
+from pipelines.mm.loading import epoch_seed
 from pipelines.train.cost import StepClock
+from pipelines.train.loading import seed_all
 from pipelines.train.resume import gather, rng_state, set_rng_state
 
 

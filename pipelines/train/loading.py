@@ -15,6 +15,14 @@ from pipelines.data.images import Images
 from pipelines.params import Pretrain
 
 
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch's CPU generator."""
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not `torch.manual_seed`, which would queue a call for CUDA each time.
+    torch.default_generator.manual_seed(seed)
+
+
 class Part(ImageDataset):
     """The images of `dataset` at `indices`; a transform set here is the data set's.
 
@@ -39,11 +47,8 @@ class Part(ImageDataset):
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
         if isinstance(index, tuple):
             epoch, index = index
-            seed = int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
-            random.seed(seed)
-            np.random.seed(seed)
-            # Not `torch.manual_seed`, which would queue a call for CUDA each time.
-            torch.default_generator.manual_seed(seed)
+            entropy = (self.seed, epoch, index)
+            seed_all(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         return self.dataset[self.indices[index]]
 
     def __getitems__(self, indices: list[Any]) -> list[Any]:
