@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.exceptions import ActorDiedError, ActorUnschedulableError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -165,7 +165,7 @@ def fit(
                 storage_path=storage_path(params),
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
-                callbacks=[_Losses(shown), *callbacks],  # type: ignore[list-item]
+                callbacks=[reporting.Failures(shown), *callbacks],  # type: ignore[list-item]
             ),
             torch_config=_torch_config()(backend="nccl" if scaling.use_gpu else "gloo"),
         )
@@ -198,25 +198,6 @@ def _torch_config() -> type[TorchConfig]:
     """Ray's address is set in the processes of a local Ray too: its interface tells."""
     local = os.environ.get("GLOO_SOCKET_IFNAME") == "lo" or not os.environ.get("RAY_ADDRESS")
     return LoopbackTorchConfig if local else TorchConfig
-
-
-class _Losses(UserCallback):
-    """Tells of each failure of workers: Ray then waits for resources without a word."""
-
-    def __init__(self, display: Any) -> None:
-        self.display = display
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        if ray.get(self.display.failure.remote()):
-            return  # told as the run's end
-        for rank, error in sorted(worker_exceptions.items()):
-            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-            if "DataLoader worker" in cause:
-                cause += "; if memory was short, lower data_workers or prefetch_factor"
-            self.display.line.remote(f"worker {rank} failed: {cause}")
-        self.display.line.remote(
-            "going on from the last checkpoint as soon as there are resources for the workers"
-        )
 
 
 class _Trainer(TorchTrainer):

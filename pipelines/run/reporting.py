@@ -1,6 +1,7 @@
 """How every training loop reports: metrics to MLflow, progress to the driver, checkpoints to Ray.
 
-Imports stay light: the progress actor and the driver's display load this module too.
+Imports stay light: the progress actor, Ray Train's controller and the driver's display load this
+module too.
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any, Protocol
 
 import ray
 import ray.train
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointUploadMode, UserCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
@@ -264,6 +265,28 @@ class Display:
     def fetch(self) -> tuple[tuple[int, int, str, str] | None, list[str]]:
         lines, self._lines = self._lines, []
         return self._state, lines
+
+
+class Failures(UserCallback):
+    """Tells of each failure of workers: Ray then waits for resources without a word.
+
+    Runs in Ray Train's controller.
+    """
+
+    def __init__(self, display: Any) -> None:
+        self.display = display
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        if ray.get(self.display.failure.remote()):
+            return  # told as the run's end
+        for rank, error in sorted(worker_exceptions.items()):
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+            if "DataLoader worker" in cause:
+                cause += "; if memory was short, lower data_workers or prefetch_factor"
+            self.display.line.remote(f"worker {rank} failed: {cause}")
+        self.display.line.remote(
+            "going on from the last checkpoint as soon as there are resources for the workers"
+        )
 
 
 class Progress:
