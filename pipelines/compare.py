@@ -230,7 +230,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.url and bool(arguments.runs) == bool(arguments.sweep):
         parser.error("give ids of runs, or --sweep NAME")
+    from pipelines.run import tracking
+
     try:
+        tracking.ping(tracking.tracking_uri())
         if arguments.url:
             print(_where())
             return

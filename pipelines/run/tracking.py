@@ -230,8 +230,8 @@ def start_run(
     Raises:
         PipelineError: the tracking server or store cannot be reached.
     """
-    client = MlflowClient(tracking_uri())
     try:
+        client = MlflowClient(tracking_uri())
         experiment_id = _experiment(client)
         run_id = run_id or _unfinished(client, experiment_id, tags.get("ray_run"))
         if run_id and _exists(client, run_id):

@@ -1,6 +1,8 @@
 """Metrics while the tracking server is away: kept, delivered, each once. With a real server."""
 
+import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -10,6 +12,8 @@ from contextlib import contextmanager
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipelines import compare
+from pipelines.errors import PipelineError
 from pipelines.run import tracking
 
 
@@ -90,3 +94,18 @@ def test_metrics_outlive_an_outage_of_the_server(server, monkeypatch) -> None:
         assert taken_over.run_id == run_id
         taken_over.finish()
         assert tracking.start_run("pretrain", "test", {"ray_run": "pretrain-1"}).run_id != run_id
+
+
+def test_a_store_of_another_mlflow_is_told_with_how_to_upgrade_it(tmp_path, monkeypatch) -> None:
+    store, old = tmp_path / "mlflow.db", tmp_path / "old.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
+    run_id = tracking.start_run("pretrain", "test", {}).run_id
+    shutil.copy(store, old)  # at an address that this process has not opened
+    with sqlite3.connect(old) as database:
+        database.execute("UPDATE alembic_version SET version_num = '1bd49d398cd23'")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{old}")
+    with pytest.raises(PipelineError, match="mlflow db upgrade"):
+        tracking.start_run("pretrain", "test", {})
+    monkeypatch.setattr(sys, "argv", ["compare", run_id])
+    with pytest.raises(SystemExit, match=r"error: compare: .*mlflow db upgrade"):
+        compare.main()
