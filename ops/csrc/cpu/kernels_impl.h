@@ -34,6 +34,16 @@ ELSA_INLINE void store(A* p, V<A> x) {
   *reinterpret_cast<typename Vec<A>::unaligned*>(p) = x;
 }
 
+// Keeps what was loaded in a register: as an operand in memory it would be loaded by each use.
+template <class X>
+ELSA_INLINE void in_register(X& x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+}
+
 template <class To, class From>
 ELSA_INLINE To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From), "sizes differ");
@@ -86,22 +96,21 @@ ELSA_INLINE int64_t round_up(int64_t n) {
   return divide_up(n, Vec<A>::lanes) * Vec<A>::lanes;
 }
 
+// Rows are short (14 elements in ELSA-Swin's third stage): pieces of fixed size beat a call to
+// memcpy and a vector loop's scalar tail. They do not overlap, else each would be done by elements.
 template <int N, class T, class A>
-ELSA_INLINE void widen_piece(A*& dst, const T*& src) {
+ELSA_INLINE void widen_piece(A* __restrict dst, const T* __restrict src) {
 #pragma GCC unroll 16
   for (int i = 0; i < N; ++i) dst[i] = widen(src[i]);
-  dst += N;
-  src += N;
 }
-// Rows are short (14 elements in ELSA-Swin's third stage): pieces of fixed size beat a call to
-// memcpy and a vector loop's scalar tail.
 template <class T, class A>
 ELSA_INLINE void widen_row(A* dst, const T* src, int64_t n) {
-  for (; n >= 16; n -= 16) widen_piece<16>(dst, src);
-  if (n & 8) widen_piece<8>(dst, src);
-  if (n & 4) widen_piece<4>(dst, src);
-  if (n & 2) widen_piece<2>(dst, src);
-  if (n & 1) widen_piece<1>(dst, src);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) widen_piece<16>(dst + i, src + i);
+  if (n & 8) widen_piece<8>(dst + i, src + i), i += 8;
+  if (n & 4) widen_piece<4>(dst + i, src + i), i += 4;
+  if (n & 2) widen_piece<2>(dst + i, src + i), i += 2;
+  if (n & 1) widen_piece<1>(dst + i, src + i);
 }
 template <class T, class A>
 ELSA_INLINE void narrow_row(T* dst, const A* src, int64_t n) {
@@ -137,15 +146,18 @@ ELSA_INLINE const T* row(Planes<T> planes, int64_t plane, int64_t y) {
 template <class T, class A>
 ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t pitch, int64_t n,
                            int64_t start, int64_t step) {
-  zero_row(dst, length);
   if (step == 1) {
-    const int64_t first = most(start, 0), skipped = first - start;
+    const int64_t first = least(most(start, 0), length), skipped = first - start;
     const int64_t count = most(least(start + n, length) - first, 0);
+    const int64_t head = round_up<A>(first), tail = (first + count) / Vec<A>::lanes * Vec<A>::lanes;
+    zero_row(dst, head);
+    zero_row(dst + tail, length - tail);
     if (pitch == 1) return widen_row(dst + first, src + skipped, count);
     src += skipped * pitch;
     for (int64_t j = 0; j < count; ++j) dst[first + j] = widen(src[j * pitch]);
     return;
   }
+  zero_row(dst, length);
   for (int64_t j = 0; j < n; ++j) {
     const int64_t position = start + step * j;
     if (position >= 0 && position < length) dst[position] = widen(src[j * pitch]);
@@ -231,22 +243,25 @@ void fill_values(const Padded<A>& padded, const Problem& p, Planes<T> v, int64_t
 // R is 2 only where stride equals dilation: then window row ky of the first output row is
 // window row ky - 1 of the second, and each load of v serves both.
 template <class A, int R, int CB, int NV, bool Mul, bool Add, bool First, bool Second>
-ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* v, const Padded<A>& padded,
-                            const A* h, int64_t h_pitch, int64_t h_row, const A* mul,
-                            const A* add, int64_t k, int64_t ky) {
+ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* const (&v)[CB], int64_t offset,
+                            const int64_t* column, const A* h, int64_t h_pitch, int64_t h_row,
+                            const A* mul, const A* add, int64_t k, int64_t ky) {
   for (int64_t kx = 0; kx < k; ++kx) {
-    const A* at = v + padded.column[kx];
+    const int64_t x = offset + column[kx];
     const int64_t i0 = ky * k + kx, i1 = i0 - k;
     V<A> h0[NV], h1[NV];
     for (int n = 0; n < NV; ++n) {
       if (First) h0[n] = load(h + i0 * h_pitch + n * Vec<A>::lanes);
       if (Second) h1[n] = load(h + h_row + i1 * h_pitch + n * Vec<A>::lanes);
+      if (First) in_register(h0[n]);
+      if (Second) in_register(h1[n]);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < CB; ++c) {
 #pragma GCC unroll 8
       for (int n = 0; n < NV; ++n) {
-        const V<A> value = load(at + c * padded.channel_pitch + n * Vec<A>::lanes);
+        V<A> value = load(v[c] + x + n * Vec<A>::lanes);
+        if (First && Second) in_register(value);
         if (First) {
           V<A> weight = h0[n];
           if (Mul) weight = weight * mul[i0 * CB + c];
@@ -273,18 +288,21 @@ void window_tile(const Problem& p, const Padded<A>& padded, const A* v, const A*
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < CB; ++c)
       for (int n = 0; n < NV; ++n) acc[r][c][n] = V<A>{};
+  const A* channel[CB];
+  for (int c = 0; c < CB; ++c) channel[c] = v + c * padded.channel_pitch;
+  const int64_t* column = padded.column;
   if (R == 1) {
     for (int64_t ky = 0; ky < k; ++ky)
-      window_row<A, R, CB, NV, Mul, Add, true, false>(acc, v + ky * step, padded, h, h_pitch,
+      window_row<A, R, CB, NV, Mul, Add, true, false>(acc, channel, ky * step, column, h, h_pitch,
                                                       h_row, mul, add, k, ky);
   } else {
-    window_row<A, R, CB, NV, Mul, Add, true, false>(acc, v, padded, h, h_pitch, h_row, mul, add,
-                                                    k, 0);
+    window_row<A, R, CB, NV, Mul, Add, true, false>(acc, channel, 0, column, h, h_pitch, h_row,
+                                                    mul, add, k, 0);
     for (int64_t ky = 1; ky < k; ++ky)
-      window_row<A, R, CB, NV, Mul, Add, true, true>(acc, v + ky * step, padded, h, h_pitch,
+      window_row<A, R, CB, NV, Mul, Add, true, true>(acc, channel, ky * step, column, h, h_pitch,
                                                      h_row, mul, add, k, ky);
-    window_row<A, R, CB, NV, Mul, Add, false, true>(acc, v + k * step, padded, h, h_pitch, h_row,
-                                                    mul, add, k, k);
+    window_row<A, R, CB, NV, Mul, Add, false, true>(acc, channel, k * step, column, h, h_pitch,
+                                                    h_row, mul, add, k, k);
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < CB; ++c)
