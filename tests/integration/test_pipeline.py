@@ -20,6 +20,7 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from ops import library
 from pipelines.run import storage
 
 from .conftest import Workspace
@@ -58,6 +59,12 @@ def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
         assert values["images_per_second"] > 0
     # top5 of 10 classes is at least top1; random guessing would have top5 near 50.
     assert metrics(workspace, "pretrain")["top5"] >= metrics(workspace, "pretrain")["top1"]
+
+
+def test_the_same_source_gives_the_same_library(workspace: Workspace, compiled_library) -> None:
+    for name in (library.LIBRARY_NAME, library.RECORD_NAME):
+        built = (workspace.root / "build/op" / name).read_bytes()
+        assert built == (compiled_library / name).read_bytes()
 
 
 def test_nothing_listened_beyond_loopback(workspace: Workspace) -> None:

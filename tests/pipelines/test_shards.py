@@ -155,7 +155,8 @@ def test_every_worker_count_sees_each_image_once(root: Path) -> None:
 def test_training_on_shards_is_training_on_the_folder(root: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # more only get in each other's way here
     params = load_params("smoke")
-    section = params.pretrain.model_copy(update={"epochs": 2, "holdout": 0.1, "img_size": 32})
+    short = {"epochs": 1, "warmup_epochs": 0, "holdout": 0.1, "img_size": 32}
+    section = params.pretrain.model_copy(update=short)
     model = Model(name="resnet10t")
     params = params.model_copy(update={"pretrain": section, "model": model})
     scores = []
