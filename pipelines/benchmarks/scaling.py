@@ -67,9 +67,9 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
     for count in (1, workers):
         values = recipe.model_dump()
         values["scaling"]["num_workers"] = count
-        fine_tuned = {"val_interval": 2, "milestones": []}
-        values[stage] |= {"warmup_epochs": 0} if stage == "pretrain" else fine_tuned
-        values[stage] |= {"batch_size": each * count, "epochs": 2}
+        short = {"epochs": 2, "warmup_epochs": 0, "val_interval": 2, "milestones": []}
+        values[stage] |= {key: value for key, value in short.items() if key in values[stage]}
+        values[stage]["batch_size"] = each * count
         found.append(measure(stage, Params.model_validate(values), scratch))
         print(f"{stage}: {count} workers: {found[-1]['images_per_second']:.1f} img/s", flush=True)
     one, several = found
@@ -93,6 +93,7 @@ def main() -> None:
         prog="python -m pipelines.benchmarks.scaling", description=description
     )
     parser.add_argument("--workers", type=int, default=2, help="default %(default)s")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +105,9 @@ def main() -> None:
                 raise PipelineError("--workers must be 2 or more")
             recipe = load_params(changes=changes | {"storage.path": folder})
             with launch.ray_session():
-                rows = [compare(stage, recipe, arguments.workers, scratch) for stage in STAGES]
+                rows = [
+                    compare(stage, recipe, arguments.workers, scratch) for stage in arguments.stages
+                ]
         except PipelineError as error:
             sys.exit(f"error: {error}")
     print(f"\nrecipe {recipe.recipe}, {recipe.scaling.cpus_per_worker} CPUs per worker")
