@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from ops import StaleLibraryError
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Params, load_params, recipe_names
 from pipelines.train.cost import BACKWARD_FACTOR, PEAK_FLOPS, forward_flops
@@ -289,7 +290,7 @@ def main() -> None:
             arguments.utilisation,
             dict(arguments.measured),
         )
-    except PipelineError as error:
+    except (PipelineError, StaleLibraryError) as error:
         sys.exit(f"error: {error}")
     print(
         f"{arguments.recipe} on {arguments.gpus} x {arguments.gpu}: an estimate. Rows from FLOPs"
