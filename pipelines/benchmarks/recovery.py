@@ -167,6 +167,13 @@ def triples(notes: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
     return zip(notes, notes[1:], notes[2:], strict=False)
 
 
+def markdown(rows: list[dict[str, str]]) -> str:
+    """The rows, which have the same keys, as a table."""
+    lines = [rows[0], *(row.values() for row in rows)]
+    head, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([head, f"|---|{'---:|' * (len(rows[0]) - 1)}", *body])
+
+
 def main() -> None:
     from pipelines.run import launch
 
@@ -196,9 +203,7 @@ def main() -> None:
         except PipelineError as error:
             sys.exit(f"error: {error}")
     print(f"\nrecipe {recipe.recipe}, {recipe.scaling.num_workers} workers")
-    print(f"| {' | '.join(rows[0])} |\n|---|{'---:|' * (len(rows[0]) - 1)}")
-    for one in rows:
-        print(f"| {' | '.join(one.values())} |")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmarks.recovery import STAGES, loop_of
+from pipelines.benchmarks.recovery import STAGES, loop_of, markdown
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params, parse_change
 
@@ -71,7 +71,7 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
         values[stage] |= {key: value for key, value in short.items() if key in values[stage]}
         values[stage]["batch_size"] = each * count
         found.append(measure(stage, Params.model_validate(values), scratch))
-        print(f"{stage}: {count} workers: {found[-1]['images_per_second']:.1f} img/s", flush=True)
+        print(f"{stage}, workers {count}: {found[-1]['images_per_second']:.1f} img/s", flush=True)
     one, several = found
     return {
         "stage": stage,
@@ -111,9 +111,7 @@ def main() -> None:
         except PipelineError as error:
             sys.exit(f"error: {error}")
     print(f"\nrecipe {recipe.recipe}, {recipe.scaling.cpus_per_worker} CPUs per worker")
-    print(f"| {' | '.join(rows[0])} |\n|---|{'---:|' * (len(rows[0]) - 1)}")
-    for row in rows:
-        print(f"| {' | '.join(row.values())} |")
+    print(markdown(rows))
 
 
 if __name__ == "__main__":
