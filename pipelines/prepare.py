@@ -43,8 +43,8 @@ def draw(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
     """Draw the demo's data sets; their manifests."""
     import ray
 
+    from pipelines.run.display import track
     from pipelines.run.launch import on_this_node
-    from pipelines.run.reporting import track
 
     render = ray.remote(demo.render_shard).options(scheduling_strategy=on_this_node())
     tasks = [render.remote(shard, str(root)) for shard in demo.shards(stage.section)]

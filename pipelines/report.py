@@ -97,8 +97,8 @@ def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
     import ray
 
     from pipelines.run import tracking
+    from pipelines.run.display import track
     from pipelines.run.launch import on_this_node
-    from pipelines.run.reporting import track
 
     names = [
         name

@@ -69,7 +69,7 @@ class Trials:
     """
 
     def __init__(self, stage: Stage, space: Space, trials: Sequence[Trial], base: Trial) -> None:
-        from pipelines.run.reporting import Progress
+        from pipelines.run.display import Progress
 
         self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
         self.waiting = deque(trials)
@@ -259,6 +259,7 @@ class Trials:
                 "sweeps": json.dumps(sweeps),
                 "trial": f"{order:04d}",
                 "point": json.dumps(trial.point),
+                "label": trial.label,
             }
         )
         parameters, gflops = cost_of(trial)

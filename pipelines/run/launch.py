@@ -13,11 +13,14 @@ import ray.train
 from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, SHARED, Params
 from pipelines.run import preflight, reporting, storage, tracking
+from pipelines.run.display import showing, track
 from pipelines.run.loopback import LoopbackTorchConfig
 
 OUT_OF_MEMORY = (
@@ -27,8 +30,14 @@ OUT_OF_MEMORY = (
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
+def ray_session(trials: bool = False) -> Iterator[None]:
     """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
+
+    A Ray of our own leaves out what only takes time from training: on two cores each of its
+    processes is felt.
+
+    Args:
+        trials: `fit` is to run trials of a sweep in it.
 
     Raises:
         PipelineError: too little memory for a local Ray, or no cluster at the address.
@@ -45,9 +54,12 @@ def ray_session() -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # A worker's report waits for the controller's next look at it, every 2 s otherwise.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        # The node's agent collects what the dashboard would show, every 5 s otherwise.
+        os.environ.setdefault("REPORTER_UPDATE_INTERVAL_MS", "60000")
         common |= {
             "address": "local",
-            "include_dashboard": True,
+            # Ray Train asks it whether the controller of a trial still lives.
+            "include_dashboard": trials,
             "dashboard_host": "127.0.0.1",
             "object_store_memory": preflight.OBJECT_STORE,
             "_node_ip_address": "127.0.0.1",
@@ -64,6 +76,9 @@ def ray_session() -> Iterator[None]:
         )
         raise PipelineError(f"{where} can't be used: {error}. {mend}") from error
     try:
+        if not address:
+            node: Any = ray._private.worker._global_node
+            node.kill_log_monitor()  # it would send the workers' output to a driver that wants none
         yield
     finally:
         ray.shutdown()
@@ -105,7 +120,7 @@ def each(
     """
     task = ray.remote(function).options(scheduling_strategy="SPREAD")
     name = os.environ.get("DVC_STAGE") or function.__module__.rsplit(".", 1)[-1]
-    reporting.track([task.remote(*one) for one in arguments], name, unit, done)
+    track([task.remote(*one) for one in arguments], name, unit, done)
 
 
 def storage_path(params: Params) -> str:
@@ -149,10 +164,10 @@ def fit(
         fewest = scaling.model_copy(update={"num_workers": least})
         _require(name.split("-")[0], params.model_copy(update={"scaling": fewest}), data)
     run = f"{storage_path(params)}/{name}"
-    with reporting.display(name.rsplit("-", 1)[0], quiet=trial) as shown:
+    with showing(name.rsplit("-", 1)[0], quiet=trial) as shown:
         storage.mend(run, lambda line: shown.line.remote(line))
         told = reporting.Reporting(mlflow_run_id, tracking.tracking_uri(), shown, run)
-        trainer = _Trainer(
+        trainer = (_Trainer if trial or not _is_local() else _LocalTrainer)(
             _on_worker(train_loop),
             train_loop_config=config | {"reporting": told},
             scaling_config=ScalingConfig(
@@ -167,7 +182,9 @@ def fit(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 callbacks=[reporting.Failures(shown), *callbacks],  # type: ignore[list-item]
             ),
-            torch_config=_torch_config()(backend="nccl" if scaling.use_gpu else "gloo"),
+            torch_config=(LoopbackTorchConfig if _is_local() else TorchConfig)(
+                backend="nccl" if scaling.use_gpu else "gloo"
+            ),
         )
         try:
             with _signals(shown if stops else None):
@@ -194,18 +211,32 @@ def fit(
     return checkpoint
 
 
-def _torch_config() -> type[TorchConfig]:
+def _is_local() -> bool:
     """Ray's address is set in the processes of a local Ray too: its interface tells."""
-    local = os.environ.get("GLOO_SOCKET_IFNAME") == "lo" or not os.environ.get("RAY_ADDRESS")
-    return LoopbackTorchConfig if local else TorchConfig
+    return os.environ.get("GLOO_SOCKET_IFNAME") == "lo" or not os.environ.get("RAY_ADDRESS")
 
 
 class _Trainer(TorchTrainer):
-    """Ray's, but the driver's signals stay ours: Ray would end an interrupted driver with code 0,
-    which DVC takes for success."""
+    """Ray's, without what no run of ours needs.
+
+    The driver's signals stay ours: Ray would end an interrupted driver with code 0, which DVC
+    takes for success. Our data don't come from Ray Data, whose manager is a process per run.
+    """
+
+    unneeded: tuple[type, ...] = (DatasetsCallback,)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         pass
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if not isinstance(one, self.unneeded)]
+
+
+class _LocalTrainer(_Trainer):
+    """For a Ray that ends with this driver: nobody else waits for a dead controller's resources."""
+
+    unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 @contextmanager

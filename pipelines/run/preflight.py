@@ -19,7 +19,7 @@ import ray
 
 from pipelines.errors import PipelineError
 from pipelines.params import ROOT, Scaling
-from pipelines.run.reporting import Progress
+from pipelines.run.display import Progress
 
 OBJECT_STORE = 512 * 2**20
 NEEDED_MEMORY = 2 * 2**30

@@ -111,7 +111,7 @@ def _run(
         if stage.state.attempt > 1:
             stage.run_name = f"{stage.run_name}-{stage.state.attempt}"
         shutil.rmtree(stage._staged, ignore_errors=True)
-        with launch.ray_session():
+        with launch.ray_session(trials=name == "sweep"):
             stage.tracker = tracking.start_run(
                 name, pipeline_name(params), _tags(stage), stage.state.mlflow_run_id
             )
