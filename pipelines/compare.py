@@ -213,8 +213,11 @@ def _where() -> str:
 
     sweep = tracking.find_sweep()
     lines = [f"All runs: {UI}"]
-    if sweep:
-        lines.append(f"The last sweep's trials: {UI}{tracking.comparison_path(sweep.run_id)}")
+    trials = tracking.sweep_trials(sweep.run_id) if sweep else []
+    judged = [m for m in METRICS if any(f"final/{m}" in run.metrics for run in trials)]
+    if sweep and judged:
+        path = tracking.comparison_path(sweep.run_id, judged[0])
+        lines.append(f"The last sweep's trials: {UI}{path}")
     return "\n".join(lines)
 
 

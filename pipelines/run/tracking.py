@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -342,12 +341,47 @@ def sweep_trials(sweep_id: str) -> list[RunRecord]:
     return sorted(found, key=lambda run: run.tags.get("trial", ""))
 
 
-def comparison_path(sweep_id: str) -> str:
-    """Address of a sweep's finished trials side by side, below that of MLflow's user interface."""
-    experiment = _experiment(MlflowClient(tracking_uri()))
-    ids = [run.run_id for run in sweep_trials(sweep_id) if run.status == "FINISHED"]
-    runs, experiments = quote(json.dumps(ids[:100])), quote(json.dumps([experiment]))
-    return f"/#/compare-runs?runs={runs}&experiments={experiments}"
+def comparison_path(sweep_id: str, metric: str) -> str:
+    """Address of charts of a sweep's trials, below that of MLflow's user interface.
+
+    They show the mean of `final/<metric>` of each point, the same by the number of parameters, and
+    the loss by step. The view is kept where the interface keeps one that a user shares: in a tag of
+    the experiment.
+    """
+    client = MlflowClient(tracking_uri())
+    experiment, score = _experiment(client), f"final/{metric}"
+    chart = {"runsCountToCompare": 100, "metricSectionId": "sweep", "isGenerated": False}
+    by_parameters = {"xaxis": "final/parameters", "yaxis": score}
+    axes = {axis: {"type": "METRIC", "key": key} for axis, key in by_parameters.items()}
+    view = {
+        "searchFilter": f"tags.sweeps LIKE '%{sweep_id}%'",
+        "orderByKey": f"metrics.`{score}`",
+        "groupBy": {
+            "aggregateFunction": "average",
+            "groupByKeys": [{"mode": "tag", "groupByData": "label"}],
+        },
+        "runsHiddenMode": "SHOW_ALL",
+        "runListHidden": True,
+        "isAccordionReordered": True,  # else our section comes last
+        "compareRunSections": [{"uuid": "sweep", "name": "sweep", "display": True}],
+        "compareRunCharts": [
+            {"uuid": "score", "type": "BAR", "metricKey": score, **chart},
+            {"uuid": "parameters", "type": "SCATTER", **axes, **chart},
+            *(
+                {
+                    "uuid": key,
+                    "type": "LINE",
+                    "metricKey": key,
+                    "selectedMetricKeys": [key],
+                    **chart,
+                }
+                for key in ("step/loss", "train/loss")  # of the loops for timm and mmengine
+            ),
+        ],
+    }
+    key = f"sweep-{sweep_id[:8]}"
+    client.set_experiment_tag(experiment, f"mlflow.sharedViewState.{key}", json.dumps(view))
+    return f"/#/experiments/{experiment}/runs?viewStateShareKey={key}&compareRunsMode=CHART"
 
 
 def register(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium to look at the page with")
 
 
 class Workspace:
@@ -71,6 +74,22 @@ class Workspace:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     self.listening.add((connection.laddr.ip, process.name()))
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def rendered(url: str, scratch: Path) -> str:
+    """A page's document as a browser has it after its scripts ran."""
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
+        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        *(f"--user-data-dir={scratch / 'profile'}", "--virtual-time-budget=60000"),
+        *("--dump-dom", url),
+    ]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
 def copy_checkout(root: Path) -> None:

@@ -6,7 +6,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from .conftest import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = secrets.token_hex(16)
@@ -150,11 +151,6 @@ class RayCluster:
             check=False,
         )
         return done.returncode, done.stdout
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

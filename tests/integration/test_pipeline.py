@@ -6,7 +6,6 @@ The tests of this file build on each other's workspace and run in their order.
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from mlflow.tracking import MlflowClient
 from ops import library
 from pipelines.run import storage
 
-from .conftest import Workspace
+from .conftest import Workspace, needs_chromium, rendered
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "report")
 
@@ -92,7 +91,6 @@ def test_report_is_self_contained_and_shows_results_and_lineage(workspace: Works
     assert f"| top1 | {metrics(workspace, 'pretrain')['top1']:.1f} |" in text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FRAME = """<body><script>
 for (const width of [390, 1280]) {
   const frame = document.createElement("iframe");
@@ -108,19 +106,13 @@ for (const width of [390, 1280]) {
 </script>"""
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium to look at the page with")
+@needs_chromium
 def test_report_fits_a_phone_and_a_desktop(workspace: Workspace, tmp_path: Path) -> None:
     page = (workspace.root / "reports/index.html").read_text()
     quoted = json.dumps(page).replace("</", "<\\/")
     (tmp_path / "frame.html").write_text(FRAME.replace("PAGE", quoted))
-    command = [
-        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run"),
-        *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=30000"),
-        *("--dump-dom", (tmp_path / "frame.html").as_uri()),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    title = done.stdout.split("<title>")[1].split("</title>")[0]
+    frame = rendered((tmp_path / "frame.html").as_uri(), tmp_path)
+    title = frame.split("<title>")[1].split("</title>")[0]
     assert sorted(part.strip() for part in title.split(";")) == [
         "",
         "1280: 0 over, 0 broken",

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from pipelines.params import load_params
 from pipelines.run.checkpoint import write_weights
 from pipelines.train.models import build_model
 
-from .conftest import Workspace, copy_checkout
+from .conftest import Workspace, copy_checkout, free_port, needs_chromium, rendered
 
 SPACE = """about: a test
 fixed:
@@ -176,6 +177,38 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     assert page.count("<img alt=") == page.count("data:image/png;base64,") == 6
     for row in ours["rows"]:
         assert f"{row['mean']:.1f}" in page
+
+
+def answers(url: str) -> bool:
+    with suppress(OSError):
+        return urllib.request.urlopen(url, timeout=5).status == 200
+    return False
+
+
+@needs_chromium
+def test_mlflow_opens_on_charts_of_the_points(sweep: Workspace, tmp_path: Path) -> None:
+    """At the address that `make ui` prints."""
+    code, output = sweep.run(sys.executable, "-m", "pipelines.compare", "--url")
+    assert code == 0, output
+    view = output.split("5000/")[-1].strip()
+    host, port = "127.0.0.1", str(free_port())
+    store = f"sqlite:///{sweep.root / 'mlflow.db'}"
+    command = ("mlflow", "ui", "--backend-store-uri", store, "--host", host, "--port", port)
+    sweep.env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    with sweep.start(*command, start_new_session=True) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while not answers(f"http://{host}:{port}/health"):
+                assert time.monotonic() < deadline
+                assert process.poll() is None
+                time.sleep(0.5)
+            page = rendered(f"http://{host}:{port}/{view}", tmp_path)
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+    assert "Error loading shared view" not in page
+    assert "final/top1" in page
+    for point, row in outcomes(sweep).items():
+        assert (point in page) == (row["state"] == "finished")
 
 
 SEGMENT = """about: a test
