@@ -6,6 +6,11 @@ bare: the loop alone, in a process of its own. Ray Train: the same in a Ray Trai
 reports nothing. full: with metrics and system metrics to MLflow, progress, and a checkpoint each
 epoch. Counted is everything from the end of the first epoch to the end of the last: steps,
 evaluations, and what the reports and checkpoints between them take. The ways take turns.
+
+Where other work makes the machine faster and slower, the ratio of images/s says little. So the same
+run also counts what there is to lose: the share of its time that the loop spends in reports, and
+the processor time of all that runs beside it (Ray's processes, the worker's other threads), in
+percent of one core. With a core to spare only the first is lost.
 """
 
 import argparse
@@ -17,9 +22,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipelines.data import places
 from pipelines.data.images import DataPlace
@@ -35,35 +42,54 @@ class Timed:
     rank, world_size = 0, 1
 
     def __init__(self, reporter: Any = None) -> None:
-        self.reporter, self.ends = reporter, list[float]()
+        self.reporter = reporter
+        self.ends: list[tuple[float, float, float]] = []
+        """Clock, seconds in reports and processor seconds beside the loop, at each epoch's end."""
+        self._reporting = 0.0
+
+    def _report(self, method: str, *values: Any) -> None:
+        if self.reporter:
+            began = time.monotonic()
+            getattr(self.reporter, method)(*values)
+            self._reporting += time.monotonic() - began
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         yield None
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
-        if self.reporter:
-            self.reporter.progress(done, total, unit, note)
+        self._report("progress", done, total, unit, note)
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        if self.reporter:
-            self.reporter.metrics(metrics, step)
+        self._report("metrics", metrics, step)
 
     def stopping(self) -> bool:
         return False
 
     def keep(self, folder: Path | None) -> None:
-        if self.reporter:
-            self.reporter.keep(folder)
+        self._report("keep", folder)
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
-        self.ends.append(time.monotonic())
-        if self.reporter:
-            self.reporter.save(metrics, epoch, folder)
+        self.ends.append((time.monotonic(), self._reporting, processor_seconds_beside()))
+        self._report("save", metrics, epoch, folder)
+
+
+def processor_seconds_beside() -> float:
+    """Processor seconds so far of this run's other processes and of this one's other threads."""
+    own = psutil.Process()
+    raylet = own.parent() if multiprocessing.parent_process() is None else None
+    driver = raylet.parent() if raylet else None
+    processes = [driver, *driver.children(recursive=True)] if driver else [own]
+    seconds = -time.thread_time()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 def train(params: Params, data: DataPlace, target: str, reporter: Any = None) -> None:
-    """Train, and write images/s to the file `target`."""
+    """Train, and write images/s and the two shares to the file `target`."""
     import torch
 
     from pipelines.train.classify import Classifier
@@ -75,7 +101,9 @@ def train(params: Params, data: DataPlace, target: str, reporter: Any = None) ->
     classifier = Classifier(params, data, device, timed)
     classifier.fit()
     images = classifier.steps * params.pretrain.batch_size * (len(timed.ends) - 1)
-    Path(target).write_text(json.dumps(images / (timed.ends[-1] - timed.ends[0])))
+    seconds, reporting, beside = (b - a for a, b in zip(timed.ends[0], timed.ends[-1], strict=True))
+    measured = [images / seconds, 100 * reporting / seconds, 100 * beside / seconds]
+    Path(target).write_text(json.dumps(measured))
 
 
 def loop_per_worker(config: dict[str, Any]) -> None:
@@ -96,8 +124,9 @@ def loop_per_worker(config: dict[str, Any]) -> None:
         ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
 
 
-def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> float:
-    """Images/s of one way; files go below `scratch`."""
+def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[float]:
+    """Images/s of one way, percent of its time in reports, and processor time beside it in percent
+    of one core; files go below `scratch`."""
     target = str(scratch / "rate.json")
     if way == "bare":
         process = multiprocessing.get_context("spawn").Process(
@@ -133,7 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
     parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    runs: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
         changes = dict(parse_change(text) for text in arguments.set) | {
             "pretrain.epochs": arguments.epochs,
@@ -148,17 +177,24 @@ def main() -> None:
             data = DataPlace(found["place"], found["skipped"])
             for _ in range(arguments.rounds):
                 for way in WAYS:
-                    rates[way].append(measure(way, params, data, Path(scratch)))
-                    print(f"{way}: {rates[way][-1]:.1f} img/s", flush=True)
+                    runs[way].append(measure(way, params, data, Path(scratch)))
+                    print(f"{way}: {runs[way][-1][0]:.1f} img/s", flush=True)
         except PipelineError as error:
             sys.exit(f"error: {error}")
-    bare = statistics.median(rates["bare"])
-    print(f"\nrecipe {params.recipe}, {arguments.epochs} epochs, {arguments.rounds} rounds")
-    print("| loop | img/s (median) | lowest to highest | of bare |\n|---|---:|---:|---:|")
-    for way, values in rates.items():
-        middle = statistics.median(values)
-        span = f"{min(values):.1f} to {max(values):.1f}"
-        print(f"| {way} | {middle:.1f} | {span} | {100 * middle / bare:.1f}% |")
+    bare = statistics.median(rate for rate, _, _ in runs["bare"])
+    print(
+        f"\nrecipe {params.recipe}, {arguments.epochs} epochs, {arguments.rounds} rounds (medians)"
+    )
+    print("| loop | img/s | lowest to highest | of bare | in reports | beside it, of one core |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for way, values in runs.items():
+        rates = [rate for rate, _, _ in values]
+        middle, reports, beside = (
+            statistics.median(column) for column in zip(*values, strict=True)
+        )
+        span = f"{min(rates):.1f} to {max(rates):.1f}"
+        shares = f"{100 * middle / bare:.1f}% | {reports:.2f}% | {beside:.1f}%"
+        print(f"| {way} | {middle:.1f} | {span} | {shares} |")
 
 
 if __name__ == "__main__":
