@@ -112,9 +112,10 @@ ELSA_INLINE void widen_row(A* dst, const T* src, int64_t n) {
   if (n & 2) widen_piece<2>(dst + i, src + i), i += 2;
   if (n & 1) widen_piece<1>(dst + i, src + i);
 }
-template <class T, class A>
-ELSA_INLINE void narrow_row(T* dst, const A* src, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) narrow(src[i], dst + i);
+template <int N, class T, class A>
+ELSA_INLINE void narrow_piece(T* __restrict dst, const A* __restrict src) {
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) narrow(src[i], dst + i);
 }
 // n is a multiple of the lanes.
 template <class A>
@@ -134,7 +135,12 @@ ELSA_INLINE void store_lanes(T* dst, V<A> x, int64_t n) {
   }
   A lanes[Vec<A>::lanes];
   store(lanes, x);
-  narrow_row(dst, lanes, least(n, Vec<A>::lanes));
+  if (n >= Vec<A>::lanes) return narrow_piece<Vec<A>::lanes>(dst, lanes);
+  int64_t i = 0;
+  if (n & 8) narrow_piece<8>(dst, lanes), i = 8;
+  if (n & 4) narrow_piece<4>(dst + i, lanes + i), i += 4;
+  if (n & 2) narrow_piece<2>(dst + i, lanes + i), i += 2;
+  if (n & 1) narrow_piece<1>(dst + i, lanes + i);
 }
 
 template <class T>
@@ -549,45 +555,53 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> h, const typename AccOf<
   }
 }
 
-// grad_h for K window columns of one window row and NV vectors: a dot product over the channels.
-template <class T, class A, int K, int NV, bool Mul>
+// grad_h for K window columns of one window row: a dot product over the channels. Where Second,
+// also for the output row below, whose window row ky - 1 lies on the same row of v (where stride
+// equals dilation), so that each load of v serves both.
+template <class T, class A, int K, bool Mul, bool First, bool Second>
 void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t grad_pitch,
-                 const A* mul, int64_t taps, int64_t channels, const int64_t* column, T* out,
-                 int64_t out_plane, int64_t lanes) {
-  V<A> acc[K][NV];
-  for (int j = 0; j < K; ++j)
-    for (int n = 0; n < NV; ++n) acc[j][n] = V<A>{};
+                 int64_t grad_row, const A* mul, int64_t k, int64_t channels,
+                 const int64_t* column, T* out, int64_t out_plane, int64_t width, int64_t lanes) {
+  V<A> acc[2][K];
+  for (int j = 0; j < K; ++j) acc[0][j] = acc[1][j] = V<A>{};
+  // To own the lines by the time of the stores.
+  for (int j = 0; j < K; ++j) {
+    if (First) __builtin_prefetch(out + j * out_plane, 1);
+    if (Second) __builtin_prefetch(out + (j - k) * out_plane + width, 1);
+  }
   for (int64_t c = 0; c < channels; ++c) {
     const A* at = v + c * padded.channel_pitch;
-    V<A> up[NV];
-    for (int n = 0; n < NV; ++n) up[n] = load(grad + c * grad_pitch + n * Vec<A>::lanes);
+    V<A> up0, up1;
+    if (First) up0 = load(grad + c * grad_pitch);
+    if (Second) up1 = load(grad + c * grad_pitch + grad_row);
+    if (First) in_register(up0);
+    if (Second) in_register(up1);
 #pragma GCC unroll 8
     for (int j = 0; j < K; ++j) {
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) {
-        V<A> value = load(at + column[j] + n * Vec<A>::lanes);
-        if (Mul) value = value * mul[c * taps + j];
-        acc[j][n] += value * up[n];
-      }
+      V<A> value = load(at + column[j]);
+      if (First && Second) in_register(value);
+      if (First) acc[0][j] += (Mul ? value * mul[c * k * k + j] : value) * up0;
+      if (Second) acc[1][j] += (Mul ? value * mul[c * k * k + j - k] : value) * up1;
     }
   }
-  for (int j = 0; j < K; ++j)
-    for (int n = 0; n < NV; ++n) {
-      const int64_t left = lanes - n * Vec<A>::lanes;
-      if (left > 0) store_lanes<A>(out + j * out_plane + n * Vec<A>::lanes, acc[j][n], left);
-    }
+  for (int j = 0; j < K; ++j) {
+    if (First) store_lanes<A>(out + j * out_plane, acc[0][j], lanes);
+    if (Second) store_lanes<A>(out + (j - k) * out_plane + width, acc[1][j], lanes);
+  }
 }
 
-template <class T, class A, int NV, bool Mul, int K = ELSA_TAPS>
-ELSA_INLINE void channel_dot_any(int64_t count, const Padded<A>& padded, const A* v, const A* grad,
-                            int64_t grad_pitch, const A* mul, int64_t taps, int64_t channels,
-                            const int64_t* column, T* out, int64_t out_plane, int64_t lanes) {
+template <class T, class A, bool Mul, bool First, bool Second, int K = ELSA_TAPS>
+ELSA_INLINE void channel_dots(int64_t count, const Padded<A>& padded, const A* v, const A* grad,
+                              int64_t grad_pitch, int64_t grad_row, const A* mul, int64_t k,
+                              int64_t channels, const int64_t* column, T* out, int64_t out_plane,
+                              int64_t width, int64_t lanes) {
   if (count == K) {
-    channel_dot<T, A, K, NV, Mul>(padded, v, grad, grad_pitch, mul, taps, channels, column, out,
-                                  out_plane, lanes);
+    channel_dot<T, A, K, Mul, First, Second>(padded, v, grad, grad_pitch, grad_row, mul, k,
+                                             channels, column, out, out_plane, width, lanes);
   } else if constexpr (K > 1) {
-    channel_dot_any<T, A, NV, Mul, K - 1>(count, padded, v, grad, grad_pitch, mul, taps, channels,
-                                          column, out, out_plane, lanes);
+    channel_dots<T, A, Mul, First, Second, K - 1>(count, padded, v, grad, grad_pitch, grad_row,
+                                                  mul, k, channels, column, out, out_plane, width,
+                                                  lanes);
   }
 }
 
@@ -675,29 +689,26 @@ void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>&
                         const typename AccOf<T>::type* grad, int64_t grad_pitch,
                         const typename AccOf<T>::type* mul, T* out, int64_t y0, int64_t y1) {
   using A = typename AccOf<T>::type;
-  constexpr int64_t L = Vec<A>::lanes;
-  const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k;
+  const int64_t channels = p.C / p.G, k = p.kernel_size;
   const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
   const int64_t block = divide_up(k, divide_up(k, ELSA_TAPS));
-  for (int64_t y = 0; y < y1 - y0; ++y)
-    for (int64_t x = 0; x < p.Wo; x += kMaxVectors * L) {
-      const int64_t lanes = least(p.Wo - x, kMaxVectors * L);
-      const A* up = grad + y * pitch + x;
-      for (int64_t ky = 0; ky < k; ++ky) {
+  for (int64_t y = 0; y < y1 - y0;) {
+    const int64_t rows = p.stride == p.dilation && y + 1 < y1 - y0 ? 2 : 1;
+    for (int64_t x = 0; x < p.Wo; x += Vec<A>::lanes)
+      for (int64_t ky = 0; ky < k + rows - 1; ++ky) {
         const A* at = padded.data + (y * p.stride + ky * p.dilation) * padded.row_pitch + x;
+        auto run = &channel_dots<T, A, Mul, true, false>;
+        if (ky == k) run = &channel_dots<T, A, Mul, false, true>;
+        else if (rows == 2 && ky > 0) run = &channel_dots<T, A, Mul, true, true>;
         for (int64_t kx = 0; kx < k; kx += block) {
-          const int64_t i = ky * k + kx, count = least(block, k - kx);
-          T* to = out + i * plane + (y0 + y) * p.Wo + x;
-          const A* head_mul = Mul ? mul + i : nullptr;
-          if (lanes > L)
-            channel_dot_any<T, A, 2, Mul>(count, padded, at, up, grad_pitch, head_mul, taps,
-                                          channels, padded.column + kx, to, plane, lanes);
-          else
-            channel_dot_any<T, A, 1, Mul>(count, padded, at, up, grad_pitch, head_mul, taps,
-                                          channels, padded.column + kx, to, plane, lanes);
+          const int64_t i = ky * k + kx;
+          run(least(block, k - kx), padded, at, grad + y * pitch + x, grad_pitch, pitch,
+              Mul ? mul + i : nullptr, k, channels, padded.column + kx,
+              out + i * plane + (y0 + y) * p.Wo + x, plane, p.Wo, p.Wo - x);
         }
       }
-    }
+    y += rows;
+  }
 }
 
 template <class T>
