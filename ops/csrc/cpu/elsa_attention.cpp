@@ -202,34 +202,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
       grads[0].zero_();
       grads[1].zero_();
     }
-    if (output_mask[0] && !empty) {
-      const int64_t step = rows_per_task(p, p.H, k.grad_v_scratch);
-      const int64_t v_head = p.C / p.G * p.H * p.W;
-      for_tasks(p, p.H, step, k.grad_v_scratch,
-                [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
-                  k.grad_v(p, planes<T>(grad, b, g, p.G), planes<T>(h, b, g, p.G), data<A>(mul),
-                           data<A>(add), data<T>(grads[0]) + (b * p.G + g) * v_head, g, y0, y1,
-                           scratch);
-                });
-    }
-    const int64_t step = empty ? 1 : rows_per_task(p, p.Ho, k.grad_h_scratch);
-    const int64_t parts = empty ? 0 : (p.Ho + step - 1) / step;
+    const int64_t step = empty ? 1 : rows_per_task(p, p.H, k.grad_v_scratch);
+    const int64_t parts = empty ? 0 : (p.H + step - 1) / step;
     const int64_t row = p.C / p.G * kernel_size * kernel_size;
-    const int64_t h_head = kernel_size * kernel_size * p.Ho * p.Wo;
+    const int64_t v_head = p.C / p.G * p.H * p.W, h_head = kernel_size * kernel_size * p.Ho * p.Wo;
     Tensor partial[2];
     for (int i : {0, 1})
       if (output_mask[2 + i])
         partial[i] = at::empty({p.B, p.G, parts, row}, options.dtype(accumulation_type(v)));
-    if ((output_mask[1] || output_mask[2] || output_mask[3]) && !empty) {
-      for_tasks(p, p.Ho, step, k.grad_h_scratch,
+    if ((output_mask[0] || output_mask[2] || output_mask[3]) && !empty) {
+      for_tasks(p, p.H, step, k.grad_v_scratch,
                 [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t part, void* scratch) {
                   const int64_t at = ((b * p.G + g) * parts + part) * row;
+                  T* grad_v = output_mask[0] ? data<T>(grads[0]) + (b * p.G + g) * v_head : nullptr;
                   A* grad_mul = output_mask[2] ? data<A>(partial[0]) + at : nullptr;
                   A* grad_add = output_mask[3] ? data<A>(partial[1]) + at : nullptr;
-                  T* grad_h = output_mask[1] ? data<T>(grads[1]) + (b * p.G + g) * h_head : nullptr;
-                  k.grad_h(p, planes<T>(grad, b, g, p.G), planes<T>(v, b, g, p.G),
-                           planes<T>(h, b, g, p.G), data<A>(mul), grad_h, grad_mul, grad_add, g,
-                           y0, y1, scratch);
+                  k.grad_v(p, planes<T>(grad, b, g, p.G), planes<T>(v, b, g, p.G),
+                           planes<T>(h, b, g, p.G), data<A>(mul), data<A>(add), grad_v, grad_mul,
+                           grad_add, g, y0, y1, scratch);
+                });
+    }
+    if (output_mask[1] && !empty) {
+      for_tasks(p, p.Ho, rows_per_task(p, p.Ho, k.grad_h_scratch), k.grad_h_scratch,
+                [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
+                  k.grad_h(p, planes<T>(grad, b, g, p.G), planes<T>(v, b, g, p.G), data<A>(mul),
+                           data<T>(grads[1]) + (b * p.G + g) * h_head, g, y0, y1, scratch);
                 });
     }
     for (int i : {0, 1}) {

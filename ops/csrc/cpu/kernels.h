@@ -46,15 +46,17 @@ struct Kernels {
   void (*forward)(const Problem&, Planes<T> v, Planes<T> h, const A* mul, const A* add, T* out,
                   int64_t g, int64_t y0, int64_t y1, void* scratch);
 
-  // Rows of v: the gradient is gathered, so no two calls write one element.
+  // Rows of v: the gradient is gathered, so no two calls write one element. grad_mul and grad_add
+  // are this call's own (C/G, k, k) partial sums.
   int64_t (*grad_v_scratch)(const Problem&, int64_t rows);
-  void (*grad_v)(const Problem&, Planes<T> grad, Planes<T> h, const A* mul, const A* add,
-                 T* grad_v, int64_t g, int64_t y0, int64_t y1, void* scratch);
+  void (*grad_v)(const Problem&, Planes<T> grad, Planes<T> v, Planes<T> h, const A* mul,
+                 const A* add, T* grad_v, A* grad_mul, A* grad_add, int64_t g, int64_t y0,
+                 int64_t y1, void* scratch);
 
-  // Rows of the output. grad_mul and grad_add are this call's own (C/G, k, k) partial sums.
+  // Rows of the output.
   int64_t (*grad_h_scratch)(const Problem&, int64_t rows);
-  void (*grad_h)(const Problem&, Planes<T> grad, Planes<T> v, Planes<T> h, const A* mul, T* grad_h,
-                 A* grad_mul, A* grad_add, int64_t g, int64_t y0, int64_t y1, void* scratch);
+  void (*grad_h)(const Problem&, Planes<T> grad, Planes<T> v, const A* mul, T* grad_h, int64_t g,
+                 int64_t y0, int64_t y1, void* scratch);
 };
 
 #define ELSA_DECLARE_KERNELS(ISA)            \

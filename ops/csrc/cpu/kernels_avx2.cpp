@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -11,7 +13,7 @@
 
 #define ELSA_ISA avx2
 #define ELSA_VECTOR_BYTES 32
-#define ELSA_CHANNELS 2
+#define ELSA_PIXELS 4
 #define ELSA_TAPS 4
 #include "kernels_impl.h"
 

@@ -1,5 +1,7 @@
 #if defined(__x86_64__)
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -12,7 +14,7 @@
 
 #define ELSA_ISA avx512
 #define ELSA_VECTOR_BYTES 64
-#define ELSA_CHANNELS 4
+#define ELSA_PIXELS 8
 #define ELSA_TAPS 7
 #include "kernels_impl.h"
 

@@ -1,19 +1,20 @@
 // The kernels, written once in GCC/clang vector extensions and compiled per instruction set.
-// The including file defines ELSA_ISA, ELSA_VECTOR_BYTES, ELSA_CHANNELS (channels per register
-// tile of the forward) and ELSA_TAPS (window columns per register tile of grad_h).
+// The including file defines ELSA_ISA, ELSA_VECTOR_BYTES, ELSA_PIXELS (pixels per register tile of
+// the window sum) and ELSA_TAPS (window columns per register tile of the gradients of the heads).
 //
-// The plan: copy what a task needs into zero-padded rows in the accumulation type, so that
-// borders, odd widths, strides, dilations and halves are all settled by the copy and the inner
-// loops hold nothing but loads and multiply-adds. The copies cost one pass over the inputs; the
-// inner loops touch each element k*k times (v) or C/G times (h_attn).
+// The plan: copy what a task needs, padded with zeros, into the accumulation type, so that borders,
+// odd widths, strides, dilations and halves are all settled by the copy and the inner loops hold
+// nothing but loads and multiply-adds. The window sum has one weight per pixel and head: there the
+// copy lays a head's channels beside each other, a vector holds channels of one pixel, no load
+// crosses a cache line and no lane is idle at the end of a row. The gradient of h_attn sums over
+// the channels: there a vector holds pixels.
 
 #define ELSA_INLINE inline __attribute__((always_inline))
 
 namespace elsa {
 namespace {
 
-constexpr int64_t kMaxVectors = 2;  // vectors along x per register tile
-constexpr int64_t kGhostRows = 7;   // window rows per register tile of the ghost gradient
+constexpr int kBlockVectors = 2;  // vectors of channels per register tile
 
 template <class A>
 struct Vec {
@@ -25,6 +26,10 @@ struct Vec {
 template <class A>
 using V = typename Vec<A>::type;
 
+// Channels that lie beside each other; a head's last block may have fewer, the rest are zeros.
+template <class A>
+constexpr int64_t kBlock = kBlockVectors * Vec<A>::lanes;
+
 template <class A>
 ELSA_INLINE V<A> load(const A* p) {
   return *reinterpret_cast<const typename Vec<A>::unaligned*>(p);
@@ -32,6 +37,36 @@ ELSA_INLINE V<A> load(const A* p) {
 template <class A>
 ELSA_INLINE void store(A* p, V<A> x) {
   *reinterpret_cast<typename Vec<A>::unaligned*>(p) = x;
+}
+
+// Lanes First to First + lanes / 2 of both, in turn.
+template <class A, int64_t First, size_t... I>
+ELSA_INLINE V<A> interleave(V<A> a, V<A> b, std::index_sequence<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, (First + I / 2 + I % 2 * Vec<A>::lanes)...);
+#else
+  using Index = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  typedef Index Mask __attribute__((vector_size(ELSA_VECTOR_BYTES)));
+  return __builtin_shuffle(a, b, Mask{Index(First + I / 2 + I % 2 * Vec<A>::lanes)...});
+#endif
+}
+
+// Lane j of x[i] becomes lane i of x[j].
+template <class A>
+ELSA_INLINE void transpose(V<A> (&x)[Vec<A>::lanes]) {
+  constexpr int64_t L = Vec<A>::lanes;
+  using Lanes = std::make_index_sequence<L>;
+#pragma GCC unroll 4
+  for (int64_t step = 1; step < L; step *= 2) {
+    V<A> y[L];
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < L / 2; ++i) {
+      y[2 * i] = interleave<A, 0>(x[i], x[i + L / 2], Lanes{});
+      y[2 * i + 1] = interleave<A, L / 2>(x[i], x[i + L / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < L; ++i) x[i] = y[i];
+  }
 }
 
 // Keeps what was loaded in a register: as an operand in memory it would be loaded by each use.
@@ -170,14 +205,14 @@ ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t pitch, 
   }
 }
 
-// A task's rows of v (or of the gradient, in grad_v), padded: element (channel, row, window
-// column kx, x) of the padded image is at
-//   data + channel * channel_pitch + row * row_pitch + column[kx] + x
-// With a stride, columns of equal remainder lie together, so that x steps by one element.
+// A task's rows of v (or of the output's gradient, in grad_v), padded: for output column x, window
+// column kx is at column[kx] + x of its row. With a stride, columns of equal remainder lie together,
+// so that x steps by one. `plane_pitch` is that of a channel, whose rows hold pixels (grad_h), or
+// that of a block of channels, whose rows hold kBlock channels for each pixel (the window sum).
 template <class A>
 struct Padded {
   A* data;
-  int64_t channel_pitch, row_pitch, phase_pitch;
+  int64_t plane_pitch, row_pitch, phase_pitch;
   int64_t* column;
 };
 
@@ -196,15 +231,34 @@ struct Arena {
 ELSA_INLINE int64_t padding(const Problem& p) { return p.dilation * (p.kernel_size / 2); }
 ELSA_INLINE int64_t reach(const Problem& p) { return p.dilation * (p.kernel_size - 1); }
 
-// Room for `rows` output rows of `width` columns at this stride.
+// Room for `rows` output rows of at least a vector. A row's channels follow each other, for a
+// prefetcher to follow the sum over channels.
 template <class A>
-Padded<A> take_padded(Arena& arena, const Problem& p, int64_t rows, int64_t width, int64_t stride) {
+Padded<A> take_planes(Arena& arena, const Problem& p, int64_t rows) {
   Padded<A> out;
-  out.phase_pitch = round_up<A>(round_up<A>(width) + reach(p) / stride);
-  out.row_pitch = out.phase_pitch * stride;
-  out.channel_pitch = ((rows - 1) * stride + reach(p) + 1) * out.row_pitch;
+  out.phase_pitch = round_up<A>(most(p.Wo, Vec<A>::lanes) + reach(p) / p.stride);
+  out.plane_pitch = out.phase_pitch * p.stride;
+  out.row_pitch = p.C / p.G * out.plane_pitch;
   out.column = arena.take<int64_t>(p.kernel_size);
-  out.data = arena.take<A>(p.C / p.G * out.channel_pitch);
+  out.data = arena.take<A>(((rows - 1) * p.stride + reach(p) + 1) * out.row_pitch);
+  return out;
+}
+
+template <class A>
+ELSA_INLINE int64_t blocks(const Problem& p) {
+  return divide_up(p.C / p.G, kBlock<A>);
+}
+
+// The same in blocks of channels.
+template <class A>
+Padded<A> take_blocks(Arena& arena, const Problem& p, int64_t rows, int64_t width,
+                      int64_t stride) {
+  Padded<A> out;
+  out.phase_pitch = width + reach(p) / stride;
+  out.row_pitch = out.phase_pitch * stride * kBlock<A>;
+  out.plane_pitch = ((rows - 1) * stride + reach(p) + 1) * out.row_pitch;
+  out.column = arena.take<int64_t>(p.kernel_size);
+  out.data = arena.take<A>(blocks<A>(p) * out.plane_pitch);
   return out;
 }
 
@@ -216,228 +270,246 @@ void set_columns(const Padded<A>& padded, const Problem& p, int64_t stride) {
   }
 }
 
-// v around the output rows [y0, y1).
+// The first n elements of a row, n up to the lanes, and zeros.
 template <class T, class A>
-void fill_values(const Padded<A>& padded, const Problem& p, Planes<T> v, int64_t y0, int64_t y1) {
-  const int64_t channels = p.C / p.G, pad = padding(p), s = p.stride;
-  const int64_t rows = (y1 - y0 - 1) * s + reach(p) + 1;
-  set_columns(padded, p, s);
-  for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t r = 0; r < rows; ++r) {
-      A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
-      const int64_t y = y0 * s - pad + r;
-      if (y < 0 || y >= p.H) {
-        zero_row(dst, padded.row_pitch);
-      } else if (s == 1) {
-        place_row(dst, padded.row_pitch, row(v, c, y), v.pitch, p.W, pad, 1);
-      } else {
-        zero_row(dst, padded.row_pitch);
-        const T* src = row(v, c, y);
-        for (int64_t x = 0; x < p.W; ++x) {
-          // The last columns may lie beyond every window.
-          const int64_t at = (x + pad) / s;
-          if (at < padded.phase_pitch) {
-            dst[(x + pad) % s * padded.phase_pitch + at] = widen(src[x * v.pitch]);
-          }
-        }
-      }
-    }
+ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (pitch == 1 && n == Vec<A>::lanes) return load(src);
   }
-}
-
-// out[r][c][n] += (h * mul + add) * v for R output rows, CB channels and NV vectors.
-// R is 2 only where stride equals dilation: then window row ky of the first output row is
-// window row ky - 1 of the second, and each load of v serves both.
-template <class A, int R, int CB, int NV, bool Mul, bool Add, bool First, bool Second>
-ELSA_INLINE void window_row(V<A> (&out)[R][CB][NV], const A* const (&v)[CB], int64_t offset,
-                            const int64_t* column, const A* h, int64_t h_pitch, int64_t h_row,
-                            const A* mul, const A* add, int64_t k, int64_t ky) {
-  for (int64_t kx = 0; kx < k; ++kx) {
-    const int64_t x = offset + column[kx];
-    const int64_t i0 = ky * k + kx, i1 = i0 - k;
-    V<A> h0[NV], h1[NV];
-    for (int n = 0; n < NV; ++n) {
-      if (First) h0[n] = load(h + i0 * h_pitch + n * Vec<A>::lanes);
-      if (Second) h1[n] = load(h + h_row + i1 * h_pitch + n * Vec<A>::lanes);
-      if (First) in_register(h0[n]);
-      if (Second) in_register(h1[n]);
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < CB; ++c) {
-#pragma GCC unroll 8
-      for (int n = 0; n < NV; ++n) {
-        V<A> value = load(v[c] + x + n * Vec<A>::lanes);
-        if (First && Second) in_register(value);
-        if (First) {
-          V<A> weight = h0[n];
-          if (Mul) weight = weight * mul[i0 * CB + c];
-          if (Add) weight = weight + add[i0 * CB + c];
-          out[0][c][n] += weight * value;
-        }
-        if (Second) {
-          V<A> weight = h1[n];
-          if (Mul) weight = weight * mul[i1 * CB + c];
-          if (Add) weight = weight + add[i1 * CB + c];
-          out[R - 1][c][n] += weight * value;
-        }
-      }
-    }
-  }
-}
-
-template <class T, class A, int R, int CB, int NV, bool Mul, bool Add>
-void window_tile(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
-                 int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                 int64_t out_row, int64_t lanes) {
-  const int64_t k = p.kernel_size, step = p.dilation * padded.row_pitch, h_row = k * k * h_pitch;
-  V<A> acc[R][CB][NV];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < CB; ++c)
-      for (int n = 0; n < NV; ++n) acc[r][c][n] = V<A>{};
-  const A* channel[CB];
-  for (int c = 0; c < CB; ++c) channel[c] = v + c * padded.channel_pitch;
-  const int64_t* column = padded.column;
-  if (R == 1) {
-    for (int64_t ky = 0; ky < k; ++ky)
-      window_row<A, R, CB, NV, Mul, Add, true, false>(acc, channel, ky * step, column, h, h_pitch,
-                                                      h_row, mul, add, k, ky);
+  A lanes[Vec<A>::lanes] = {};
+  if (pitch != 1) {
+    for (int64_t i = 0; i < n; ++i) lanes[i] = widen(src[i * pitch]);
+  } else if (n == Vec<A>::lanes) {
+    widen_piece<Vec<A>::lanes>(lanes, src);
   } else {
-    window_row<A, R, CB, NV, Mul, Add, true, false>(acc, channel, 0, column, h, h_pitch, h_row,
-                                                    mul, add, k, 0);
-    for (int64_t ky = 1; ky < k; ++ky)
-      window_row<A, R, CB, NV, Mul, Add, true, true>(acc, channel, ky * step, column, h, h_pitch,
-                                                     h_row, mul, add, k, ky);
-    window_row<A, R, CB, NV, Mul, Add, false, true>(acc, channel, k * step, column, h, h_pitch,
-                                                    h_row, mul, add, k, k);
+    widen_row(lanes, src, n);
   }
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < CB; ++c)
-      for (int n = 0; n < NV; ++n) {
-        const int64_t left = lanes - n * Vec<A>::lanes;
-        if (left > 0)
-          store_lanes<A>(out + c * out_plane + r * out_row + n * Vec<A>::lanes, acc[r][c][n], left);
-      }
+  return load(lanes);
 }
 
-template <class T, class A, int R, int CB, bool Mul, bool Add>
-void window_channels(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
-                     int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                     int64_t width) {
-  constexpr int64_t L = Vec<A>::lanes;
-  for (int64_t x = 0; x < width; x += kMaxVectors * L) {
-    const int64_t lanes = least(width - x, kMaxVectors * L);
-    if (lanes > L)
-      window_tile<T, A, R, CB, 2, Mul, Add>(p, padded, v + x, h + x, h_pitch, mul, add, out + x,
-                                            out_plane, width, lanes);
-    else
-      window_tile<T, A, R, CB, 1, Mul, Add>(p, padded, v + x, h + x, h_pitch, mul, add, out + x,
-                                            out_plane, width, lanes);
-  }
-}
-
-// Channels per register tile: one vector per row leaves half of the registers, so take more.
-template <class A>
-ELSA_INLINE int64_t channel_block(int64_t width) {
-  return width <= Vec<A>::lanes ? 2 * ELSA_CHANNELS : ELSA_CHANNELS;
-}
-
-// The ghosts of a head, (C/G, taps), in the order of the inner loop: blocks of channels, each
-// (taps, block); the channels left over come one by one. Null stays null.
-template <class A>
-const A* pack_ghost(A* packed, const A* ghost, int64_t channels, int64_t taps, int64_t width,
-                    bool turned) {
-  if (!ghost) return nullptr;
-  for (int64_t c = 0, block; c < channels; c += block) {
-    block = channels - c;
-    const int64_t widest = channel_block<A>(width);
-    if (block >= widest) block = widest;
-    else if (block >= ELSA_CHANNELS) block = ELSA_CHANNELS;
-    else block = 1;
-    for (int64_t i = 0; i < taps; ++i)
-      for (int64_t j = 0; j < block; ++j)
-        packed[c * taps + i * block + j] = ghost[(c + j) * taps + (turned ? taps - 1 - i : i)];
-  }
-  return packed;
-}
-
-// The rows of h_attn that the next output rows need: taps rows, each a plane apart, which no
-// hardware prefetcher follows. Fetched a few per channel block, so that they arrive in time
-// without filling the core's queue of misses.
-struct Upcoming {
+// Rows a plane apart, which no hardware prefetcher follows. Fetched a few at a time, as part of
+// `parts`, so that they arrive without filling the core's queue of misses.
+struct Rows {
   const char* at;
-  int64_t plane, bytes;
-  ELSA_INLINE void fetch(int64_t from, int64_t to) const {
-    for (int64_t i = from; i < to; ++i)
+  int64_t plane, bytes, count;
+  ELSA_INLINE void fetch(int64_t part, int64_t parts) const {
+    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i)
       for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + i * plane + j, 0, 2);
+  }
+  // For writing.
+  ELSA_INLINE void claim(int64_t part, int64_t parts) const {
+    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i)
+      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + i * plane + j, 1, 2);
   }
 };
 
-// Where pixels are apart (channels_last), a row is read in order: nothing to fetch.
 template <class T>
-ELSA_INLINE Upcoming upcoming(Planes<T> h, int64_t y, int64_t rows, int64_t width) {
+ELSA_INLINE Rows rows_of(const T* at, int64_t plane, int64_t width, int64_t count) {
   constexpr int64_t size = sizeof(T);
-  const bool close = h.pitch == 1 && rows > 0;
-  return {reinterpret_cast<const char*>(close ? row(h, 0, y) : nullptr), h.plane_pitch * size,
-          close ? rows * width * size : 0};
+  return {reinterpret_cast<const char*>(at), plane * size, width * size, count};
 }
 
-// All channels of a head over R output rows whose weights are staged in h.
-template <class T, class A, int R, bool Mul, bool Add>
-void window_rows(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
-                 int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                 int64_t width, const Upcoming& next) {
-  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
-  int64_t c = 0;
-  if (channel_block<A>(width) > ELSA_CHANNELS)
-    for (; c + 2 * ELSA_CHANNELS <= channels; c += 2 * ELSA_CHANNELS) {
-      next.fetch(c * taps / channels, (c + 2 * ELSA_CHANNELS) * taps / channels);
-      window_tile<T, A, R, 2 * ELSA_CHANNELS, 1, Mul, Add>(
-          p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
-          out + c * out_plane, out_plane, width, width);
-    }
-  for (; c + ELSA_CHANNELS <= channels; c += ELSA_CHANNELS) {
-    next.fetch(c * taps / channels, (c + ELSA_CHANNELS) * taps / channels);
-    window_channels<T, A, R, ELSA_CHANNELS, Mul, Add>(
-        p, padded, v + c * padded.channel_pitch, h, h_pitch, mul + c * taps, add + c * taps,
-        out + c * out_plane, out_plane, width);
-  }
-  for (; c < channels; ++c)
-    window_channels<T, A, R, 1, Mul, Add>(p, padded, v + c * padded.channel_pitch, h, h_pitch,
-                                          mul + c * taps, add + c * taps, out + c * out_plane,
-                                          out_plane, width);
-}
-
-template <class T, class A, int R>
-void window_rows_any(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
-                     int64_t h_pitch, const A* mul, const A* add, T* out, int64_t out_plane,
-                     int64_t width, const Upcoming& next) {
-  auto run = &window_rows<T, A, R, false, false>;
-  if (mul && add) run = &window_rows<T, A, R, true, true>;
-  else if (mul) run = &window_rows<T, A, R, true, false>;
-  else if (add) run = &window_rows<T, A, R, false, true>;
-  run(p, padded, v, h, h_pitch, mul, add, out, out_plane, width, next);
-}
-
+// Row y of h_attn. Where pixels are apart (channels_last), it is read in order: nothing to fetch.
 template <class T>
-int64_t forward_layout(const Problem& p, int64_t rows, Arena& arena,
-                       Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h,
-                       typename AccOf<T>::type** mul, typename AccOf<T>::type** add) {
-  using A = typename AccOf<T>::type;
-  *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
+ELSA_INLINE Rows upcoming(Planes<T> h, int64_t y, int64_t end, int64_t width, int64_t taps) {
+  return rows_of(row(h, 0, y), h.plane_pitch, width, h.pitch == 1 && y < end ? taps : 0);
+}
+
+// A row of n pixels of a block of channels: pixel x to dst[position(x)], a block per pixel, unless
+// position(x) is negative.
+template <class T, class A, class Position>
+ELSA_INLINE void place_pixels(A* dst, Planes<T> planes, int64_t block, int64_t channels, int64_t y,
+                              int64_t height, int64_t n, const Position& position) {
+  constexpr int64_t L = Vec<A>::lanes;
+  const T* src = row(planes, block * kBlock<A>, y);
+  channels = least(channels - block * kBlock<A>, kBlock<A>);
+  if (planes.plane_pitch == 1) {  // channels_last: as they should lie
+    for (int64_t x = 0; x < n; ++x) {
+      if (position(x) < 0) continue;
+      A* to = dst + position(x) * kBlock<A>;
+      if (channels < kBlock<A>) zero_row(to, kBlock<A>);
+      widen_row(to, src + x * planes.pitch, channels);
+    }
+    return;
+  }
+  if (y + 1 < height) rows_of(src + planes.row_pitch, planes.plane_pitch, n, channels).fetch(0, 1);
+  for (int64_t c = 0; c < kBlock<A>; c += L)
+    for (int64_t x = 0; x < n; x += L) {
+      // The last vector overlaps the one before where there is one.
+      const int64_t first = most(least(x, n - L), 0), count = least(n, L);
+      V<A> tile[L];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i)
+        tile[i] = c + i < channels ? gather<T, A>(src + (c + i) * planes.plane_pitch +
+                                                      first * planes.pitch,
+                                                  planes.pitch, count)
+                                   : V<A>{};
+      transpose<A>(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) {
+        const int64_t at = i < count ? position(first + i) : -1;
+        if (at >= 0) store(dst + at * kBlock<A> + c, tile[i]);
+      }
+    }
+}
+
+// The other way: n pixels of a block to rows of planes.
+template <class T, class A>
+ELSA_INLINE void store_pixels(T* out, int64_t plane, const A* src, int64_t channels, int64_t n) {
+  constexpr int64_t L = Vec<A>::lanes;
+  for (int64_t c = 0; c < channels; c += L)
+    for (int64_t x = 0; x < n; x += L) {
+      const int64_t first = most(least(x, n - L), 0);
+      V<A> tile[L];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i) tile[i] = load(src + (first + i) * kBlock<A> + c);
+      transpose<A>(tile);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < L; ++i)
+        if (c + i < channels) store_lanes<A>(out + (c + i) * plane + first, tile[i], n);
+    }
+}
+
+// The ghosts of a head, (C/G, taps), as the window sum reads them: (blocks, taps, kBlock). Null
+// stays null.
+template <class A>
+const A* pack_ghost(A* packed, const A* ghost, int64_t channels, int64_t taps, bool turned) {
+  if (!ghost) return nullptr;
+  for (int64_t first = 0; first < channels; first += kBlock<A>)
+    for (int64_t i = 0; i < taps; ++i)
+      for (int64_t c = 0; c < kBlock<A>; ++c)
+        *packed++ = first + c < channels
+                        ? ghost[(first + c) * taps + (turned ? taps - 1 - i : i)]
+                        : A(0);
+  return packed - divide_up(channels, kBlock<A>) * kBlock<A> * taps;
+}
+
+// out[pixel][channel] = sum over the window of (h * mul + add) * v, for PX pixels of a row and a
+// block of channels.
+template <class A, int PX, bool Mul, bool Add>
+void window_tile(const Padded<A>& padded, int64_t k, int64_t dilation, const A* v, const A* h,
+                 int64_t h_pitch, const A* mul, const A* add, A* out, const Rows& reads,
+                 const Rows& writes, int64_t part, int64_t parts) {
+  constexpr int64_t L = Vec<A>::lanes;
+  constexpr int CV = kBlockVectors;
+  V<A> acc[PX][CV];
+#pragma GCC unroll 8
+  for (int p = 0; p < PX; ++p)
+#pragma GCC unroll 2
+    for (int c = 0; c < CV; ++c) acc[p][c] = V<A>{};
+  for (int64_t ky = 0; ky < k; ++ky) {
+    reads.fetch(part * k + ky, parts * k);
+    writes.claim(part * k + ky, parts * k);
+    const A* line = v + ky * dilation * padded.row_pitch;
+    for (int64_t kx = 0; kx < k; ++kx) {
+      const A* at = line + padded.column[kx] * kBlock<A>;
+      V<A> m[CV], a[CV];
+      for (int c = 0; c < CV; ++c) {
+        if (Mul) m[c] = load(mul + c * L);
+        if (Add) a[c] = load(add + c * L);
+        if (Mul) in_register(m[c]);
+        if (Add) in_register(a[c]);
+      }
+#pragma GCC unroll 8
+      for (int p = 0; p < PX; ++p) {
+        V<A> dynamic = h[p] - V<A>{};  // to all lanes
+        in_register(dynamic);
+#pragma GCC unroll 2
+        for (int c = 0; c < CV; ++c) {
+          V<A> weight = dynamic;
+          if (Mul) weight = weight * m[c];
+          if (Add) weight = weight + a[c];
+          acc[p][c] += weight * load(at + p * kBlock<A> + c * L);
+        }
+      }
+      h += h_pitch;
+      if (Mul) mul += kBlock<A>;
+      if (Add) add += kBlock<A>;
+    }
+  }
+#pragma GCC unroll 8
+  for (int p = 0; p < PX; ++p)
+#pragma GCC unroll 2
+    for (int c = 0; c < CV; ++c) store(out + p * kBlock<A> + c * L, acc[p][c]);
+}
+
+// Tiles of PX pixels over a row; the last overlaps the one before.
+template <class A, int PX, bool Mul, bool Add>
+void window_tiles(const Padded<A>& padded, const Problem& p, const A* v, const A* h,
+                  int64_t h_pitch, const A* mul, const A* add, A* out, int64_t width,
+                  const Rows& reads, const Rows& writes) {
+  const int64_t tiles = divide_up(width, PX);
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t x = least(i * PX, width - PX);
+    window_tile<A, PX, Mul, Add>(padded, p.kernel_size, p.dilation, v + x * kBlock<A>, h + x,
+                                     h_pitch, mul, add, out + x * kBlock<A>, reads, writes, i,
+                                     tiles);
+  }
+}
+
+// One output row of all channels of a head: `v` is the padded row of the window's first, `h` that
+// row's weights. `line` has room for the row's pixels.
+template <class T, class A, bool Mul, bool Add>
+void window_row(const Problem& p, const Padded<A>& padded, const A* v, const A* h, int64_t h_pitch,
+                const A* mul, const A* add, A* line, T* out, int64_t out_plane, int64_t width,
+                const Rows& next) {
   const int64_t taps = p.kernel_size * p.kernel_size;
-  *h = arena.take<A>(2 * taps * round_up<A>(p.Wo));
-  *mul = arena.take<A>(p.C / p.G * taps);
-  *add = arena.take<A>(p.C / p.G * taps);
-  return arena.used;
+  for (int64_t b = 0; b < blocks<A>(p); ++b) {
+    const int64_t channels = least(p.C / p.G - b * kBlock<A>, kBlock<A>);
+    // Seven pixels where that takes no more tiles than eight: 14 and 28 are ELSA-Swin's widths.
+    constexpr int P = ELSA_PIXELS;
+    auto run = &window_tiles<A, 1, Mul, Add>;
+    if (width >= P - 1 && divide_up(width, P) * (P - 1) >= width)
+      run = &window_tiles<A, P - 1, Mul, Add>;
+    else if (width >= P)
+      run = &window_tiles<A, P, Mul, Add>;
+    else if (width >= P / 2)
+      run = &window_tiles<A, P / 2, Mul, Add>;
+    const Rows reads = b == 0 ? next : Rows{};
+    T* to = out + b * kBlock<A> * out_plane;
+    run(padded, p, v + b * padded.plane_pitch, h, h_pitch, mul + b * taps * kBlock<A>,
+        add + b * taps * kBlock<A>, line, width, reads,
+        rows_of(to, out_plane, width, channels));
+    store_pixels(to, out_plane, line, channels, width);
+  }
+}
+
+template <class T, class A>
+void window_row_any(const Problem& p, const Padded<A>& padded, const A* v, const A* h,
+                    int64_t h_pitch, const A* mul, const A* add, A* line, T* out,
+                    int64_t out_plane, int64_t width, const Rows& next) {
+  auto run = &window_row<T, A, false, false>;
+  if (mul && add) run = &window_row<T, A, true, true>;
+  else if (mul) run = &window_row<T, A, true, false>;
+  else if (add) run = &window_row<T, A, false, true>;
+  run(p, padded, v, h, h_pitch, mul, add, line, out, out_plane, width, next);
+}
+
+// What forward and grad_v work in, for output rows of `width` pixels.
+template <class A>
+struct Window {
+  Padded<A> padded;
+  A *h, *mul, *add, *line;
+};
+
+template <class A>
+Window<A> take_window(Arena& arena, const Problem& p, int64_t rows, int64_t width,
+                      int64_t stride) {
+  const int64_t taps = p.kernel_size * p.kernel_size, ghost = blocks<A>(p) * kBlock<A> * taps;
+  Window<A> out;
+  out.padded = take_blocks<A>(arena, p, rows, width, stride);
+  out.h = arena.take<A>(taps * round_up<A>(width));
+  out.mul = arena.take<A>(ghost);
+  out.add = arena.take<A>(ghost);
+  out.line = arena.take<A>(most(width, Vec<A>::lanes) * kBlock<A>);
+  return out;
 }
 
 template <class T>
 int64_t forward_scratch(const Problem& p, int64_t rows) {
-  using A = typename AccOf<T>::type;
   Arena arena{nullptr, 0};
-  Padded<A> padded;
-  A *h, *mul, *add;
-  return forward_layout<T>(p, rows, arena, &padded, &h, &mul, &add);
+  take_window<typename AccOf<T>::type>(arena, p, rows, p.Wo, p.stride);
+  return arena.used;
 }
 
 template <class T>
@@ -446,113 +518,201 @@ void forward(const Problem& p, Planes<T> v, Planes<T> h, const typename AccOf<T>
              void* scratch) {
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
-  Padded<A> padded;
-  A *staged, *packed_mul, *packed_add;
-  forward_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
-  fill_values(padded, p, v, y0, y1);
+  const Window<A> at = take_window<A>(arena, p, y1 - y0, p.Wo, p.stride);
+  const Padded<A>& padded = at.padded;
+  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size, plane = p.Ho * p.Wo;
+  const int64_t pad = padding(p), s = p.stride;
+  set_columns(padded, p, s);
+  // The last columns may lie beyond every window.
+  const auto position = [&](int64_t x) {
+    if (s == 1) return x + pad;
+    const int64_t column = (x + pad) / s;
+    return column < padded.phase_pitch ? (x + pad) % s * padded.phase_pitch + column : -1;
+  };
+  for (int64_t b = 0; b < blocks<A>(p); ++b)
+    for (int64_t r = 0; r < (y1 - y0 - 1) * s + reach(p) + 1; ++r) {
+      A* dst = padded.data + b * padded.plane_pitch + r * padded.row_pitch;
+      const int64_t y = y0 * s - pad + r;
+      zero_row(dst, padded.row_pitch);
+      if (y >= 0 && y < p.H) place_pixels<T, A>(dst, v, b, channels, y, p.H, p.W, position);
+    }
+  const A* head_mul =
+      pack_ghost(at.mul, mul ? mul + g * channels * taps : nullptr, channels, taps, false);
+  const A* head_add =
+      pack_ghost(at.add, add ? add + g * channels * taps : nullptr, channels, taps, false);
 
-  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size;
-  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
-  const A* head_mul = pack_ghost(packed_mul, mul ? mul + g * channels * taps : nullptr, channels,
-                                 taps, p.Wo, false);
-  const A* head_add = pack_ghost(packed_add, add ? add + g * channels * taps : nullptr, channels,
-                                 taps, p.Wo, false);
-  for (int64_t y = y0; y < y1;) {
-    const int64_t rows = p.stride == p.dilation && y + 1 < y1 ? 2 : 1;
-    for (int64_t r = 0; r < rows; ++r)
+  for (int64_t y = y0; y < y1; ++y) {
+    const A* weights = at.h;
+    int64_t pitch = round_up<A>(p.Wo);
+    bool staged = true;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      // As they lie, unless planes a multiple of 1024 bytes apart would share few sets of the cache.
+      if (h.pitch == 1 && h.plane_pitch * int64_t(sizeof(T)) % 1024 != 0) {
+        weights = row(h, 0, y), pitch = h.plane_pitch, staged = false;
+      }
+    }
+    if (staged)
       for (int64_t i = 0; i < taps; ++i)
-        place_row(staged + (r * taps + i) * pitch, pitch, row(h, i, y + r), h.pitch, p.Wo, 0, 1);
-    const Upcoming next = upcoming(h, y + rows, least(rows, y1 - y - rows), p.Wo);
-    const A* at = padded.data + (y - y0) * p.stride * padded.row_pitch;
-    T* to = out + y * p.Wo;
-    if (rows == 2)
-      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo,
-                                next);
-    else
-      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, head_mul, head_add, to, plane, p.Wo,
-                                next);
-    y += rows;
+        place_row(at.h + i * pitch, pitch, row(h, i, y), h.pitch, p.Wo, 0, 1);
+    window_row_any<T, A>(p, padded, padded.data + (y - y0) * s * padded.row_pitch, weights, pitch,
+                         head_mul, head_add, at.line, out + y * p.Wo, plane, p.Wo,
+                         upcoming(h, y + 1, y1, p.Wo, taps));
   }
 }
 
-// The gradient of v is the same sum with the window turned round: over the gradient spread onto
-// the grid of v (zeros between where stride > 1), with the weights shifted to where they act.
-template <class T>
-int64_t grad_v_layout(const Problem& p, int64_t rows, Arena& arena,
-                      Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** h,
-                      typename AccOf<T>::type** mul, typename AccOf<T>::type** add) {
-  using A = typename AccOf<T>::type;
-  const int64_t taps = p.kernel_size * p.kernel_size;
-  *padded = take_padded<A>(arena, p, rows, p.W, 1);
-  *h = arena.take<A>(2 * taps * round_up<A>(p.W));
-  *mul = arena.take<A>(p.C / p.G * taps);
-  *add = arena.take<A>(p.C / p.G * taps);
-  return arena.used;
+// The static head's gradient at K columns of one window row: adds a row's sum over pixels of v
+// times the gradient that lies where the turned window puts it, times h where Weighted.
+template <class A, bool Weighted, int K>
+void ghost_columns(const A* v, const A* grad, const int64_t* column, const A* h, int64_t h_pitch,
+                   int64_t width, A* sums) {
+  constexpr int64_t L = Vec<A>::lanes;
+  constexpr int CV = kBlockVectors;
+  const A* at[K];
+  for (int j = 0; j < K; ++j) at[j] = grad + column[j] * kBlock<A>;
+  V<A> acc[K][CV];
+  for (int j = 0; j < K; ++j)
+    for (int c = 0; c < CV; ++c) acc[j][c] = V<A>{};
+  for (int64_t x = 0; x < width; ++x) {
+    V<A> value[CV];
+    for (int c = 0; c < CV; ++c) {
+      value[c] = load(v + x * kBlock<A> + c * L);
+      in_register(value[c]);
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < K; ++j)
+#pragma GCC unroll 2
+      for (int c = 0; c < CV; ++c)
+        acc[j][c] += (Weighted ? value[c] * h[j * h_pitch + x] : value[c]) *
+                     load(at[j] + x * kBlock<A> + c * L);
+  }
+  for (int j = 0; j < K; ++j)
+    for (int c = 0; c < CV; ++c) {
+      A* sum = sums + j * kBlock<A> + c * L;
+      store(sum, load(sum) + acc[j][c]);
+    }
+}
+
+template <class A, bool Weighted, int K = ELSA_TAPS>
+ELSA_INLINE void ghost_columns_any(int64_t count, const A* v, const A* grad, const int64_t* column,
+                                   const A* h, int64_t h_pitch, int64_t width, A* sums) {
+  if (count == K) {
+    ghost_columns<A, Weighted, K>(v, grad, column, h, h_pitch, width, sums);
+  } else if constexpr (K > 1) {
+    ghost_columns_any<A, Weighted, K - 1>(count, v, grad, column, h, h_pitch, width, sums);
+  }
+}
+
+// Adds what one row of v gives: `v` is its block, `grad` the padded row of the turned window's
+// first, `sums` (taps, kBlock).
+template <class A, bool Weighted>
+void ghost_row(const Problem& p, const Padded<A>& padded, const A* v, const A* grad, const A* h,
+               int64_t h_pitch, A* sums) {
+  const int64_t k = p.kernel_size, columns = divide_up(k, divide_up(k, ELSA_TAPS));
+  for (int64_t ky = 0; ky < k; ++ky)
+    for (int64_t kx = 0; kx < k; kx += columns)
+      ghost_columns_any<A, Weighted>(least(columns, k - kx), v,
+                                     grad + ky * p.dilation * padded.row_pitch,
+                                     padded.column + kx, h + (ky * k + kx) * h_pitch, h_pitch, p.W,
+                                     sums + (ky * k + kx) * kBlock<A>);
+}
+
+// The gradients of v and of the ghost head are sums with the window turned round: over the
+// output's gradient spread onto the grid of v (zeros between where stride > 1), with the weights
+// shifted to where they act.
+template <class A>
+struct TurnedWindow {
+  Window<A> window;
+  A *values, *sums_mul, *sums_add;
+};
+
+template <class A>
+TurnedWindow<A> take_turned_window(Arena& arena, const Problem& p, int64_t rows) {
+  const int64_t taps = p.kernel_size * p.kernel_size, ghost = blocks<A>(p) * kBlock<A> * taps;
+  TurnedWindow<A> out;
+  out.window = take_window<A>(arena, p, rows, p.W, 1);
+  out.values = arena.take<A>(p.W * kBlock<A>);
+  out.sums_mul = arena.take<A>(ghost);
+  out.sums_add = arena.take<A>(ghost);
+  return out;
 }
 
 template <class T>
 int64_t grad_v_scratch(const Problem& p, int64_t rows) {
-  using A = typename AccOf<T>::type;
   Arena arena{nullptr, 0};
-  Padded<A> padded;
-  A *h, *mul, *add;
-  return grad_v_layout<T>(p, rows, arena, &padded, &h, &mul, &add);
+  take_turned_window<typename AccOf<T>::type>(arena, p, rows);
+  return arena.used;
+}
+
+// (blocks, taps, kBlock), turned, to (C/G, taps).
+template <class A>
+void unpack_ghost(A* ghost, const A* packed, int64_t channels, int64_t taps) {
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t i = 0; i < taps; ++i)
+      ghost[c * taps + taps - 1 - i] =
+          packed[(c / kBlock<A> * taps + i) * kBlock<A> + c % kBlock<A>];
 }
 
 template <class T>
-void grad_v(const Problem& p, Planes<T> grad, Planes<T> h, const typename AccOf<T>::type* mul,
-            const typename AccOf<T>::type* add, T* out, int64_t g, int64_t y0, int64_t y1,
-            void* scratch) {
+void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
+            const typename AccOf<T>::type* mul, const typename AccOf<T>::type* add, T* out,
+            typename AccOf<T>::type* grad_mul, typename AccOf<T>::type* grad_add, int64_t g,
+            int64_t y0, int64_t y1, void* scratch) {
   using A = typename AccOf<T>::type;
   Arena arena{static_cast<char*>(scratch), 0};
-  Padded<A> padded;
-  A *staged, *packed_mul, *packed_add;
-  grad_v_layout<T>(p, y1 - y0, arena, &padded, &staged, &packed_mul, &packed_add);
-
+  const TurnedWindow<A> turned = take_turned_window<A>(arena, p, y1 - y0);
+  const Window<A>& at = turned.window;
+  const Padded<A>& padded = at.padded;
   const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, s = p.stride;
-  const int64_t pad = padding(p), pitch = round_up<A>(p.W);
+  const int64_t pad = padding(p), pitch = round_up<A>(p.W), ghost = taps * kBlock<A>;
   set_columns(padded, p, 1);
-  for (int64_t c = 0; c < channels; ++c) {
+  for (int64_t b = 0; b < blocks<A>(p); ++b)
     for (int64_t r = 0; r < y1 - y0 + reach(p); ++r) {
-      A* dst = padded.data + c * padded.channel_pitch + r * padded.row_pitch;
-      const int64_t position = y0 - pad + r;
-      if (position >= 0 && position % s == 0 && position / s < p.Ho)
-        place_row(dst, padded.row_pitch, row(grad, c, position / s), grad.pitch, p.Wo, pad, s);
-      else
-        zero_row(dst, padded.row_pitch);
+      A* dst = padded.data + b * padded.plane_pitch + r * padded.row_pitch;
+      const int64_t y = y0 - pad + r;
+      zero_row(dst, padded.row_pitch);
+      if (y >= 0 && y % s == 0 && y / s < p.Ho)
+        place_pixels<T, A>(dst, grad, b, channels, y / s, p.Ho, p.Wo,
+                           [&](int64_t x) { return pad + x * s; });
     }
-  }
-  const A* turned_mul = pack_ghost(packed_mul, mul ? mul + g * channels * taps : nullptr,
-                                   channels, taps, p.W, true);
-  const A* turned_add = pack_ghost(packed_add, add ? add + g * channels * taps : nullptr,
-                                   channels, taps, p.W, true);
+  const A* head_mul =
+      pack_ghost(at.mul, mul ? mul + g * channels * taps : nullptr, channels, taps, true);
+  const A* head_add =
+      pack_ghost(at.add, add ? add + g * channels * taps : nullptr, channels, taps, true);
+  if (grad_mul) zero_row(turned.sums_mul, blocks<A>(p) * ghost);
+  if (grad_add) zero_row(turned.sums_add, blocks<A>(p) * ghost);
 
-  for (int64_t y = y0; y < y1;) {
-    const int64_t rows = p.dilation == 1 && y + 1 < y1 ? 2 : 1;
-    for (int64_t r = 0; r < rows; ++r)
+  for (int64_t y = y0; y < y1; ++y) {
+    const A* from = padded.data + (y - y0) * padded.row_pitch;
+    if (out || grad_mul)
       for (int64_t i = 0; i < taps; ++i) {
-        const int64_t ky = i / k, kx = i % k;
-        const int64_t position = y + r - pad + ky * p.dilation;
-        A* dst = staged + (r * taps + i) * pitch;
+        const int64_t ky = i / k, kx = i % k, position = y - pad + ky * p.dilation;
+        A* dst = at.h + i * pitch;
         if (position >= 0 && position % s == 0 && position / s < p.Ho)
           place_row(dst, pitch, row(h, taps - 1 - i, position / s), h.pitch, p.Wo,
                     pad - kx * p.dilation, s);
         else
           zero_row(dst, pitch);
       }
-    // Near enough for every window row: the rows used next lie within a window of these.
-    const int64_t after = least((y + rows) / s + padding(p), p.Ho - rows);
-    const Upcoming next = upcoming(h, most(after, 0), after < 0 ? 0 : rows, p.Wo);
-    const A* at = padded.data + (y - y0) * padded.row_pitch;
-    T* to = out + y * p.W;
-    if (rows == 2)
-      window_rows_any<T, A, 2>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
-                               p.H * p.W, p.W, next);
-    else
-      window_rows_any<T, A, 1>(p, padded, at, staged, pitch, turned_mul, turned_add, to,
-                               p.H * p.W, p.W, next);
-    y += rows;
+    if (out) {
+      // Near enough for every window row: the rows used next lie within a window of this.
+      const int64_t after = least((y + 1) / s + pad, p.Ho - 1);
+      window_row_any<T, A>(p, padded, from, at.h, pitch, head_mul, head_add, at.line,
+                           out + y * p.W, p.H * p.W, p.W, upcoming(h, after, p.Ho, p.Wo, taps));
+    }
+    if (!grad_mul && !grad_add) continue;
+    for (int64_t b = 0; b < blocks<A>(p); ++b) {
+      place_pixels<T, A>(turned.values, v, b, channels, y, p.H, p.W, [](int64_t x) { return x; });
+      const A* block = from + b * padded.plane_pitch;
+      if (grad_add)
+        ghost_row<A, false>(p, padded, turned.values, block, at.h, pitch,
+                            turned.sums_add + b * ghost);
+      if (grad_mul)
+        ghost_row<A, true>(p, padded, turned.values, block, at.h, pitch,
+                           turned.sums_mul + b * ghost);
+    }
   }
+  if (grad_mul) unpack_ghost(grad_mul, turned.sums_mul, channels, taps);
+  if (grad_add) unpack_ghost(grad_add, turned.sums_add, channels, taps);
 }
 
 // grad_h for K window columns of one window row: a dot product over the channels. Where Second,
@@ -563,6 +723,7 @@ void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t gra
                  int64_t grad_row, const A* mul, int64_t k, int64_t channels,
                  const int64_t* column, T* out, int64_t out_plane, int64_t width, int64_t lanes) {
   V<A> acc[2][K];
+#pragma GCC unroll 8
   for (int j = 0; j < K; ++j) acc[0][j] = acc[1][j] = V<A>{};
   // To own the lines by the time of the stores.
   for (int j = 0; j < K; ++j) {
@@ -570,7 +731,7 @@ void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t gra
     if (Second) __builtin_prefetch(out + (j - k) * out_plane + width, 1);
   }
   for (int64_t c = 0; c < channels; ++c) {
-    const A* at = v + c * padded.channel_pitch;
+    const A* at = v + c * padded.plane_pitch;
     V<A> up0, up1;
     if (First) up0 = load(grad + c * grad_pitch);
     if (Second) up1 = load(grad + c * grad_pitch + grad_row);
@@ -584,6 +745,7 @@ void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t gra
       if (Second) acc[1][j] += (Mul ? value * mul[c * k * k + j - k] : value) * up1;
     }
   }
+#pragma GCC unroll 8
   for (int j = 0; j < K; ++j) {
     if (First) store_lanes<A>(out + j * out_plane, acc[0][j], lanes);
     if (Second) store_lanes<A>(out + (j - k) * out_plane + width, acc[1][j], lanes);
@@ -605,104 +767,27 @@ ELSA_INLINE void channel_dots(int64_t count, const Padded<A>& padded, const A* v
   }
 }
 
-template <class A>
-ELSA_INLINE A sum_lanes(V<A> x) {
-  A total = A(0);
-  for (int64_t i = 0; i < Vec<A>::lanes; ++i) total += x[i];
-  return total;
-}
-
-// K window rows of the static head's gradient at one window column: v row r meets the gradient
-// rows r - ky, all from one load of v. Adds to out[ky * k].
-template <class A, int K>
-ELSA_INLINE void ghost_rows(V<A> (&acc)[K], const A* v, const A* grad, int64_t grad_row,
-                       int64_t width) {
-  for (int64_t x = 0; x < width; x += Vec<A>::lanes) {
-    const V<A> value = load(v + x);
-#pragma GCC unroll 8
-    for (int j = 0; j < K; ++j) acc[j] += value * load(grad - j * grad_row + x);
-  }
-}
-
-template <class A, int K>
-void ghost_column(const Problem& p, const Padded<A>& padded, const A* v, const A* grad,
-                  int64_t grad_row, int64_t rows, int64_t ky0, int64_t width, A* out) {
-  V<A> acc[K];
-  for (int j = 0; j < K; ++j) acc[j] = V<A>{};
-  const int64_t step = p.stride * padded.row_pitch;
-  if (p.stride == p.dilation) {
-    // r counts output rows from window row ky0. Where r - j is no row of this task, `grad` has
-    // rows of zeros.
-    for (int64_t r = 0; r < rows + K - 1; ++r)
-      ghost_rows<A, K>(acc, v + (ky0 + r) * step, grad + r * grad_row, grad_row, width);
-  } else {
-    for (int64_t y = 0; y < rows; ++y)
-      for (int64_t x = 0; x < width; x += Vec<A>::lanes) {
-        const V<A> up = load(grad + y * grad_row + x);
-        for (int j = 0; j < K; ++j)
-          acc[j] += up * load(v + y * step + (ky0 + j) * p.dilation * padded.row_pitch + x);
-      }
-  }
-  for (int j = 0; j < K; ++j) out[(ky0 + j) * p.kernel_size] = sum_lanes<A>(acc[j]);
-}
-
-template <class A>
-void ghost_gradient(const Problem& p, const Padded<A>& padded, const A* v, const A* grad,
-                    int64_t grad_row, int64_t rows, int64_t width, A* out) {
-  const int64_t k = p.kernel_size;
-  for (int64_t kx = 0; kx < k; ++kx) {
-    const A* at = v + padded.column[kx];
-    int64_t ky = 0;
-    for (; ky + kGhostRows <= k; ky += kGhostRows)
-      ghost_column<A, kGhostRows>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
-    for (; ky + 3 <= k; ky += 3)
-      ghost_column<A, 3>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
-    for (; ky < k; ++ky)
-      ghost_column<A, 1>(p, padded, at, grad, grad_row, rows, ky, width, out + kx);
-  }
-}
-
-template <class T>
-int64_t grad_h_layout(const Problem& p, int64_t rows, Arena& arena,
-                      Padded<typename AccOf<T>::type>* padded, typename AccOf<T>::type** grad,
-                      typename AccOf<T>::type** h) {
-  using A = typename AccOf<T>::type;
-  const int64_t pitch = round_up<A>(p.Wo);
-  *padded = take_padded<A>(arena, p, rows, p.Wo, p.stride);
-  // Rows of zeros between the channels, for ghost_column to run over.
-  *grad = arena.take<A>((p.C / p.G * (rows + kGhostRows) + kGhostRows) * pitch);
-  *h = arena.take<A>(pitch);
-  return arena.used;
-}
-
-template <class T>
-int64_t grad_h_scratch(const Problem& p, int64_t rows) {
-  using A = typename AccOf<T>::type;
-  Arena arena{nullptr, 0};
-  Padded<A> padded;
-  A *grad, *h;
-  return grad_h_layout<T>(p, rows, arena, &padded, &grad, &h);
-}
-
 template <class T, bool Mul>
 void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>& padded,
-                        const typename AccOf<T>::type* grad, int64_t grad_pitch,
-                        const typename AccOf<T>::type* mul, T* out, int64_t y0, int64_t y1) {
+                        const typename AccOf<T>::type* grad, const typename AccOf<T>::type* mul,
+                        T* out, int64_t y0, int64_t y1) {
   using A = typename AccOf<T>::type;
   const int64_t channels = p.C / p.G, k = p.kernel_size;
-  const int64_t pitch = round_up<A>(p.Wo), plane = p.Ho * p.Wo;
+  const int64_t pitch = round_up<A>(p.Wo), grad_row = channels * pitch, plane = p.Ho * p.Wo;
   const int64_t block = divide_up(k, divide_up(k, ELSA_TAPS));
   for (int64_t y = 0; y < y1 - y0;) {
     const int64_t rows = p.stride == p.dilation && y + 1 < y1 - y0 ? 2 : 1;
-    for (int64_t x = 0; x < p.Wo; x += Vec<A>::lanes)
+    for (int64_t x0 = 0; x0 < p.Wo; x0 += Vec<A>::lanes)
       for (int64_t ky = 0; ky < k + rows - 1; ++ky) {
+        // The last vector overlaps the one before where there is one.
+        const int64_t x = most(least(x0, p.Wo - Vec<A>::lanes), 0);
         const A* at = padded.data + (y * p.stride + ky * p.dilation) * padded.row_pitch + x;
         auto run = &channel_dots<T, A, Mul, true, false>;
         if (ky == k) run = &channel_dots<T, A, Mul, false, true>;
         else if (rows == 2 && ky > 0) run = &channel_dots<T, A, Mul, true, true>;
         for (int64_t kx = 0; kx < k; kx += block) {
           const int64_t i = ky * k + kx;
-          run(least(block, k - kx), padded, at, grad + y * pitch + x, grad_pitch, pitch,
+          run(least(block, k - kx), padded, at, grad + y * grad_row + x, pitch, grad_row,
               Mul ? mul + i : nullptr, k, channels, padded.column + kx,
               out + i * plane + (y0 + y) * p.Wo + x, plane, p.Wo, p.Wo - x);
         }
@@ -712,54 +797,58 @@ void attention_gradient(const Problem& p, const Padded<typename AccOf<T>::type>&
 }
 
 template <class T>
-void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, Planes<T> h,
-            const typename AccOf<T>::type* mul, T* out, typename AccOf<T>::type* grad_mul,
-            typename AccOf<T>::type* grad_add, int64_t g, int64_t y0, int64_t y1, void* scratch) {
+int64_t grad_h_scratch(const Problem& p, int64_t rows) {
   using A = typename AccOf<T>::type;
+  Arena arena{nullptr, 0};
+  take_planes<A>(arena, p, rows);
+  arena.take<A>(p.C / p.G * rows * round_up<A>(p.Wo));
+  return arena.used;
+}
+
+template <class T>
+void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename AccOf<T>::type* mul,
+            T* out, int64_t g, int64_t y0, int64_t y1, void* scratch) {
+  using A = typename AccOf<T>::type;
+  const int64_t channels = p.C / p.G, taps = p.kernel_size * p.kernel_size, rows = y1 - y0;
+  const int64_t pad = padding(p), s = p.stride, pitch = round_up<A>(p.Wo);
   Arena arena{static_cast<char*>(scratch), 0};
-  Padded<A> padded;
-  A *grad, *weights;
-  grad_h_layout<T>(p, y1 - y0, arena, &padded, &grad, &weights);
-  fill_values(padded, p, v, y0, y1);
-
-  const int64_t channels = p.C / p.G, k = p.kernel_size, taps = k * k, rows = y1 - y0;
-  const int64_t pitch = round_up<A>(p.Wo);
-  const int64_t grad_pitch = (rows + kGhostRows) * pitch;
-  zero_row(grad, kGhostRows * pitch);
-  grad += kGhostRows * pitch;
-  for (int64_t c = 0; c < channels; ++c) {
-    zero_row(grad + c * grad_pitch + rows * pitch, kGhostRows * pitch);
-    for (int64_t y = 0; y < rows; ++y)
-      place_row(grad + c * grad_pitch + y * pitch, pitch, row(grad_out, c, y0 + y),
-                grad_out.pitch, p.Wo, 0, 1);
-  }
-
-  if (out) {
-    const A* head_mul = mul ? mul + g * channels * taps : nullptr;
-    if (mul) attention_gradient<T, true>(p, padded, grad, grad_pitch, head_mul, out, y0, y1);
-    else attention_gradient<T, false>(p, padded, grad, grad_pitch, nullptr, out, y0, y1);
-  }
-  if (grad_add)
-    for (int64_t c = 0; c < channels; ++c)
-      ghost_gradient(p, padded, padded.data + c * padded.channel_pitch, grad + c * grad_pitch,
-                     pitch, rows, pitch, grad_add + c * taps);
-  if (grad_mul) {
-    // Only with ghost_mul (lam > 0): one window position at a time, its weights staged by row.
-    for (int64_t i = 0; i < channels * taps; ++i) grad_mul[i] = A(0);
-    for (int64_t i = 0; i < taps; ++i)
-      for (int64_t y = 0; y < rows; ++y) {
-        place_row(weights, pitch, row(h, i, y0 + y), h.pitch, p.Wo, 0, 1);
-        const A* at = padded.data + (y * p.stride + i / k * p.dilation) * padded.row_pitch +
-                      padded.column[i % k];
-        for (int64_t c = 0; c < channels; ++c) {
-          V<A> acc{};
-          for (int64_t x = 0; x < pitch; x += Vec<A>::lanes)
-            acc += load(at + c * padded.channel_pitch + x) * load(weights + x) *
-                   load(grad + c * grad_pitch + y * pitch + x);
-          grad_mul[c * taps + i] += sum_lanes<A>(acc);
-        }
+  const Padded<A> padded = take_planes<A>(arena, p, rows);
+  A* grad = arena.take<A>(channels * rows * pitch);
+  set_columns(padded, p, s);
+  const int64_t length = padded.plane_pitch;
+  for (int64_t r = 0; r < (rows - 1) * s + reach(p) + 1; ++r) {
+    const int64_t y = y0 * s - pad + r;
+    A* dst = padded.data + r * padded.row_pitch;
+    if (y < 0 || y >= p.H) {
+      zero_row(dst, padded.row_pitch);
+      continue;
+    }
+    if (y + 1 < p.H) rows_of(row(v, 0, y + 1), v.plane_pitch, p.W, channels).fetch(0, 1);
+    for (int64_t c = 0; c < channels; ++c, dst += length) {
+      const T* src = row(v, c, y);
+      if (s == 1) {
+        place_row(dst, length, src, v.pitch, p.W, pad, 1);
+        continue;
       }
+      zero_row(dst, length);
+      for (int64_t x = 0; x < p.W; ++x) {
+        // The last columns may lie beyond every window.
+        const int64_t at = (x + pad) / s;
+        if (at < padded.phase_pitch)
+          dst[(x + pad) % s * padded.phase_pitch + at] = widen(src[x * v.pitch]);
+      }
+    }
   }
+  for (int64_t y = 0; y < rows; ++y) {
+    if (y + 1 < rows)
+      rows_of(row(grad_out, 0, y0 + y + 1), grad_out.plane_pitch, p.Wo, channels).fetch(0, 1);
+    for (int64_t c = 0; c < channels; ++c)
+      place_row(grad + (y * channels + c) * pitch, pitch, row(grad_out, c, y0 + y), grad_out.pitch,
+                p.Wo, 0, 1);
+  }
+  const A* head_mul = mul ? mul + g * channels * taps : nullptr;
+  if (mul) attention_gradient<T, true>(p, padded, grad, head_mul, out, y0, y1);
+  else attention_gradient<T, false>(p, padded, grad, nullptr, out, y0, y1);
 }
 
 }  // namespace
