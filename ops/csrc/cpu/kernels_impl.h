@@ -14,8 +14,6 @@
 namespace elsa {
 namespace {
 
-constexpr int kBlockVectors = 2;  // vectors of channels per register tile
-
 template <class A>
 struct Vec {
   static constexpr int64_t lanes = ELSA_VECTOR_BYTES / sizeof(A);
@@ -26,9 +24,10 @@ struct Vec {
 template <class A>
 using V = typename Vec<A>::type;
 
-// Channels that lie beside each other; a head's last block may have fewer, the rest are zeros.
+// Channels that lie beside each other: two vectors. A head's last block may have fewer: then zeros
+// fill its first vector or its second, and a second vector without channels is left alone.
 template <class A>
-constexpr int64_t kBlock = kBlockVectors * Vec<A>::lanes;
+constexpr int64_t kBlock = 2 * Vec<A>::lanes;
 
 template <class A>
 ELSA_INLINE V<A> load(const A* p) {
@@ -38,6 +37,30 @@ template <class A>
 ELSA_INLINE void store(A* p, V<A> x) {
   *reinterpret_cast<typename Vec<A>::unaligned*>(p) = x;
 }
+
+// Loads and stores of some lanes only: the others are zero, and their memory is not touched.
+#if ELSA_VECTOR_BYTES == 64
+constexpr bool kMaskedAccess = true;
+ELSA_INLINE uint32_t lane_mask(int64_t first, int64_t last) {
+  first = first < 0 ? 0 : first > 16 ? 16 : first;
+  last = last < 0 ? 0 : last > 16 ? 16 : last;
+  return ((1u << last) - 1) & ~((1u << first) - 1);
+}
+ELSA_INLINE V<float> load_lanes(const float* p, int64_t first, int64_t last) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lane_mask(first, last)), p);
+}
+ELSA_INLINE V<double> load_lanes(const double* p, int64_t first, int64_t last) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>(lane_mask(first, last)), p);
+}
+ELSA_INLINE void store_lanes(float* p, V<float> x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(lane_mask(0, n)), x);
+}
+ELSA_INLINE void store_lanes(double* p, V<double> x, int64_t n) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(lane_mask(0, n)), x);
+}
+#else
+constexpr bool kMaskedAccess = false;
+#endif
 
 // Lanes First to First + lanes / 2 of both, in turn.
 template <class A, int64_t First, size_t... I>
@@ -164,9 +187,10 @@ ELSA_INLINE void zero_row(A* dst, int64_t n) {
 
 // Writes the first n lanes of an accumulator.
 template <class A, class T>
-ELSA_INLINE void store_lanes(T* dst, V<A> x, int64_t n) {
+ELSA_INLINE void narrow_lanes(T* dst, V<A> x, int64_t n) {
   if constexpr (sizeof(T) == sizeof(A)) {
     if (n >= Vec<A>::lanes) return store<A>(dst, x);
+    if constexpr (kMaskedAccess) return store_lanes(dst, x, n);
   }
   A lanes[Vec<A>::lanes];
   store(lanes, x);
@@ -187,6 +211,13 @@ ELSA_INLINE const T* row(Planes<T> planes, int64_t plane, int64_t y) {
 template <class T, class A>
 ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t pitch, int64_t n,
                            int64_t start, int64_t step) {
+  if constexpr (kMaskedAccess && sizeof(T) == sizeof(A)) {
+    if (step == 1 && pitch == 1) {
+      for (int64_t x = 0; x < length; x += Vec<A>::lanes)
+        store(dst + x, load_lanes(src + (x - start), start - x, start + n - x));
+      return;
+    }
+  }
   if (step == 1) {
     const int64_t first = least(most(start, 0), length), skipped = first - start;
     const int64_t count = most(least(start + n, length) - first, 0);
@@ -206,9 +237,9 @@ ELSA_INLINE void place_row(A* dst, int64_t length, const T* src, int64_t pitch, 
 }
 
 // A task's rows of v (or of the output's gradient, in grad_v), padded: for output column x, window
-// column kx is at column[kx] + x of its row. With a stride, columns of equal remainder lie together,
-// so that x steps by one. `plane_pitch` is that of a channel, whose rows hold pixels (grad_h), or
-// that of a block of channels, whose rows hold kBlock channels for each pixel (the window sum).
+// column kx is at column[kx] + x of its row. With a stride, columns of equal remainder lie
+// together, so that x steps by one. `plane_pitch` is that of a channel, whose rows hold pixels
+// (grad_h), or that of a block of channels, whose rows hold kBlock channels for each pixel.
 template <class A>
 struct Padded {
   A* data;
@@ -275,6 +306,8 @@ template <class T, class A>
 ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
   if constexpr (sizeof(T) == sizeof(A)) {
     if (pitch == 1 && n == Vec<A>::lanes) return load(src);
+    if constexpr (kMaskedAccess)
+      if (pitch == 1) return load_lanes(src, 0, n);
   }
   A lanes[Vec<A>::lanes] = {};
   if (pitch != 1) {
@@ -318,8 +351,8 @@ ELSA_INLINE Rows upcoming(Planes<T> h, int64_t y, int64_t end, int64_t width, in
 // A row of n pixels of a block of channels: pixel x to dst[position(x)], a block per pixel, unless
 // position(x) is negative.
 template <class T, class A, class Position>
-ELSA_INLINE void place_pixels(A* dst, Planes<T> planes, int64_t block, int64_t channels, int64_t y,
-                              int64_t height, int64_t n, const Position& position) {
+void place_pixels(A* dst, Planes<T> planes, int64_t block, int64_t channels, int64_t y,
+                  int64_t height, int64_t n, const Position& position) {
   constexpr int64_t L = Vec<A>::lanes;
   const T* src = row(planes, block * kBlock<A>, y);
   channels = least(channels - block * kBlock<A>, kBlock<A>);
@@ -333,7 +366,7 @@ ELSA_INLINE void place_pixels(A* dst, Planes<T> planes, int64_t block, int64_t c
     return;
   }
   if (y + 1 < height) rows_of(src + planes.row_pitch, planes.plane_pitch, n, channels).fetch(0, 1);
-  for (int64_t c = 0; c < kBlock<A>; c += L)
+  for (int64_t c = 0; c < channels; c += L)
     for (int64_t x = 0; x < n; x += L) {
       // The last vector overlaps the one before where there is one.
       const int64_t first = most(least(x, n - L), 0), count = least(n, L);
@@ -366,7 +399,7 @@ ELSA_INLINE void store_pixels(T* out, int64_t plane, const A* src, int64_t chann
       transpose<A>(tile);
 #pragma GCC unroll 16
       for (int64_t i = 0; i < L; ++i)
-        if (c + i < channels) store_lanes<A>(out + (c + i) * plane + first, tile[i], n);
+        if (c + i < channels) narrow_lanes<A>(out + (c + i) * plane + first, tile[i], n);
     }
 }
 
@@ -384,14 +417,13 @@ const A* pack_ghost(A* packed, const A* ghost, int64_t channels, int64_t taps, b
   return packed - divide_up(channels, kBlock<A>) * kBlock<A> * taps;
 }
 
-// out[pixel][channel] = sum over the window of (h * mul + add) * v, for PX pixels of a row and a
-// block of channels.
-template <class A, int PX, bool Mul, bool Add>
+// out[pixel][channel] = sum over the window of (h * mul + add) * v, for PX pixels of a row and CV
+// vectors of channels.
+template <class A, int PX, int CV, bool Mul, bool Add>
 void window_tile(const Padded<A>& padded, int64_t k, int64_t dilation, const A* v, const A* h,
                  int64_t h_pitch, const A* mul, const A* add, A* out, const Rows& reads,
                  const Rows& writes, int64_t part, int64_t parts) {
   constexpr int64_t L = Vec<A>::lanes;
-  constexpr int CV = kBlockVectors;
   V<A> acc[PX][CV];
 #pragma GCC unroll 8
   for (int p = 0; p < PX; ++p)
@@ -434,17 +466,27 @@ void window_tile(const Padded<A>& padded, int64_t k, int64_t dilation, const A* 
 }
 
 // Tiles of PX pixels over a row; the last overlaps the one before.
-template <class A, int PX, bool Mul, bool Add>
+template <class A, int PX, int CV, bool Mul, bool Add>
 void window_tiles(const Padded<A>& padded, const Problem& p, const A* v, const A* h,
                   int64_t h_pitch, const A* mul, const A* add, A* out, int64_t width,
                   const Rows& reads, const Rows& writes) {
   const int64_t tiles = divide_up(width, PX);
   for (int64_t i = 0; i < tiles; ++i) {
     const int64_t x = least(i * PX, width - PX);
-    window_tile<A, PX, Mul, Add>(padded, p.kernel_size, p.dilation, v + x * kBlock<A>, h + x,
+    window_tile<A, PX, CV, Mul, Add>(padded, p.kernel_size, p.dilation, v + x * kBlock<A>, h + x,
                                      h_pitch, mul, add, out + x * kBlock<A>, reads, writes, i,
                                      tiles);
   }
+}
+
+template <class A, int CV, bool Mul, bool Add>
+auto tiles_for(int64_t width) {
+  constexpr int P = ELSA_PIXELS;
+  // Seven pixels where that takes no more tiles than eight: 14 and 28 are ELSA-Swin's widths.
+  if (width >= P - 1 && divide_up(width, P) * (P - 1) >= width)
+    return &window_tiles<A, P - 1, CV, Mul, Add>;
+  if (width >= P) return &window_tiles<A, P, CV, Mul, Add>;
+  return &window_tiles<A, 1, CV, Mul, Add>;
 }
 
 // One output row of all channels of a head: `v` is the padded row of the window's first, `h` that
@@ -456,15 +498,8 @@ void window_row(const Problem& p, const Padded<A>& padded, const A* v, const A* 
   const int64_t taps = p.kernel_size * p.kernel_size;
   for (int64_t b = 0; b < blocks<A>(p); ++b) {
     const int64_t channels = least(p.C / p.G - b * kBlock<A>, kBlock<A>);
-    // Seven pixels where that takes no more tiles than eight: 14 and 28 are ELSA-Swin's widths.
-    constexpr int P = ELSA_PIXELS;
-    auto run = &window_tiles<A, 1, Mul, Add>;
-    if (width >= P - 1 && divide_up(width, P) * (P - 1) >= width)
-      run = &window_tiles<A, P - 1, Mul, Add>;
-    else if (width >= P)
-      run = &window_tiles<A, P, Mul, Add>;
-    else if (width >= P / 2)
-      run = &window_tiles<A, P / 2, Mul, Add>;
+    const auto run = channels > Vec<A>::lanes ? tiles_for<A, 2, Mul, Add>(width)
+                                              : tiles_for<A, 1, Mul, Add>(width);
     const Rows reads = b == 0 ? next : Rows{};
     T* to = out + b * kBlock<A> * out_plane;
     run(padded, p, v + b * padded.plane_pitch, h, h_pitch, mul + b * taps * kBlock<A>,
@@ -546,7 +581,7 @@ void forward(const Problem& p, Planes<T> v, Planes<T> h, const typename AccOf<T>
     int64_t pitch = round_up<A>(p.Wo);
     bool staged = true;
     if constexpr (sizeof(T) == sizeof(A)) {
-      // As they lie, unless planes a multiple of 1024 bytes apart would share few sets of the cache.
+      // As they lie, unless planes a multiple of 1024 bytes apart share few sets of the cache.
       if (h.pitch == 1 && h.plane_pitch * int64_t(sizeof(T)) % 1024 != 0) {
         weights = row(h, 0, y), pitch = h.plane_pitch, staged = false;
       }
@@ -562,11 +597,10 @@ void forward(const Problem& p, Planes<T> v, Planes<T> h, const typename AccOf<T>
 
 // The static head's gradient at K columns of one window row: adds a row's sum over pixels of v
 // times the gradient that lies where the turned window puts it, times h where Weighted.
-template <class A, bool Weighted, int K>
+template <class A, int CV, bool Weighted, int K>
 void ghost_columns(const A* v, const A* grad, const int64_t* column, const A* h, int64_t h_pitch,
                    int64_t width, A* sums) {
   constexpr int64_t L = Vec<A>::lanes;
-  constexpr int CV = kBlockVectors;
   const A* at[K];
   for (int j = 0; j < K; ++j) at[j] = grad + column[j] * kBlock<A>;
   V<A> acc[K][CV];
@@ -592,25 +626,25 @@ void ghost_columns(const A* v, const A* grad, const int64_t* column, const A* h,
     }
 }
 
-template <class A, bool Weighted, int K = ELSA_TAPS>
+template <class A, int CV, bool Weighted, int K = ELSA_TAPS>
 ELSA_INLINE void ghost_columns_any(int64_t count, const A* v, const A* grad, const int64_t* column,
                                    const A* h, int64_t h_pitch, int64_t width, A* sums) {
   if (count == K) {
-    ghost_columns<A, Weighted, K>(v, grad, column, h, h_pitch, width, sums);
+    ghost_columns<A, CV, Weighted, K>(v, grad, column, h, h_pitch, width, sums);
   } else if constexpr (K > 1) {
-    ghost_columns_any<A, Weighted, K - 1>(count, v, grad, column, h, h_pitch, width, sums);
+    ghost_columns_any<A, CV, Weighted, K - 1>(count, v, grad, column, h, h_pitch, width, sums);
   }
 }
 
 // Adds what one row of v gives: `v` is its block, `grad` the padded row of the turned window's
 // first, `sums` (taps, kBlock).
-template <class A, bool Weighted>
+template <class A, int CV, bool Weighted>
 void ghost_row(const Problem& p, const Padded<A>& padded, const A* v, const A* grad, const A* h,
                int64_t h_pitch, A* sums) {
   const int64_t k = p.kernel_size, columns = divide_up(k, divide_up(k, ELSA_TAPS));
   for (int64_t ky = 0; ky < k; ++ky)
     for (int64_t kx = 0; kx < k; kx += columns)
-      ghost_columns_any<A, Weighted>(least(columns, k - kx), v,
+      ghost_columns_any<A, CV, Weighted>(least(columns, k - kx), v,
                                      grad + ky * p.dilation * padded.row_pitch,
                                      padded.column + kx, h + (ky * k + kx) * h_pitch, h_pitch, p.W,
                                      sums + (ky * k + kx) * kBlock<A>);
@@ -703,12 +737,13 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
     for (int64_t b = 0; b < blocks<A>(p); ++b) {
       place_pixels<T, A>(turned.values, v, b, channels, y, p.H, p.W, [](int64_t x) { return x; });
       const A* block = from + b * padded.plane_pitch;
+      const bool wide = channels - b * kBlock<A> > Vec<A>::lanes;
+      auto plain = wide ? &ghost_row<A, 2, false> : &ghost_row<A, 1, false>;
+      auto weighted = wide ? &ghost_row<A, 2, true> : &ghost_row<A, 1, true>;
       if (grad_add)
-        ghost_row<A, false>(p, padded, turned.values, block, at.h, pitch,
-                            turned.sums_add + b * ghost);
+        plain(p, padded, turned.values, block, at.h, pitch, turned.sums_add + b * ghost);
       if (grad_mul)
-        ghost_row<A, true>(p, padded, turned.values, block, at.h, pitch,
-                           turned.sums_mul + b * ghost);
+        weighted(p, padded, turned.values, block, at.h, pitch, turned.sums_mul + b * ghost);
     }
   }
   if (grad_mul) unpack_ghost(grad_mul, turned.sums_mul, channels, taps);
@@ -747,8 +782,8 @@ void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t gra
   }
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) {
-    if (First) store_lanes<A>(out + j * out_plane, acc[0][j], lanes);
-    if (Second) store_lanes<A>(out + (j - k) * out_plane + width, acc[1][j], lanes);
+    if (First) narrow_lanes<A>(out + j * out_plane, acc[0][j], lanes);
+    if (Second) narrow_lanes<A>(out + (j - k) * out_plane + width, acc[1][j], lanes);
   }
 }
 
