@@ -23,6 +23,19 @@ from pipelines.run import preflight, reporting, storage, tracking
 from pipelines.run.display import showing, track
 from pipelines.run.loopback import LoopbackTorchConfig
 
+# glibc gives the memory of large tensors back when they are freed, the sooner in threads like that
+# of a Ray Train worker: each training step pays for all of its pages anew, a sixth of its time on a
+# CPU. So: keep what is freed, one arena for all threads, huge pages.
+MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "mmap_threshold": 2**30,
+        "trim_threshold": 2**32,
+        "arena_max": 1,
+        "hugetlb": 1,
+    }.items()
+)
+
 OUT_OF_MEMORY = (
     "a GPU's memory is too small: raise accumulate (smaller passes, the same batch), or turn on"
     " pretrain.grad_checkpointing, detect.with_cp or segment.with_cp"
@@ -43,7 +56,11 @@ def ray_session(trials: bool = False) -> Iterator[None]:
         PipelineError: too little memory for a local Ray, or no cluster at the address.
     """
     address = os.environ.get("RAY_ADDRESS")
-    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
+    }
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         common |= {"address": address}
