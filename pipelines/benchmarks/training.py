@@ -127,7 +127,10 @@ def loop_per_worker(config: dict[str, Any]) -> None:
 def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[float]:
     """Images/s of one way, percent of its time in reports, and processor time beside it in percent
     of one core; files go below `scratch`."""
+    from pipelines.run import launch, tracking
+
     target = str(scratch / "rate.json")
+    os.environ.setdefault("GLIBC_TUNABLES", launch.MALLOC)  # what workers have
     if way == "bare":
         process = multiprocessing.get_context("spawn").Process(
             target=train, args=(params, data, target)
@@ -137,8 +140,6 @@ def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[fl
         if process.exitcode:
             raise PipelineError(f"the bare loop ended with code {process.exitcode}")
     else:
-        from pipelines.run import launch, tracking
-
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch / 'mlflow.db'}"
         with launch.ray_session():
             tracker = tracking.start_run("benchmark", "benchmark", {})
