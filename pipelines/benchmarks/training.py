@@ -130,7 +130,7 @@ def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[fl
     from pipelines.run import launch, tracking
 
     target = str(scratch / "rate.json")
-    os.environ.setdefault("GLIBC_TUNABLES", launch.MALLOC)  # what workers have
+    os.environ.update(launch.worker_environment())
     if way == "bare":
         process = multiprocessing.get_context("spawn").Process(
             target=train, args=(params, data, target)

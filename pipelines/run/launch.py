@@ -1,6 +1,7 @@
 """Ray: a local instance or the cluster of `RAY_ADDRESS`, and the only `TorchTrainer` wiring."""
 
 import os
+import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,19 +24,6 @@ from pipelines.run import preflight, reporting, storage, tracking
 from pipelines.run.display import showing, track
 from pipelines.run.loopback import LoopbackTorchConfig
 
-# glibc gives the memory of large tensors back when they are freed, the sooner in threads like that
-# of a Ray Train worker: each training step pays for all of its pages anew, a sixth of its time on a
-# CPU. So: keep what is freed, one arena for all threads, huge pages.
-MALLOC = ":".join(
-    f"glibc.malloc.{name}={value}"
-    for name, value in {
-        "mmap_threshold": 2**30,
-        "trim_threshold": 2**32,
-        "arena_max": 1,
-        "hugetlb": 1,
-    }.items()
-)
-
 OUT_OF_MEMORY = (
     "a GPU's memory is too small: raise accumulate (smaller passes, the same batch), or turn on"
     " pretrain.grad_checkpointing, detect.with_cp or segment.with_cp"
@@ -56,11 +44,7 @@ def ray_session(trials: bool = False) -> Iterator[None]:
         PipelineError: too little memory for a local Ray, or no cluster at the address.
     """
     address = os.environ.get("RAY_ADDRESS")
-    environment = {
-        "PYTHONPATH": str(ROOT),
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", MALLOC),
-    }
+    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address:
         common |= {"address": address}
@@ -99,6 +83,21 @@ def ray_session(trials: bool = False) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def worker_environment() -> dict[str, str]:
+    """What makes glibc keep a step's memory for the next; the user's own `GLIBC_TUNABLES` win.
+
+    It gives large tensors back when they are freed, the sooner in threads like that of a worker:
+    each step pays for all of its pages anew, a sixth of its time on a CPU.
+    """
+    name, version = platform.libc_ver()
+    # Before 2.35 it refuses so large a threshold, and stops adapting its own.
+    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
+        return {}
+    settings = {"mmap_threshold": 2**30, "trim_threshold": 2**32, "arena_max": 1, "hugetlb": 1}
+    wish = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
+    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", wish)}
 
 
 def at_once(stage: str, params: Params, data: Mapping[str, str]) -> int:
@@ -198,6 +197,7 @@ def fit(
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
                 callbacks=[reporting.Failures(shown), *callbacks],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": worker_environment()},  # type: ignore[call-arg]
             ),
             torch_config=(LoopbackTorchConfig if _is_local() else TorchConfig)(
                 backend="nccl" if scaling.use_gpu else "gloo"

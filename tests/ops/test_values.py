@@ -19,6 +19,8 @@ CASES = [
     (1, 32, 1, 14, 14, 7, 1, 1),  # one vector and a bit; rows in pairs
     (2, 10, 2, 9, 37, 7, 1, 1),  # channels left over from the register tile
     (1, 3, 3, 33, 5, 5, 1, 1),  # one channel per head
+    (2, 40, 1, 9, 20, 5, 1, 1),  # heads wider than a block of channels, by less than a vector
+    (1, 100, 2, 8, 18, 3, 1, 2),  # by more
     (1, 4, 1, 3, 3, 7, 1, 1),  # image smaller than the kernel
     (2, 6, 2, 1, 1, 5, 1, 1),
     (1, 4, 2, 1, 40, 3, 1, 1),
@@ -145,25 +147,38 @@ def test_float32_ghosts_beside_halves():
             assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
-def test_layouts():
-    v, h, mul, add = make_inputs(2, 8, 2, 9, 10, 3)
-    expected = elsa_attention(v, h, mul, add, kernel_size=3)
-    layouts = [
-        (v.contiguous(memory_format=torch.channels_last), h, mul, add),
-        (v, h.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2), mul, add),
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_layouts(stride, dtype):
+    """The same bits, result and gradients, however the inputs and the gradient lie."""
+    inputs = make_inputs(2, 40, 2, 10, 20, 3, stride, dtype)
+    v, h, mul, add = inputs
+    upstream = torch.randn(2, 40, 10 // stride, 20 // stride).to(dtype)
+    last = torch.channels_last
+
+    def run(upstream, *inputs):
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = elsa_attention(*leaves, kernel_size=3, stride=stride)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    expected = run(upstream, *inputs)
+    for other in (
+        (upstream, v.contiguous(memory_format=last), h, mul, add),
+        (upstream.contiguous(memory_format=last), v, h, mul, add),
+        (upstream, v, h.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2), mul, add),
         (
+            upstream,
             torch.stack([v, v], -1)[..., 0],
-            h.flip(-1).flip(-1),
+            torch.stack([h, h], -2)[..., 0, :],
             mul.transpose(1, 2).contiguous().transpose(1, 2),
             torch.stack([add, add])[1],
         ),
-    ]
-    for inputs in layouts:
-        assert torch.equal(elsa_attention(*inputs, kernel_size=3), expected)
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(run(*other), expected, strict=True))
     # A sum hands an expanded gradient to the backward.
-    v.requires_grad_()
-    elsa_attention(v, h, mul, add, kernel_size=3).sum().backward()
-    assert torch.isfinite(v.grad).all()
+    one = torch.ones((), dtype=dtype).expand_as(upstream)
+    for a, b in zip(run(one, *inputs), run(one.contiguous(), *inputs), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nan_passes_through():
@@ -196,7 +211,8 @@ def test_older_processors(name, compiled_library):
     code = (
         "import sys, torch, ops; from ops.build import check; torch.set_num_threads(1);"
         "ops.load_library(sys.argv[1]);"
-        "check(shapes=((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2)));"
+        "check(shapes=((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2),"
+        "(1, 40, 2, 9, 18, 5, 1, 1), (1, 14, 1, 8, 7, 3, 1, 2)));"
         "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(

@@ -85,7 +85,7 @@ int64_t rows_per_task(const Problem& p, int64_t rows, int64_t (*scratch)(const P
   while (size() > smallest &&
          (scratch(p, size()) > kCacheBytes || p.B * p.G * parts < kTasks))
     ++parts;
-  // Rows are done in pairs.
+  // grad_h does rows in pairs.
   return (size() + 1) / 2 * 2;
 }
 

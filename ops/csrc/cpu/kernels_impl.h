@@ -2,12 +2,13 @@
 // The including file defines ELSA_ISA, ELSA_VECTOR_BYTES, ELSA_PIXELS (pixels per register tile of
 // the window sum) and ELSA_TAPS (window columns per register tile of the gradients of the heads).
 //
-// The plan: copy what a task needs, padded with zeros, into the accumulation type, so that borders,
-// odd widths, strides, dilations and halves are all settled by the copy and the inner loops hold
-// nothing but loads and multiply-adds. The window sum has one weight per pixel and head: there the
-// copy lays a head's channels beside each other, a vector holds channels of one pixel, no load
-// crosses a cache line and no lane is idle at the end of a row. The gradient of h_attn sums over
-// the channels: there a vector holds pixels.
+// The plan: copy what a task needs, padded with zeros, into the accumulation type (only the
+// forward's weights may be read as they lie), so that borders, odd widths, strides, dilations and
+// halves are all settled by the copy and the inner loops hold nothing but loads and multiply-adds.
+// The window sum has one weight per pixel and head: there the copy lays a head's channels beside
+// each other, a vector holds channels of one pixel, no load crosses a cache line and no lane is
+// idle at the end of a row. The gradient of h_attn sums over the channels: there a vector holds
+// pixels.
 
 #define ELSA_INLINE inline __attribute__((always_inline))
 
@@ -320,32 +321,29 @@ ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
   return load(lanes);
 }
 
-// Rows a plane apart, which no hardware prefetcher follows. Fetched a few at a time, as part of
-// `parts`, so that they arrive without filling the core's queue of misses.
+// Rows a plane apart, which no hardware prefetcher follows. Fetched a few at a time, each `parts`th
+// from `part` on, so that they arrive without filling the core's queue of misses.
 struct Rows {
   const char* at;
   int64_t plane, bytes, count;
   ELSA_INLINE void fetch(int64_t part, int64_t parts) const {
-    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i)
-      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + i * plane + j, 0, 2);
-  }
-  // For writing.
-  ELSA_INLINE void claim(int64_t part, int64_t parts) const {
-    for (int64_t i = part * count / parts; i < (part + 1) * count / parts; ++i)
-      for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch(at + i * plane + j, 1, 2);
+    for (int64_t i = part; i < count; i += parts) {
+      const char* begin = at + i * plane;
+      const char* line = begin - (reinterpret_cast<uintptr_t>(begin) & 63);
+      for (; line < begin + bytes; line += 64) __builtin_prefetch(line, 0, 2);
+    }
   }
 };
 
+// Row y of `count` planes; none where y is no row. Where pixels are apart (channels_last), planes
+// are read together, in order: nothing to fetch.
 template <class T>
-ELSA_INLINE Rows rows_of(const T* at, int64_t plane, int64_t width, int64_t count) {
+ELSA_INLINE Rows rows_at(Planes<T> planes, int64_t y, int64_t height, int64_t width,
+                         int64_t count) {
   constexpr int64_t size = sizeof(T);
-  return {reinterpret_cast<const char*>(at), plane * size, width * size, count};
-}
-
-// Row y of h_attn. Where pixels are apart (channels_last), it is read in order: nothing to fetch.
-template <class T>
-ELSA_INLINE Rows upcoming(Planes<T> h, int64_t y, int64_t end, int64_t width, int64_t taps) {
-  return rows_of(row(h, 0, y), h.plane_pitch, width, h.pitch == 1 && y < end ? taps : 0);
+  const bool apart = y < height && planes.pitch == 1 && planes.plane_pitch != 1;
+  return {reinterpret_cast<const char*>(apart ? row(planes, 0, y) : nullptr),
+          planes.plane_pitch * size, width * size, apart ? count : 0};
 }
 
 // A row of n pixels of a block of channels: pixel x to dst[position(x)], a block per pixel, unless
@@ -365,7 +363,9 @@ void place_pixels(A* dst, Planes<T> planes, int64_t block, int64_t channels, int
     }
     return;
   }
-  if (y + 1 < height) rows_of(src + planes.row_pitch, planes.plane_pitch, n, channels).fetch(0, 1);
+  rows_at(Planes<T>{src, planes.plane_pitch, planes.row_pitch, planes.pitch}, 1, height - y, n,
+          channels)
+      .fetch(0, 1);
   for (int64_t c = 0; c < channels; c += L)
     for (int64_t x = 0; x < n; x += L) {
       // The last vector overlaps the one before where there is one.
@@ -431,7 +431,7 @@ void window_tile(const Padded<A>& padded, int64_t k, int64_t dilation, const A* 
     for (int c = 0; c < CV; ++c) acc[p][c] = V<A>{};
   for (int64_t ky = 0; ky < k; ++ky) {
     reads.fetch(part * k + ky, parts * k);
-    writes.claim(part * k + ky, parts * k);
+    writes.fetch(part * k + ky, parts * k);
     const A* line = v + ky * dilation * padded.row_pitch;
     for (int64_t kx = 0; kx < k; ++kx) {
       const A* at = line + padded.column[kx] * kBlock<A>;
@@ -502,9 +502,9 @@ void window_row(const Problem& p, const Padded<A>& padded, const A* v, const A* 
                                               : tiles_for<A, 1, Mul, Add>(width);
     const Rows reads = b == 0 ? next : Rows{};
     T* to = out + b * kBlock<A> * out_plane;
-    run(padded, p, v + b * padded.plane_pitch, h, h_pitch, mul + b * taps * kBlock<A>,
-        add + b * taps * kBlock<A>, line, width, reads,
-        rows_of(to, out_plane, width, channels));
+    run(padded, p, v + b * padded.plane_pitch, h, h_pitch,
+        Mul ? mul + b * taps * kBlock<A> : nullptr, Add ? add + b * taps * kBlock<A> : nullptr,
+        line, width, reads, rows_at(Planes<T>{to, out_plane, width, 1}, 0, 1, width, channels));
     store_pixels(to, out_plane, line, channels, width);
   }
 }
@@ -591,7 +591,7 @@ void forward(const Problem& p, Planes<T> v, Planes<T> h, const typename AccOf<T>
         place_row(at.h + i * pitch, pitch, row(h, i, y), h.pitch, p.Wo, 0, 1);
     window_row_any<T, A>(p, padded, padded.data + (y - y0) * s * padded.row_pitch, weights, pitch,
                          head_mul, head_add, at.line, out + y * p.Wo, plane, p.Wo,
-                         upcoming(h, y + 1, y1, p.Wo, taps));
+                         rows_at(h, y + 1, y1, p.Wo, taps));
   }
 }
 
@@ -636,18 +636,25 @@ ELSA_INLINE void ghost_columns_any(int64_t count, const A* v, const A* grad, con
   }
 }
 
-// Adds what one row of v gives: `v` is its block, `grad` the padded row of the turned window's
-// first, `sums` (taps, kBlock).
+// The output row at row y of v's grid, -1 where there is none.
+ELSA_INLINE int64_t output_row(const Problem& p, int64_t y) {
+  return y >= 0 && y % p.stride == 0 && y / p.stride < p.Ho ? y / p.stride : -1;
+}
+
+// Adds what row y of v gives: `v` is its block, `grad` the padded row of the turned window's first,
+// `sums` (taps, kBlock).
 template <class A, int CV, bool Weighted>
-void ghost_row(const Problem& p, const Padded<A>& padded, const A* v, const A* grad, const A* h,
-               int64_t h_pitch, A* sums) {
+void ghost_row(const Problem& p, const Padded<A>& padded, int64_t y, const A* v, const A* grad,
+               const A* h, int64_t h_pitch, A* sums) {
   const int64_t k = p.kernel_size, columns = divide_up(k, divide_up(k, ELSA_TAPS));
-  for (int64_t ky = 0; ky < k; ++ky)
+  for (int64_t ky = 0; ky < k; ++ky) {
+    if (output_row(p, y - padding(p) + ky * p.dilation) < 0) continue;
     for (int64_t kx = 0; kx < k; kx += columns)
       ghost_columns_any<A, CV, Weighted>(least(columns, k - kx), v,
                                      grad + ky * p.dilation * padded.row_pitch,
                                      padded.column + kx, h + (ky * k + kx) * h_pitch, h_pitch, p.W,
                                      sums + (ky * k + kx) * kBlock<A>);
+  }
 }
 
 // The gradients of v and of the ghost head are sums with the window turned round: over the
@@ -702,10 +709,10 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
   for (int64_t b = 0; b < blocks<A>(p); ++b)
     for (int64_t r = 0; r < y1 - y0 + reach(p); ++r) {
       A* dst = padded.data + b * padded.plane_pitch + r * padded.row_pitch;
-      const int64_t y = y0 - pad + r;
+      const int64_t y = output_row(p, y0 - pad + r);
       zero_row(dst, padded.row_pitch);
-      if (y >= 0 && y % s == 0 && y / s < p.Ho)
-        place_pixels<T, A>(dst, grad, b, channels, y / s, p.Ho, p.Wo,
+      if (y >= 0)
+        place_pixels<T, A>(dst, grad, b, channels, y, p.Ho, p.Wo,
                            [&](int64_t x) { return pad + x * s; });
     }
   const A* head_mul =
@@ -719,11 +726,11 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
     const A* from = padded.data + (y - y0) * padded.row_pitch;
     if (out || grad_mul)
       for (int64_t i = 0; i < taps; ++i) {
-        const int64_t ky = i / k, kx = i % k, position = y - pad + ky * p.dilation;
+        const int64_t from_y = output_row(p, y - pad + i / k * p.dilation);
         A* dst = at.h + i * pitch;
-        if (position >= 0 && position % s == 0 && position / s < p.Ho)
-          place_row(dst, pitch, row(h, taps - 1 - i, position / s), h.pitch, p.Wo,
-                    pad - kx * p.dilation, s);
+        if (from_y >= 0)
+          place_row(dst, pitch, row(h, taps - 1 - i, from_y), h.pitch, p.Wo,
+                    pad - i % k * p.dilation, s);
         else
           zero_row(dst, pitch);
       }
@@ -731,7 +738,7 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
       // Near enough for every window row: the rows used next lie within a window of this.
       const int64_t after = least((y + 1) / s + pad, p.Ho - 1);
       window_row_any<T, A>(p, padded, from, at.h, pitch, head_mul, head_add, at.line,
-                           out + y * p.W, p.H * p.W, p.W, upcoming(h, after, p.Ho, p.Wo, taps));
+                           out + y * p.W, p.H * p.W, p.W, rows_at(h, after, p.Ho, p.Wo, taps));
     }
     if (!grad_mul && !grad_add) continue;
     for (int64_t b = 0; b < blocks<A>(p); ++b) {
@@ -741,9 +748,9 @@ void grad_v(const Problem& p, Planes<T> grad, Planes<T> v, Planes<T> h,
       auto plain = wide ? &ghost_row<A, 2, false> : &ghost_row<A, 1, false>;
       auto weighted = wide ? &ghost_row<A, 2, true> : &ghost_row<A, 1, true>;
       if (grad_add)
-        plain(p, padded, turned.values, block, at.h, pitch, turned.sums_add + b * ghost);
+        plain(p, padded, y, turned.values, block, at.h, pitch, turned.sums_add + b * ghost);
       if (grad_mul)
-        weighted(p, padded, turned.values, block, at.h, pitch, turned.sums_mul + b * ghost);
+        weighted(p, padded, y, turned.values, block, at.h, pitch, turned.sums_mul + b * ghost);
     }
   }
   if (grad_mul) unpack_ghost(grad_mul, turned.sums_mul, channels, taps);
@@ -760,7 +767,7 @@ void channel_dot(const Padded<A>& padded, const A* v, const A* grad, int64_t gra
   V<A> acc[2][K];
 #pragma GCC unroll 8
   for (int j = 0; j < K; ++j) acc[0][j] = acc[1][j] = V<A>{};
-  // To own the lines by the time of the stores.
+  // So that the lines are here by the time of the stores.
   for (int j = 0; j < K; ++j) {
     if (First) __builtin_prefetch(out + j * out_plane, 1);
     if (Second) __builtin_prefetch(out + (j - k) * out_plane + width, 1);
@@ -858,7 +865,7 @@ void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename Ac
       zero_row(dst, padded.row_pitch);
       continue;
     }
-    if (y + 1 < p.H) rows_of(row(v, 0, y + 1), v.plane_pitch, p.W, channels).fetch(0, 1);
+    rows_at(v, y + 1, p.H, p.W, channels).fetch(0, 1);
     for (int64_t c = 0; c < channels; ++c, dst += length) {
       const T* src = row(v, c, y);
       if (s == 1) {
@@ -875,8 +882,7 @@ void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename Ac
     }
   }
   for (int64_t y = 0; y < rows; ++y) {
-    if (y + 1 < rows)
-      rows_of(row(grad_out, 0, y0 + y + 1), grad_out.plane_pitch, p.Wo, channels).fetch(0, 1);
+    rows_at(grad_out, y0 + y + 1, y1, p.Wo, channels).fetch(0, 1);
     for (int64_t c = 0; c < channels; ++c)
       place_row(grad + (y * channels + c) * pitch, pitch, row(grad_out, c, y0 + y), grad_out.pitch,
                 p.Wo, 0, 1);
