@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT
+from pipelines.paths import ROOT
 from pipelines.run.stage import Stage, run_stage
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from pipelines.mm import stage as mm_stage
 from pipelines.params import Params
 from pipelines.run.stage import Stage, run_stage
+from pipelines.tasks import dense as mm_stage
 
 HEADLINE = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
 

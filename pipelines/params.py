@@ -16,19 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ruamel.yaml import YAML, YAMLError
 
 from pipelines.errors import PipelineError
-
-ROOT = Path(__file__).resolve().parent.parent
-RECIPES = ROOT / "pipelines" / "recipes"
-
-
-def shared_root(root: Path) -> Path:
-    """The repository of a checkout: itself, or the one in whose `.dvc` DVC copied it to run an
-    experiment (`dvc exp run --queue` or `--temp`) and will delete it."""
-    return next((path.parent for path in root.parents if path.name == ".dvc"), root)
-
-
-SHARED = shared_root(ROOT)
-"""Where runs, their storage and MLflow's store are, which outlive an experiment."""
+from pipelines.paths import RECIPES, ROOT
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -61,7 +49,7 @@ class Data(Section):
     """Where the public data sets are; used with `prepare.source: public`.
 
     Each is a folder in the public layout, a folder that holds the public archives, or (ImageNet)
-    tar shards of `python -m pipelines.pack` in a folder or at an fsspec URL (`s3://...`). Null:
+    tar shards of `elsa pack` in a folder or at an fsspec URL (`s3://...`). Null:
     that data set is not there, and the stages that need it say so.
     """
 

@@ -7,9 +7,12 @@ they are (archives are unpacked first) and leaves only their manifests in `data/
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import archives, card, demo, images, places, verify
+from pipelines.data import card, images
+from pipelines.data import dataset as places
 from pipelines.data.checks import DataError
+from pipelines.data.demo import draw as demo
 from pipelines.data.manifest import MANIFEST, write_json
+from pipelines.data.public import archives, verify
 from pipelines.params import Params
 from pipelines.run.stage import Stage, run_stage
 
@@ -44,7 +47,7 @@ def draw(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
     import ray
 
     from pipelines.run.display import track
-    from pipelines.run.launch import on_this_node
+    from pipelines.run.fit import on_this_node
 
     render = ray.remote(demo.render_shard).options(scheduling_strategy=on_this_node())
     tasks = [render.remote(shard, str(root)) for shard in demo.shards(stage.section)]
@@ -54,7 +57,7 @@ def draw(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
 
 def take(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
     """Unpack and verify the public data sets that are there; their manifests."""
-    from pipelines.run.launch import each
+    from pipelines.run.fit import each
 
     manifests = {}
     (root / "cards").mkdir(parents=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.build_op import check_library
-from pipelines.data import places
+from pipelines.data import dataset as places
 from pipelines.params import Params
 from pipelines.run.stage import Stage, run_stage
 
@@ -27,7 +27,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
     from ray.train.torch import get_device
 
-    from pipelines.run.reporting import RayReporter
+    from pipelines.run.reporter import RayReporter
     from pipelines.train.classify import Classifier
 
     reporter = RayReporter(config["reporting"])
@@ -47,10 +47,10 @@ def run(stage: Stage, data: dict[str, Any]) -> None:
     import numpy as np
     from safetensors.torch import load_file
 
-    from pipelines import scores
     from pipelines.data.images import DataPlace
-    from pipelines.run.checkpoint import write_weights
-    from pipelines.run.launch import fit
+    from pipelines.data.weights import write_weights
+    from pipelines.results import scores
+    from pipelines.run.fit import fit
 
     stage.tracker.log_dataset("imagenet", data["digest"], Path("imagenet"), "training")
     checkpoint = fit(

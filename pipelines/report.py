@@ -5,12 +5,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipelines.compare import verdict
-from pipelines.data import places
+from pipelines.commands.compare import verdict
+from pipelines.commands.summary import STAGES, duration, load_metrics, result_rows
+from pipelines.data import dataset as places
 from pipelines.data.images import DataPlace
-from pipelines.params import ROOT, Params, changed
+from pipelines.params import Params, changed
+from pipelines.paths import ROOT
 from pipelines.run.stage import Stage, pipeline_name, run_stage
-from pipelines.summary import STAGES, duration, load_metrics, result_rows
 
 PICTURES = {
     "curves": ("Learning curves", "Loss and scores by epoch."),
@@ -49,9 +50,9 @@ PICTURES = {
     ),
 }
 STAGE_COMMANDS = {
-    "pretrain": "python -m pipelines.evaluate --task classify --weights weights/pretrain",
-    "detect": "python -m pipelines.evaluate --task detect --weights weights/detect",
-    "segment": "python -m pipelines.evaluate --task segment --weights weights/segment",
+    "pretrain": "python -m pipelines.commands.evaluate --task classify --weights weights/pretrain",
+    "detect": "python -m pipelines.commands.evaluate --task detect --weights weights/detect",
+    "segment": "python -m pipelines.commands.evaluate --task segment --weights weights/segment",
 }
 
 
@@ -60,7 +61,7 @@ def draw(name: str, root: str, data: dict[str, DataPlace], samples: int, target:
 
     `data` has the places of the data sets.
     """
-    from pipelines import figures
+    from pipelines.results import figures
 
     base, results = Path(root), Path(root) / "results"
     coco, ade20k = Path(data["coco"].place), Path(data["ade20k"].place)
@@ -98,7 +99,7 @@ def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
 
     from pipelines.run import tracking
     from pipelines.run.display import track
-    from pipelines.run.launch import on_this_node
+    from pipelines.run.fit import on_this_node
 
     names = [
         name

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines.compare import compare, markdown, verdict
-from pipelines.compare import write as write_comparison
+from pipelines.commands.compare import compare, markdown, verdict
+from pipelines.commands.compare import write as write_comparison
 from pipelines.errors import PipelineError
 from pipelines.params import Params, nested
+from pipelines.results.scores import write_csv
 from pipelines.run.stage import Stage, run_stage
-from pipelines.scores import write_csv
-from pipelines.spaces import NONE, Point, Space, Trial, label, load_space, make_trial, plan
-from pipelines.subjects import SUBJECTS, Subject
-from pipelines.trials import Outcome, Trials, cost_of
+from pipelines.sweeps.queue import Outcome, Trials, cost_of
+from pipelines.sweeps.space import NONE, Point, Space, Trial, label, load_space, make_trial, plan
+from pipelines.tasks.subjects import SUBJECTS, Subject
 
 
 @dataclass
@@ -52,8 +52,8 @@ def check(params: Params) -> Plan | None:
 
 
 def run(stage: Stage, plan: Plan | None) -> None:
-    from pipelines.run import launch
-    from pipelines.run.tuning import run_trials
+    from pipelines.run import fit as launch
+    from pipelines.sweeps.tuning import run_trials
 
     folder = stage.output("sweeps")
     folder.mkdir(parents=True)
@@ -215,8 +215,9 @@ def _register(
     """Export and register the champion's weights, with a model card; its name and version."""
     from safetensors.torch import load_file
 
-    from pipelines.run import launch, tracking
-    from pipelines.run.checkpoint import write_weights
+    from pipelines.data.weights import write_weights
+    from pipelines.run import fit as launch
+    from pipelines.run import tracking
 
     params, trial = champion.trial.params, champion.trial
     checkpoint = launch.last_checkpoint(champion.run_name, params)
@@ -279,7 +280,7 @@ def _pictures(
     space: Space, outcomes: list[Outcome], comparison: Mapping[str, Any]
 ) -> Iterator[dict[str, str]]:
     """Title, text, alternative text and PNG of each plot."""
-    from pipelines import figures
+    from pipelines.results import figures
 
     points = {o.trial.label: o.trial.point for o in outcomes}
     rows, metric = comparison["rows"], comparison["metric"]

@@ -47,7 +47,7 @@ def test_training_loop_is_free_of_ray() -> None:
 def test_no_module_imports_ray_before_its_settings() -> None:
     """Under `uv run`, Ray would start its workers through uv in a copy of the checkout."""
     code = (
-        "import pipelines.run.reporting\n"
+        "import pipelines.run.reporter\n"
         "from ray._private.ray_constants import RAY_ENABLE_UV_RUN_RUNTIME_ENV as through_uv\n"
         "assert not through_uv"
     )

@@ -18,7 +18,8 @@ import torch
 from timm.data import create_loader
 from timm.utils import random_seed
 
-from pipelines.data import images, places
+from pipelines.data import dataset as places
+from pipelines.data import images
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain, load_params
 from pipelines.train.loading import Part

@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import places
+from pipelines.data import dataset as places
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params, parse_change
 
@@ -33,7 +33,7 @@ STAGES = {"pretrain": "imagenet", "detect": "coco", "segment": "ade20k"}
 
 def observed(config: dict[str, Any]) -> None:
     """A stage's training loop that also notes, in a file, when steps and checkpoints are done."""
-    from pipelines.run.reporting import RayReporter
+    from pipelines.run.reporter import RayReporter
 
     report_progress, report = RayReporter.progress, RayReporter._report
 
@@ -108,7 +108,9 @@ def measure(
     stage: str, params: Params, kills: int, minutes: float, scratch: Path
 ) -> dict[str, str]:
     """One row of the table, of a run with so many kills; `minutes` is a recipe's interval."""
-    from pipelines.run import launch, storage, tracking
+    from pipelines.run import checkpoints as storage
+    from pipelines.run import fit as launch
+    from pipelines.run import tracking
 
     notes, finished = scratch / f"{stage}.jsonl", threading.Event()
     config, data = loop_of(stage, params)
@@ -175,7 +177,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    from pipelines.run import launch
+    from pipelines.run import fit as launch
 
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(

@@ -6,7 +6,7 @@ One worker, and then several with as many images each per step, train two epochs
 the prepared data; the second epoch counts. `efficiency` is the images/s of several workers over
 those of one times their number. `all-reduce` is the time of a step from the first gradients' to
 the last's (DDP's log), `exposed` the part of it that the backward pass does not hide.
-`pipelines.plan` estimates the same for GPUs and their links.
+`pipelines.commands.plan` estimates the same for GPUs and their links.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from pipelines.params import Params, load_params, parse_change
 
 def noted(config: dict[str, Any]) -> None:
     """A stage's training loop that also writes the metrics of each epoch to a file."""
-    from pipelines.run.reporting import RayReporter
+    from pipelines.run.reporter import RayReporter
 
     save = RayReporter.save
 
@@ -40,7 +40,8 @@ def noted(config: dict[str, Any]) -> None:
 
 def measure(stage: str, params: Params, scratch: Path) -> dict[str, float]:
     """Metrics of the last epoch of a stage."""
-    from pipelines.run import launch, tracking
+    from pipelines.run import fit as launch
+    from pipelines.run import tracking
 
     name = f"{stage}-{params.scaling.num_workers}"
     config, data = loop_of(stage, params)
@@ -58,7 +59,7 @@ def measure(stage: str, params: Params, scratch: Path) -> dict[str, float]:
 
 def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str, str]:
     """One row of the table."""
-    from pipelines.plan import model_of
+    from pipelines.commands.plan import model_of
 
     model, _ = model_of(recipe, stage)
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -86,7 +87,7 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
 
 
 def main() -> None:
-    from pipelines.run import launch
+    from pipelines.run import fit as launch
 
     description, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(

@@ -28,7 +28,7 @@ from typing import Any
 
 import psutil
 
-from pipelines.data import places
+from pipelines.data import dataset as places
 from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params, parse_change
@@ -108,7 +108,7 @@ def train(params: Params, data: DataPlace, target: str, reporter: Any = None) ->
 
 def loop_per_worker(config: dict[str, Any]) -> None:
     """What the Ray Train worker runs."""
-    from pipelines.run.reporting import RayReporter
+    from pipelines.run.reporter import RayReporter
 
     reporter = RayReporter(config["reporting"]) if config["full"] else None
     train(config["params"], config["data"], config["target"], reporter)
@@ -117,7 +117,7 @@ def loop_per_worker(config: dict[str, Any]) -> None:
         return
     import ray
 
-    from pipelines.run import storage
+    from pipelines.run import checkpoints as storage
 
     with tempfile.TemporaryDirectory() as empty:
         storage.seal(Path(empty))
@@ -127,7 +127,8 @@ def loop_per_worker(config: dict[str, Any]) -> None:
 def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[float]:
     """Images/s of one way, percent of its time in reports, and processor time beside it in percent
     of one core; files go below `scratch`."""
-    from pipelines.run import launch, tracking
+    from pipelines.run import fit as launch
+    from pipelines.run import tracking
 
     target = str(scratch / "rate.json")
     os.environ.update(launch.worker_environment())

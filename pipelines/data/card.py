@@ -18,11 +18,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as coco_mask
 
 from pipelines.data.checks import IMAGES
+from pipelines.data.demo.sources import DIGITS_CREDIT, PHOTOS
 from pipelines.data.manifest import ChunkEntry, write_json
-from pipelines.data.sources import DIGITS_CREDIT, PHOTOS
 
 if TYPE_CHECKING:
-    from pipelines.data.demo import Record
+    from pipelines.data.demo.draw import Record
 
 TITLES = {
     "imagenet": "ImageNet layout: one digit over a photograph crop",

@@ -23,10 +23,10 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from pipelines.data import verify
 from pipelines.data.checks import DataError
 from pipelines.data.images import INDEX, Folder, ShardSet, Store, is_url, public_url
 from pipelines.data.manifest import MANIFEST, chunk_manifest
+from pipelines.data.public import verify
 
 QUALITY = 95
 """JPEG quality of resized images."""

@@ -4,7 +4,7 @@ Importing it registers the backbones, the training loop, its data and the rest w
 registries, where mmdet and mmseg both look.
 """
 
-from pipelines.mm.backbone import ELSASwin, TimmBackbone
+from elsa.mm import ELSASwin, TimmBackbone
 from pipelines.mm.hooks import MaskImages, ReportHook
 from pipelines.mm.loading import IntervalSampler, ResumableBatchSampler, TrainingDataset
 from pipelines.mm.loop import ResumableTrainLoop

@@ -10,7 +10,7 @@ from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS, evaluate
 from pipelines.mm.loop import unwrapped
 from pipelines.mm.train import Job, build_config, make_runner, test_time_augmentation
-from pipelines.run.reporting import Reporter
+from pipelines.run.reporter import Reporter
 
 
 def build_model(job: Job) -> Any:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from pipelines.errors import PipelineError
 from pipelines.mm.loop import unwrapped
-from pipelines.run.reporting import Reporter
+from pipelines.run.reporter import Reporter
 from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, communication, peak_flops
 from pipelines.train.resume import Requests
 
@@ -47,7 +47,7 @@ class ReportHook(Hook):
     the evaluators' `predictions` come with it, at the end of the last `model.safetensors`.
 
     Args:
-        reporter: see `pipelines.run.reporting.Reporter`.
+        reporter: see `pipelines.run.reporter.Reporter`.
         folder: scratch folder of the checkpoint; the evaluators write into its `predictions`.
         resumed: folder of the checkpoint to go on from; None starts.
         checkpoint_minutes: between checkpoints within an epoch; 0 for none.

@@ -14,7 +14,7 @@ from mmengine.config import utils as config_utils
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS, ReportHook, Stopped
 from pipelines.params import Detect, Downstream, Params, Segment
-from pipelines.run.reporting import RayReporter, Reporter
+from pipelines.run.reporter import RayReporter, Reporter
 
 CONFIGS = Path(__file__).parent / "configs"
 REPORT_INTERVAL = 10

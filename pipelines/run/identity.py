@@ -21,7 +21,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params
+from pipelines.params import Params
+from pipelines.paths import ROOT
 
 # What decides only where things are and how often a run is tried again, not its result.
 NOT_IDENTIFYING = {

@@ -1,4 +1,4 @@
-"""Whether the nodes can run a training: asked before each one, and by `python -m pipelines.doctor`.
+"""Whether the nodes can run a training: asked before each one, and by `elsa doctor`.
 
 What a node must have is checked on that node: in this process for the driver's own, which costs a
 local run nothing, and by a Ray task on every other.
@@ -18,7 +18,8 @@ import psutil
 import ray
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Scaling
+from pipelines.params import Scaling
+from pipelines.paths import ROOT
 from pipelines.run.display import Progress
 
 OBJECT_STORE = 512 * 2**20

@@ -15,7 +15,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, SHARED, Params, load_params
+from pipelines.params import Params, load_params
+from pipelines.paths import ROOT, SHARED
 from pipelines.run.identity import RunState, hold, stage_definition, stage_identity
 
 
@@ -103,7 +104,8 @@ def _run(
     stage = Stage(name, params, stage_identity(name, params))
     with hold(stage.folder):
         # Imported late: they take seconds, and bad parameters should be told at once.
-        from pipelines.run import launch, tracking
+        from pipelines.run import fit as launch
+        from pipelines.run import tracking
 
         stage.state = RunState.load(stage.folder)
         if force or _forced_by_dvc(stage):

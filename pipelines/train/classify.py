@@ -26,11 +26,11 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3, accuracy, random_seed
 from torch import Tensor, nn
 
-from pipelines import scores
 from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
 from pipelines.params import Params, Pretrain
-from pipelines.run.reporting import Reporter
+from pipelines.results import scores
+from pipelines.run.reporter import Reporter
 from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,

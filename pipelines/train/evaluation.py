@@ -11,7 +11,7 @@ from torch import nn
 from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain
-from pipelines.run.reporting import Reporter
+from pipelines.run.reporter import Reporter
 from pipelines.train.loading import evaluation_loader
 
 TOP = 5

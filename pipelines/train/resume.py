@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipelines.run.reporting import Reporter
+from pipelines.run.reporter import Reporter
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class RayCluster:
 
     def submit_command(self, *arguments: str) -> list[str]:
         address = f"http://127.0.0.1:{self.dashboard}"
-        return [sys.executable, "-m", "pipelines.submit", "--address", address, *arguments]
+        return [sys.executable, "-m", "pipelines.commands.submit", "--address", address, *arguments]
 
     def submit(self, *arguments: str, **env: str) -> tuple[int, str]:
         return self.run(*self.submit_command(*arguments), **env)
@@ -224,7 +224,8 @@ def test_what_submit_can_not_do_it_says_in_one_line(cluster, arguments, env, mes
 WAIT = """
 import ray, sys
 from pipelines.params import load_params
-from pipelines.run import launch, preflight
+from pipelines.run import preflight
+from pipelines.run import fit as launch
 from pipelines.errors import PipelineError
 
 scaling = load_params("demo").scaling
@@ -281,7 +282,7 @@ def test_the_heads_tracking_server_asks_for_a_password_that_no_process_shows(clu
 def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_library) -> None:
     """The second node joined in a test above."""
     places = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "MLFLOW_TRACKING_URI": cluster.tracking}
-    code, output = cluster.run(sys.executable, "-m", "pipelines.doctor", **places)
+    code, output = cluster.run(sys.executable, "-m", "pipelines.commands.doctor", **places)
     rows = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
     marks = [(row[2], row[1]) for row in rows if len(row) > 5 and row[1]]
     for check in ("storage", "versions", "tracking", "memory"):
@@ -297,10 +298,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipelines import pretrain
-from pipelines.data.demo import prepare
+from pipelines.data.demo.draw import prepare
 from pipelines.data.images import DataPlace
 from pipelines.params import load_params
-from pipelines.run import launch, tracking
+from pipelines.run import fit as launch
+from pipelines.run import tracking
 
 folder = Path(sys.argv[1])
 sizes = {"image_size": 28, "train_variants": 4, "scene_size": 96}

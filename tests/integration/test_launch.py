@@ -14,8 +14,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipelines.errors import PipelineError
 from pipelines.params import load_params
-from pipelines.run import launch, preflight, storage, tracking
-from pipelines.run.reporting import RayReporter
+from pipelines.run import checkpoints as storage
+from pipelines.run import fit as launch
+from pipelines.run import preflight, tracking
+from pipelines.run.reporter import RayReporter
 
 
 class Numbers(Dataset):

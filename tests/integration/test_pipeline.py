@@ -20,7 +20,7 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from ops import library
-from pipelines.run import storage
+from pipelines.run import checkpoints as storage
 
 from .conftest import Workspace, needs_chromium, rendered
 
@@ -134,7 +134,7 @@ def test_downstream_weights_record_what_they_started_from(workspace: Workspace) 
 
 def test_evaluation_of_the_weights_repeats_what_training_reported(workspace: Workspace) -> None:
     code, output = workspace.run(
-        *(sys.executable, "-m", "pipelines.evaluate", "--task", "segment", "--ms-flip"),
+        *(sys.executable, "-m", "pipelines.commands.evaluate", "--task", "segment", "--ms-flip"),
         *("--weights", "weights/segment", "--data", "data/ade20k", "--out", "evaluation"),
     )
     assert code == 0, output
@@ -213,7 +213,7 @@ def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
     use = (
         "import torch, ops\n"
         "from pathlib import Path\n"
-        "from pipelines.run.checkpoint import load_model\n"
+        "from pipelines.data.weights import load_model\n"
         "ops.load_library('build/op')\n"
         "size = load_model(Path('weights/pretrain'))(torch.zeros(1, 3, 32, 32)).shape\n"
         "assert size == (1, 10), size"

@@ -20,9 +20,9 @@ import psutil
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines.data.demo import prepare
+from pipelines.data.demo.draw import prepare
+from pipelines.data.weights import write_weights
 from pipelines.params import load_params
-from pipelines.run.checkpoint import write_weights
 from pipelines.train.models import build_model
 
 from .conftest import Workspace, copy_checkout, free_port, needs_chromium, rendered
@@ -164,7 +164,7 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     assert summary(sweep)["trials_not_run"] == 1
     assert found["operator=depthwise lr=0.001"]["state"] == "not run"
 
-    code, output = sweep.run(sys.executable, "-m", "pipelines.compare", "--sweep", "test")
+    code, output = sweep.run(sys.executable, "-m", "pipelines.commands.compare", "--sweep", "test")
     assert code == 0, output
     ours = json.loads((sweep.root / "sweeps/comparison.json").read_text())
     theirs = json.loads((sweep.root / "comparison/comparison.json").read_text())
@@ -188,7 +188,7 @@ def answers(url: str) -> bool:
 @needs_chromium
 def test_mlflow_opens_on_charts_of_the_points(sweep: Workspace, tmp_path: Path) -> None:
     """At the address that `make ui` prints."""
-    code, output = sweep.run(sys.executable, "-m", "pipelines.compare", "--url")
+    code, output = sweep.run(sys.executable, "-m", "pipelines.commands.compare", "--url")
     assert code == 0, output
     view = output.split("5000/")[-1].strip()
     host, port = "127.0.0.1", str(free_port())

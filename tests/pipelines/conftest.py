@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.data.demo import prepare
+from pipelines.data.demo.draw import prepare
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from torch import multiprocessing
 from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, load_params
-from pipelines.run.reporting import LocalReporter
+from pipelines.run.reporter import LocalReporter
 from pipelines.train.classify import Classifier
 from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
 from pipelines.train.evaluation import amp_dtype, predict

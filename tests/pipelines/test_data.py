@@ -13,8 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipelines.data import demo, sources
 from pipelines.data.checks import DataError, check_dataset
+from pipelines.data.demo import draw as demo
+from pipelines.data.demo.draw import sources
 from pipelines.data.manifest import data_digest, file_entry, write_json
 
 PARAMS = SimpleNamespace(

@@ -16,8 +16,9 @@ from pycocotools import mask as coco_mask
 from timm.utils import accuracy
 
 import elsa  # noqa: F401  registers the models
-from pipelines import evaluate, scores
+from pipelines.commands import evaluate
 from pipelines.errors import PipelineError
+from pipelines.results import scores
 
 
 def test_classification_is_timms():

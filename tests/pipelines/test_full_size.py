@@ -19,7 +19,7 @@ from pipelines.errors import PipelineError
 from pipelines.mm.hooks import HISTORY, WEIGHTS
 from pipelines.mm.train import Job, build_config, train
 from pipelines.params import load_params
-from pipelines.run.reporting import LocalReporter
+from pipelines.run.reporter import LocalReporter
 
 DATASETS = {"detect": "coco", "segment": "ade20k"}
 VARIANTS = [

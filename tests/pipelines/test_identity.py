@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, load_params
+from pipelines.params import load_params
+from pipelines.paths import ROOT
 from pipelines.run.identity import HeldError, content_digest, hold, stage_identity
 
 STAGES = """

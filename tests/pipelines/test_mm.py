@@ -13,13 +13,13 @@ from mmengine.runner import Runner
 from safetensors.torch import load_file, save_file
 
 import elsa
+from elsa.mm import ELSASwin, TimmBackbone
 from pipelines.errors import PipelineError
-from pipelines.mm.backbone import ELSASwin, TimmBackbone
 from pipelines.mm.hooks import BEGUN, HISTORY, PREDICTIONS, STATE, WEIGHTS, percentages
 from pipelines.mm.loading import epoch_seed
 from pipelines.mm.train import Job, build_config, train
 from pipelines.params import load_params
-from pipelines.run.reporting import LocalReporter
+from pipelines.run.reporter import LocalReporter
 
 DATASETS = {"detect": "coco", "segment": "ade20k"}
 SMALL = {"name": "elsa_swin_micro", "depths": (1, 1, 1, 1)}

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipelines.params import ROOT, Params, ParamsError, load_params, recipe_names, shared_root
+from pipelines.params import Params, ParamsError, load_params, recipe_names
+from pipelines.paths import ROOT, shared_root
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from pipelines import plan
+from pipelines.commands import plan
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params, load_params
+from pipelines.params import Params, load_params
+from pipelines.paths import ROOT
 from pipelines.train.cost import PEAK_FLOPS
 
 
@@ -61,7 +62,7 @@ def test_images_are_those_of_the_public_set_or_those_prepared(monkeypatch, tmp_p
 
 
 def test_gpus_that_do_not_divide_the_batch_are_refused_with_the_key() -> None:
-    command = [sys.executable, "-m", "pipelines.plan", "demo", "--gpus", "7"]
+    command = [sys.executable, "-m", "pipelines.commands.plan", "demo", "--gpus", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "--gpus 7: pretrain.batch_size=64 is the global batch" in done.stderr

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import doctor
+from pipelines.commands import doctor
 from pipelines.params import load_params
 from pipelines.run import preflight
 from pipelines.run.preflight import Mark, Needs

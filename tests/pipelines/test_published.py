@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
+from pipelines.commands.summary import RESULTS, result_rows
 from pipelines.params import load_params
-from pipelines.published import compare, load_published
-from pipelines.summary import RESULTS, result_rows
+from pipelines.results.published import compare, load_published
 
 DROP_PATH = {
     "tiny": {"mask-rcnn": (0.1, 0.2), "cascade-mask-rcnn": (0.0, 0.2)},

@@ -17,11 +17,13 @@ from timm.data import create_loader
 from timm.utils import random_seed
 
 from pipelines.benchmarks.loader import measure
-from pipelines.data import demo, images, pack, verify
+from pipelines.data import images, pack
 from pipelines.data.checks import DataError
+from pipelines.data.demo import draw as demo
 from pipelines.data.images import DataPlace
+from pipelines.data.public import verify
 from pipelines.params import Model, load_params
-from pipelines.run.reporting import LocalReporter
+from pipelines.run.reporter import LocalReporter
 from pipelines.train.classify import Classifier
 from pipelines.train.loading import Part
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.run import storage
+from pipelines.run import checkpoints as storage
 
 NAMES = [f"checkpoint_2026-01-0{day}" for day in (1, 2, 3)]
 

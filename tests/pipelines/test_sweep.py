@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 from scipy import stats
 
-from pipelines import compare, spaces
+from pipelines.commands import compare
 from pipelines.errors import PipelineError
 from pipelines.params import ParamsError, load_params, override
+from pipelines.sweeps import space as spaces
 
 HEAD = "about: a test\n"
 OPTUNA = "search: {method: optuna, trials: 3, seed: 0, parameters: {model.gamma: {values: [0, 2]}}}"
@@ -155,7 +156,7 @@ def test_runs_that_share_no_metric_are_not_compared():
 
 def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
     from pipelines.run import tracking
-    from pipelines.trials import _Study
+    from pipelines.sweeps.queue import _Study
 
     search = spaces.Search(
         method="optuna",

@@ -14,7 +14,7 @@ from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from pipelines.data.images import DataPlace
 from pipelines.params import Params, load_params
-from pipelines.run.reporting import LocalReporter
+from pipelines.run.reporter import LocalReporter
 from pipelines.train.classify import Classifier
 
 PUBLISHED = {

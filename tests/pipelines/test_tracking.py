@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines import compare
+from pipelines.commands import compare
 from pipelines.errors import PipelineError
 from pipelines.run import tracking
 

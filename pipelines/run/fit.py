@@ -19,10 +19,13 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, SHARED, Params
-from pipelines.run import preflight, reporting, storage, tracking
+from pipelines.params import Params
+from pipelines.paths import ROOT, SHARED
+from pipelines.run import checkpoints as storage
+from pipelines.run import preflight, tracking
+from pipelines.run import reporter as reporting
 from pipelines.run.display import showing, track
-from pipelines.run.loopback import LoopbackTorchConfig
+from pipelines.run.ray_internals import LoopbackTorchConfig
 
 OUT_OF_MEMORY = (
     "a GPU's memory is too small: raise accumulate (smaller passes, the same batch), or turn on"

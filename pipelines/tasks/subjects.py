@@ -48,7 +48,7 @@ class Subject:
             from pipelines import pretrain
 
             return {"data": pretrain.check(params)}
-        from pipelines.mm import stage
+        from pipelines.tasks import dense as stage
 
         # With pretrained weights, whether a trial uses them or not.
         section = getattr(params, self.stage).model_copy(update={"pretrained": True})

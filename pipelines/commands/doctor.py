@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params, load_params
+from pipelines.params import Params, load_params
+from pipelines.paths import ROOT
 from pipelines.run.preflight import Finding, Needs
 
 DATASETS = ("imagenet", "coco", "ade20k")
@@ -41,8 +42,9 @@ def check_params() -> tuple[Params | None, Finding]:
 
 def check_training(params: Params) -> list[Finding]:
     """The preflight of the training stages, of what is made already."""
-    from pipelines.data import places
-    from pipelines.run import launch, preflight, tracking
+    from pipelines.data import dataset as places
+    from pipelines.run import fit as launch
+    from pipelines.run import preflight, tracking
 
     data, later = {}, []
     for name in DATASETS:
@@ -128,7 +130,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(
-        prog="python -m pipelines.doctor",
+        prog="python -m pipelines.commands.doctor",
         description=f"{__doc__} Exit code 1 if something must be mended.",
     ).parse_args()
     findings = diagnose()

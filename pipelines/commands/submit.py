@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT
+from pipelines.paths import ROOT
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 ADDRESS = "http://127.0.0.1:8265"
-PROGRAM = "python -m pipelines.submit"
+PROGRAM = "python -m pipelines.commands.submit"
 
 
 def connect(address: str | None) -> "JobSubmissionClient":

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from pipelines.scores import calibration, worst_detections, worst_segmentations
+from pipelines.results.scores import calibration, worst_detections, worst_segmentations
 
 COLORS = [plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [
     plt.get_cmap("Set2")(i)[:3] for i in range(8)
@@ -258,7 +258,7 @@ def attention(weights: Path, data: Path, count: int = 3) -> Figure:
     from torchvision.transforms.functional import normalize, to_tensor
 
     from elsa import ELSA
-    from pipelines.run.checkpoint import load_model
+    from pipelines.data.weights import load_model
 
     model = load_model(weights).eval()
     name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, ELSA))

@@ -20,7 +20,7 @@ import ray.train
 from ray.train import CheckpointUploadMode, UserCallback
 
 from pipelines.errors import PipelineError
-from pipelines.run import storage
+from pipelines.run import checkpoints as storage
 
 UNDELIVERED = "undelivered_metrics.json"
 

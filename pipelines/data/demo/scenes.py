@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.data.sources import NUM_DIGITS, Photo, load_digits, load_photo
+from pipelines.data.demo.sources import NUM_DIGITS, Photo, load_digits, load_photo
 
 Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]

@@ -1,4 +1,4 @@
-"""Show the results on the terminal: `python -m pipelines.summary`."""
+"""Show the results on the terminal: `python -m pipelines.commands.summary`."""
 
 import argparse
 import json
@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Downstream, Params, load_params
-from pipelines.published import compare
+from pipelines.params import Downstream, Params, load_params
+from pipelines.paths import ROOT
+from pipelines.results.published import compare
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment")
 TASKS = {"pretrain": "classify", "detect": "detect", "segment": "segment"}
@@ -88,7 +89,7 @@ def duration(seconds: float) -> str:
 
 def main() -> None:
     argparse.ArgumentParser(
-        prog="python -m pipelines.summary",
+        prog="python -m pipelines.commands.summary",
         description="Show the results of the last run, and where to look further.",
     ).parse_args()
     try:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ops import StaleLibraryError
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params, load_params, recipe_names
+from pipelines.params import Params, load_params, recipe_names
+from pipelines.paths import ROOT
 from pipelines.train.cost import BACKWARD_FACTOR, PEAK_FLOPS, forward_flops
 
 Forward = Callable[[nn.Module, int, torch.device], list[Tensor]]
@@ -247,10 +248,10 @@ def _share(text: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.plan",
+        prog="python -m pipelines.commands.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python -m pipelines.plan elsa_swin_tiny --gpus 8 --gpu h100"
+        epilog="example: python -m pipelines.commands.plan elsa_swin_tiny --gpus 8 --gpu h100"
         " --measured pretrain=1800",
     )
     parser.add_argument("recipe", choices=recipe_names(), help="alone, without params.yaml")

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import places
-from pipelines.params import ROOT, Params
-from pipelines.run.checkpoint import check_architecture, read_description
+from pipelines.data import dataset as places
+from pipelines.data.weights import check_architecture, read_description
+from pipelines.params import Params
+from pipelines.paths import ROOT
 from pipelines.run.stage import Stage
 
 PRETRAINED = ROOT / "weights" / "pretrain"
@@ -38,7 +39,7 @@ def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
     )
     build_config(job, ROOT, params.scaling.num_workers)
     if params.scaling.use_gpu:
-        from pipelines.plan import flops, model_of
+        from pipelines.commands.plan import flops, model_of
 
         job = replace(job, flops=flops(*model_of(params, name)))
     return {"job": job, "data": data, "upstream": upstream}
@@ -51,7 +52,7 @@ def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
         headline: metrics that go into the description of the weights.
     """
     from pipelines.mm.train import train_loop_per_worker
-    from pipelines.run.launch import fit
+    from pipelines.run.fit import fit
 
     job, data, upstream = checked["job"], checked["data"], checked["upstream"]
     if upstream:
@@ -78,8 +79,8 @@ def _write_outputs(
 ) -> None:
     from safetensors.torch import load_file
 
+    from pipelines.data.weights import write_weights
     from pipelines.mm.hooks import CONFIG, HISTORY, PREDICTIONS, WEIGHTS
-    from pipelines.run.checkpoint import write_weights
 
     history = json.loads((folder / HISTORY).read_text())
     speeds = [row["images_per_second"] for row in history]

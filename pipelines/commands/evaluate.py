@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from pipelines.data import images, places, verify
+from pipelines.data import dataset as places
+from pipelines.data import images
 from pipelines.data.checks import DataError
 from pipelines.data.manifest import MANIFEST, read_manifest
+from pipelines.data.public import verify
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, Params, load_params, parse_change, recipe_names
+from pipelines.params import Params, load_params, parse_change, recipe_names
+from pipelines.paths import ROOT
 
 STAGES = {"classify": "pretrain", "detect": "detect", "segment": "segment"}
 DATASETS = {"classify": "imagenet", "detect": "coco", "segment": "ade20k"}
@@ -186,7 +189,7 @@ def evaluate_per_worker(config: dict[str, Any]) -> None:
     import ray
     from ray.train.torch import get_device
 
-    from pipelines.run.reporting import RayReporter
+    from pipelines.run.reporter import RayReporter
 
     reporter, what = RayReporter(config["reporting"]), config["evaluation"]
     state = ray.get(config["state"])
@@ -227,7 +230,9 @@ def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
     """Evaluate on Ray, record it in MLflow, write the folder `out`; the metrics in percent."""
     import ray
 
-    from pipelines.run import launch, storage, tracking
+    from pipelines.run import checkpoints as storage
+    from pipelines.run import fit as launch
+    from pipelines.run import tracking
     from pipelines.run.stage import pipeline_name
 
     params, what = evaluation.params, vars(evaluation) | {}
@@ -280,7 +285,7 @@ def _parent(out: Path) -> Path:
 
 def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str, float]:
     """Score the predictions in `folder` and write the tables and pictures beside them."""
-    from pipelines import figures, scores
+    from pipelines.results import figures, scores
 
     place, classes, params = Path(evaluation.place), evaluation.classes, evaluation.params
     count = params.report.samples
@@ -326,7 +331,7 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.summary import published_beside
+    from pipelines.commands.summary import published_beside
 
     console = Console()
     published = published_beside(metrics, evaluation.stage, evaluation.params)
@@ -389,7 +394,7 @@ def prepare(arguments: argparse.Namespace) -> Evaluation:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.evaluate",
+        prog="python -m pipelines.commands.evaluate",
         description=f"{__doc__} Prints the scores beside the published ones, and writes scores of"
         " each class, confusions, predictions in the public formats and pictures to a folder.",
     )

@@ -36,7 +36,8 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, SHARED, flatten
+from pipelines.params import flatten
+from pipelines.paths import ROOT, SHARED
 
 EXPERIMENT = "elsa"
 TrackingError = mlflow.exceptions.MlflowException

@@ -14,17 +14,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from pipelines.params import (
-    RECIPES,
-    Params,
-    ParamsError,
-    Positive,
-    Section,
-    override,
-    read_yaml,
-)
+from pipelines.params import Params, ParamsError, Positive, Section, override, read_yaml
+from pipelines.paths import RECIPES
 from pipelines.run.identity import stage_identity
-from pipelines.subjects import SUBJECTS
+from pipelines.tasks.subjects import SUBJECTS
 
 SPACES = RECIPES / "sweeps"
 NONE = "none"

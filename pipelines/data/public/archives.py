@@ -71,7 +71,7 @@ def unpack(folder: Path, kind: str, target: Path, each: Callable[..., Any]) -> N
     """Check the archives of a data set in `folder` and unpack them into folder `target`.
 
     Args:
-        each: see `pipelines.data.verify.Each`.
+        each: see `pipelines.data.public.verify.Each`.
 
     Raises:
         DataError: an archive is missing or wrong, or there is no space for what is in it.

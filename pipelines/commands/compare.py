@@ -1,7 +1,7 @@
 """Compare runs in MLflow over their seeds: mean, 95% interval, and difference to a reference.
 
-python -m pipelines.compare RUN RUN ...   # ids of MLflow runs
-python -m pipelines.compare --sweep demo  # all trials of the last sweep of a space
+python -m pipelines.commands.compare RUN RUN ...   # ids of MLflow runs
+python -m pipelines.commands.compare --sweep demo  # all trials of the last sweep of a space
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT
+from pipelines.paths import ROOT
 
 if TYPE_CHECKING:
     from pipelines.run.tracking import RunRecord
@@ -223,7 +223,7 @@ def _where() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.compare", description=(__doc__ or "").split("\n")[0]
+        prog="python -m pipelines.commands.compare", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="id of an MLflow run")
     parser.add_argument("--sweep", metavar="NAME", help="a space: all trials of its last sweep")

@@ -22,8 +22,8 @@ from ray.tune.search import Searcher
 
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.run import launch
-from pipelines.subjects import Subject
+from pipelines.run import fit as launch
+from pipelines.tasks.subjects import Subject
 
 RESULT, FAILED = "result", "failed"
 

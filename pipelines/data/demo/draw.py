@@ -26,9 +26,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipelines.data import card
+from pipelines.data.demo.scenes import Mask, Scene, draw_scene, draw_single, tight_box
+from pipelines.data.demo.sources import NUM_DIGITS, digit_pool, photos
 from pipelines.data.manifest import FileEntry, file_entry, write_json, write_manifest
-from pipelines.data.scenes import Mask, Scene, draw_scene, draw_single, tight_box
-from pipelines.data.sources import NUM_DIGITS, digit_pool, photos
 
 DATASETS = ("imagenet", "coco", "ade20k")
 SPLITS = ("train", "val")

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import archives, images, verify
+from pipelines.data import images
 from pipelines.data.checks import DataError, check_dataset
 from pipelines.data.manifest import MANIFEST, read_manifest
-from pipelines.params import ROOT, SHARED, Params
+from pipelines.data.public import archives, verify
+from pipelines.params import Params
+from pipelines.paths import ROOT, SHARED
 
 
 def storage(params: Params) -> Path:

@@ -1,6 +1,6 @@
 """Pack ImageNet (or any folder of classes that `prepare` verified) into tar shards.
 
-    python -m pipelines.pack s3://bucket/imagenet --resize 256
+    python -m pipelines.commands.pack s3://bucket/imagenet --resize 256
     dvc exp run -S data.imagenet=s3://bucket/imagenet
 
 An object store's address and keys come from the environment (`AWS_ENDPOINT_URL`,
@@ -11,15 +11,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipelines.data import images, pack, places
+from pipelines.data import dataset as places
+from pipelines.data import images, pack
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.errors import PipelineError
-from pipelines.params import ROOT, load_params
+from pipelines.params import load_params
+from pipelines.paths import ROOT
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.pack",
+        prog="python -m pipelines.commands.pack",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +45,7 @@ def main() -> None:
         target = arguments.target.rstrip("/")
         if not images.is_url(target):
             target = str(Path(target).expanduser().resolve())
-        from pipelines.run import launch
+        from pipelines.run import fit as launch
 
         with launch.ray_session():
             packed = pack.pack(

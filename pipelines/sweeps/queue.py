@@ -10,19 +10,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import SHARED, Params
+from pipelines.params import Params
+from pipelines.paths import SHARED
 from pipelines.run.identity import HeldError, RunState, hold
 from pipelines.run.stage import Stage
-from pipelines.spaces import Choice, Point, Space, Trial, make_trial
-from pipelines.subjects import SUBJECTS
+from pipelines.sweeps.space import Choice, Point, Space, Trial, make_trial
+from pipelines.tasks.subjects import SUBJECTS
 
 if TYPE_CHECKING:
-    from pipelines.run.tuning import Job
+    from pipelines.sweeps.tuning import Job
 
 
 @functools.cache
 def _cost(stage: str, params: str) -> tuple[int, float]:
-    from pipelines.plan import flops, model_of
+    from pipelines.commands.plan import flops, model_of
 
     model, forward = model_of(Params.model_validate_json(params), stage)
     return sum(p.numel() for p in model.parameters()), flops(model, forward) / 1e9
@@ -173,7 +174,7 @@ class Trials:
     def _start(self, outcome: Outcome) -> "Job | None":
         """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
         from pipelines.run import tracking
-        from pipelines.run.tuning import Job
+        from pipelines.sweeps.tuning import Job
 
         trial = outcome.trial
         folder = SHARED / ".runs" / f"{trial.stage}-{trial.identity}"
@@ -223,7 +224,7 @@ class Trials:
 
     def _earlier(self, outcome: Outcome, before: Any, own: bool) -> str:
         """How a trial ended before; empty if it must run, or go on."""
-        from pipelines.run import launch
+        from pipelines.run import fit as launch
 
         metric = self.subject.metric
         if before.status == "FINISHED" and f"final/{metric}" in before.metrics:
