@@ -277,6 +277,36 @@ def check(
     return worst
 
 
+def build_checked(
+    out_dir: str | os.PathLike[str], tolerance: float
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Build into `out_dir`, load and check: the build record, and the largest errors by
+    device/dtype/tensor. A library that fails its check counts as not built.
+
+    Raises:
+        BuildError: it does not compile, or a float32 error is above `tolerance`.
+        RuntimeError: an error beyond the tolerance of its dtype.
+    """
+    record = build(out_dir)
+    try:
+        library.load_library(out_dir)
+        errors = {
+            f"{device}/{key.replace(' ', '/')}": value
+            for device in devices()
+            for key, value in check(device).items()
+        }
+        largest = max(value for key, value in errors.items() if "/float32/" in key)
+        if largest > tolerance:
+            raise BuildError(
+                f"the float32 operator differs from the reference by {largest:.3g}, more than"
+                f" build_op.tolerance={tolerance:.3g}"
+            )
+    except BaseException:  # an interrupt too: nobody checked this library
+        withdraw(out_dir)
+        raise
+    return record, errors
+
+
 def main(argv: list[str] | None = None) -> int:
     """Build, load and check; returns the exit status."""
     parser = argparse.ArgumentParser(

@@ -4,7 +4,7 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from pipelines.paths import ROOT
-from pipelines.run.stage import Stage, run_stage
+from pipelines.run.stage import Stage, StageRun, run_stage
 
 
 def build_and_check(folder: str, tolerance: float) -> tuple[dict[str, Any], dict[str, float]]:
@@ -13,48 +13,15 @@ def build_and_check(folder: str, tolerance: float) -> tuple[dict[str, Any], dict
     Raises:
         PipelineError: no compiler, a failed build, or float32 errors above `tolerance`.
     """
-    from ops import load_library
-    from ops.build import BuildError, build, check, devices, withdraw
+    from ops.build import BuildError, build_checked
 
     try:
-        record = build(folder)
+        return build_checked(folder, tolerance)
     except BuildError as error:
         raise PipelineError(str(error)) from None
-    try:
-        load_library(folder)
-        errors = {
-            f"{device}/{key.replace(' ', '/')}": value
-            for device in devices()
-            for key, value in check(device).items()
-        }
-        largest = max(value for key, value in errors.items() if "/float32/" in key)
-        if largest > tolerance:
-            raise PipelineError(
-                f"the float32 operator differs from the reference by {largest:.3g}, more than"
-                f" build_op.tolerance={tolerance:.3g}"
-            )
-    except BaseException:  # an interrupt too: nobody checked this library
-        withdraw(folder)
-        raise
-    return record, errors
 
 
-def check_library() -> None:
-    """Refuse a library that this machine's torch or processor can't use.
-
-    Raises:
-        PipelineError: not built, or built for something else; says what differs.
-    """
-    from ops import StaleLibraryError
-    from ops.library import verify
-
-    try:
-        verify(ROOT / "build/op")
-    except (FileNotFoundError, StaleLibraryError) as error:
-        raise PipelineError(str(error)) from None
-
-
-def run(stage: Stage, _: Any) -> None:
+def run(stage: StageRun, _: None) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -77,5 +44,7 @@ def run(stage: Stage, _: Any) -> None:
     stage.write_metrics({"nodes": len(nodes), **errors})
 
 
+STAGE = Stage("build_op", __doc__ or "", run)
+
 if __name__ == "__main__":
-    run_stage("build_op", __doc__ or "", run)
+    run_stage(STAGE)

@@ -1,21 +1,10 @@
-"""Train Mask R-CNN on the COCO data, from the pretrained weights."""
+"""Train a detector on the COCO data, from the pretrained weights."""
 
-from typing import Any
+from pipelines.run.stage import run_stage
+from pipelines.tasks import TASKS
+from pipelines.tasks.training import training_stage
 
-from pipelines.params import Params
-from pipelines.run.stage import Stage, run_stage
-from pipelines.tasks import dense as mm_stage
-
-HEADLINE = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
-
-
-def check(params: Params) -> dict[str, Any]:
-    return mm_stage.check("detect", "coco", params)
-
-
-def run(stage: Stage, checked: dict[str, Any]) -> None:
-    mm_stage.run(stage, checked, HEADLINE)
-
+STAGE = training_stage(TASKS["detect"], __doc__ or "")
 
 if __name__ == "__main__":
-    run_stage("detect", __doc__ or "", run, check)
+    run_stage(STAGE)

@@ -7,28 +7,26 @@ they are (archives are unpacked first) and leaves only their manifests in `data/
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import card, images
-from pipelines.data import dataset as places
-from pipelines.data.checks import DataError
-from pipelines.data.demo import draw as demo
-from pipelines.data.manifest import MANIFEST, write_json
-from pipelines.data.public import archives, verify
+from pipelines.data.errors import DataError
+from pipelines.data.files import write_json
+from pipelines.data.layout import DATASETS
+from pipelines.data.manifest import MANIFEST
 from pipelines.params import Params
-from pipelines.run.stage import Stage, run_stage
+from pipelines.run.stage import Stage, StageRun, run_stage
 
 
 def check(params: Params) -> None:
     if params.prepare.source == "public" and not any(
-        getattr(params.data, name) for name in demo.DATASETS
+        getattr(params.data, name) for name in DATASETS
     ):
         raise DataError(
-            "prepare.source is public, but data.imagenet, data.coco and data.ade20k are null: set"
-            " those you have to their folders (`-S data.imagenet=...`), or take the demo's data"
-            " sets with `-S prepare.source=demo`"
+            "prepare.source is public, but data.imagenet, data.coco and data.ade20k are null",
+            "Set those that you have to their folders (`-S data.imagenet=...`), or take the"
+            " demo's data sets with `-S prepare.source=demo`",
         )
 
 
-def run(stage: Stage, _: Any) -> None:
+def run(stage: StageRun, _: None) -> None:
     root = stage.output("data")
     make = draw if stage.section.source == "demo" else take
     metrics: dict[str, Any] = {}
@@ -42,12 +40,13 @@ def run(stage: Stage, _: Any) -> None:
     stage.write_metrics(metrics)
 
 
-def draw(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
+def draw(stage: StageRun, root: Path) -> dict[str, dict[str, Any]]:
     """Draw the demo's data sets; their manifests."""
     import ray
 
+    from pipelines.data.demo import draw as demo
     from pipelines.run.display import track
-    from pipelines.run.fit import on_this_node
+    from pipelines.run.session import on_this_node
 
     render = ray.remote(demo.render_shard).options(scheduling_strategy=on_this_node())
     tasks = [render.remote(shard, str(root)) for shard in demo.shards(stage.section)]
@@ -55,41 +54,26 @@ def draw(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
     return demo.finish(stage.section, root, records)
 
 
-def take(stage: Stage, root: Path) -> dict[str, dict[str, Any]]:
+def take(stage: StageRun, root: Path) -> dict[str, dict[str, Any]]:
     """Unpack and verify the public data sets that are there; their manifests."""
-    from pipelines.run.fit import each
+    from pipelines.data import dataset
+    from pipelines.data.public import card
+    from pipelines.data.public.take import take_one
+    from pipelines.run.session import each
 
     manifests = {}
     (root / "cards").mkdir(parents=True)
-    for name in demo.DATASETS:
+    for name in DATASETS:
         if getattr(stage.params.data, name) is None:
             write_json(root / name / MANIFEST, {"dataset": name, "absent": True}, indent=1)
             continue
         manifests[name] = take_one(stage.params, name, each)
         write_json(root / name / MANIFEST, manifests[name], indent=1)
-        card.write_public_card(root, name, manifests[name], places.locate(stage.params, name))
+        card.write_public_card(root, name, manifests[name], dataset.locate(stage.params, name))
     return manifests
 
 
-def take_one(params: Params, name: str, each: verify.Each) -> dict[str, Any]:
-    """The manifest of data set `name`, unpacked and verified.
-
-    Raises:
-        DataError: what is wrong with it.
-    """
-    given, storage = places.given_place(params, name), places.storage(params)
-    unpacked = not images.is_url(given) and archives.found(Path(given), name)
-    place = places.locate(params, name)
-    if unpacked:
-        archives.unpack(Path(given), name, Path(place), each)
-    section = params.prepare
-    expected = getattr(section, name)
-    manifest = verify.verify(name, place, section, expected, storage, each)
-    if unpacked:
-        # The next time, and for whoever else is given this folder, its sizes are enough.
-        write_json(Path(place) / MANIFEST, manifest, indent=1)
-    return manifest
-
+STAGE = Stage("prepare", __doc__ or "", run, check)
 
 if __name__ == "__main__":
-    run_stage("prepare", __doc__ or "", run, check)
+    run_stage(STAGE)

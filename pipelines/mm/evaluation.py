@@ -4,13 +4,17 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
+from pipelines.mm.config import build_config, test_time_augmentation
 from pipelines.mm.hooks import PREDICTIONS, evaluate
 from pipelines.mm.loop import unwrapped
-from pipelines.mm.train import Job, build_config, make_runner, test_time_augmentation
-from pipelines.run.reporter import Reporter
+from pipelines.mm.train import make_runner
+from pipelines.train.job import Job
+
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
 
 
 def build_model(job: Job) -> Any:
@@ -24,7 +28,7 @@ def build_model(job: Job) -> Any:
 
 
 def predict(
-    job: Job, weights: Mapping[str, Any], ms_flip: bool, folder: Path, reporter: Reporter
+    job: Job, weights: Mapping[str, Any], ms_flip: bool, folder: Path, reporter: "Reporter"
 ) -> dict[str, float]:
     """Write predictions to `folder` and return what mmdet's or mmseg's own evaluation says.
 

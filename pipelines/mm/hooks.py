@@ -1,7 +1,6 @@
 """How mmengine's Runner reports, resumes exactly, and keeps what it predicted."""
 
 import io
-import json
 import math
 import shutil
 import tempfile
@@ -9,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,15 +19,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from pipelines.errors import PipelineError
+from pipelines.mm.checkpoint import (
+    STATE,
+    read_checkpoint,
+    write_begun,
+    write_history,
+    write_state,
+)
 from pipelines.mm.loop import unwrapped
-from pipelines.run.reporter import Reporter
 from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, communication, peak_flops
 from pipelines.train.resume import Requests
 
-STATE = "state.pt"
-BEGUN = "begun.json"
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
+
 WEIGHTS = "model.safetensors"
-HISTORY = "history.json"
 CONFIG = "config.py"
 PREDICTIONS = "predictions"
 
@@ -47,7 +52,7 @@ class ReportHook(Hook):
     the evaluators' `predictions` come with it, at the end of the last `model.safetensors`.
 
     Args:
-        reporter: see `pipelines.run.reporter.Reporter`.
+        reporter: see `pipelines.train.reporter.Reporter`.
         folder: scratch folder of the checkpoint; the evaluators write into its `predictions`.
         resumed: folder of the checkpoint to go on from; None starts.
         checkpoint_minutes: between checkpoints within an epoch; 0 for none.
@@ -64,7 +69,7 @@ class ReportHook(Hook):
 
     def __init__(
         self,
-        reporter: Reporter,
+        reporter: "Reporter",
         folder: Path,
         resumed: Path | None,
         checkpoint_minutes: float,
@@ -85,17 +90,13 @@ class ReportHook(Hook):
         self._requests = Requests(self.reporter, self.minutes, loop.device)
         if not self.resumed:
             return
-        # Not mmengine's: its checkpoints are pickles that can run code.
-        state = torch.load(self.resumed / STATE, map_location=loop.device, weights_only=True)
-        loop.load_state_dict(state)
-        self.history = json.loads((self.resumed / HISTORY).read_text())
-        if (self.resumed / BEGUN).is_file():
-            begun = json.loads((self.resumed / BEGUN).read_text())
-            self._epoch, self._row = begun["epoch"], begun["row"]
-            if self._row:  # all but the validation was done
-                self.folder.mkdir(parents=True)
-                shutil.copy(self.resumed / STATE, self.folder)
-                runner.val_loop.run()
+        kept = read_checkpoint(self.resumed, loop.device)
+        loop.load_state_dict(kept.state)
+        self.history, self._epoch, self._row = kept.history, kept.epoch, kept.row
+        if self._row:  # all but the validation was done
+            self.folder.mkdir(parents=True)
+            shutil.copy(self.resumed / STATE, self.folder)
+            runner.val_loop.run()
 
     def before_train_epoch(self, runner: Any) -> None:
         self._before = self._epoch or {"losses": [], "seconds": 0.0, "phases": {}}
@@ -215,7 +216,7 @@ class ReportHook(Hook):
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         if self.reporter.rank == 0:
-            torch.save(state, self.folder / STATE)
+            write_state(self.folder, state)
 
     def _keep(self, stopping: bool) -> None:
         """A checkpoint of an epoch that is not over, or not validated."""
@@ -223,8 +224,7 @@ class ReportHook(Hook):
         if self.reporter.rank == 0:
             kept = Path(tempfile.mkdtemp(dir=self.folder.parent))
             (kept / STATE).hardlink_to(self.folder / STATE)  # the end of the epoch needs it too
-            (kept / HISTORY).write_text(json.dumps(self.history))
-            (kept / BEGUN).write_text(json.dumps({"epoch": self._epoch, "row": self._row}))
+            write_begun(kept, self.history, self._epoch, self._row)
         self.reporter.keep(kept)
         self._requests.kept()
         if stopping:
@@ -236,7 +236,7 @@ class ReportHook(Hook):
         reported = {name: value for name, value in self._row.items() if name != "epoch"}
         self._row = {}
         if self.reporter.rank == 0:
-            (self.folder / HISTORY).write_text(json.dumps(self.history, indent=1))
+            write_history(self.folder, self.history)
             runner.cfg.dump(self.folder / CONFIG)
             if epoch + 1 == runner.max_epochs:
                 state = unwrapped(runner).state_dict()

@@ -11,7 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
-from pipelines.train.loading import seed_all
+from pipelines.train.loading import isolated_random, seed_all
 
 
 def epoch_seed(seed: int, epoch: int, rank: int) -> int:
@@ -134,5 +134,6 @@ class TrainingDataset(Dataset[Any]):
         if not isinstance(key, tuple):
             return self.dataset[key]
         seed, index = key
-        seed_all(seed)
-        return self.dataset[index]
+        with isolated_random():
+            seed_all(seed)
+            return self.dataset[index]

@@ -57,9 +57,6 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def run_epoch(self) -> None:
         first, rng = self._passes, self._rng
         self._passes, self._rng = 0, None
-        seed = epoch_seed(self.seed, self.epoch, self.runner.rank)
-        seed_all(seed)
-        torch.cuda.manual_seed(seed)
         # Whole steps in each epoch: gradients in between are in no checkpoint.
         passes = len(self.dataloader)
         self.runner.optim_wrapper.initialize_count_status(self.runner.model, first, passes)
@@ -68,7 +65,11 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self.dataloader.batch_sampler.first = first
         self.clock = StepClock(self.device)
         batches = iter(self.dataloader)
-        if rng:  # after the iterator, which draws a number too
+        # After the iterator, which draws a number where loader processes do not live on.
+        seed = epoch_seed(self.seed, self.epoch, self.runner.rank)
+        seed_all(seed)
+        torch.cuda.manual_seed(seed)
+        if rng:
             set_rng_state(rng[self.runner.rank], self.device)
         for index, batch in enumerate(batches, first):
             self.clock.mark("data")

@@ -1,65 +1,29 @@
-"""mmengine's Runner inside a Ray Train worker: parameters to config, and the run itself."""
+"""mmengine's Runner as a training loop: in one process, or in each of torch's process group."""
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mmengine.config import Config, ConfigDict
-from mmengine.config import utils as config_utils
+import torch
+from mmengine.config import Config
 
-from pipelines.errors import PipelineError
-from pipelines.mm.hooks import PREDICTIONS, ReportHook, Stopped
-from pipelines.params import Detect, Downstream, Params, Segment
-from pipelines.run.reporter import RayReporter, Reporter
+from pipelines.mm.config import build_config, test_time_augmentation
+from pipelines.mm.hooks import ReportHook, Stopped
+from pipelines.train.job import Job
 
-CONFIGS = Path(__file__).parent / "configs"
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
+
 REPORT_INTERVAL = 10
-# mmengine looks for the distribution `mmsegmentation`, which other distributions provide too;
-# by its module mmseg is found whoever provides it.
-config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to train a detector or a segmentor."""
-
-    stage: str
-    """`detect` or `segment`."""
-    params: Params
-    data: str
-    """Folder of the data set."""
-    classes: tuple[str, ...]
-    weights: str | None
-    """File with the backbone's weights; None starts from scratch."""
-    left_out: tuple[str, ...] = ()
-    """Paths in the data set of files that `prepare` could not decode."""
-    flops: float | None = None
-    """Of one image's forward pass, for the MFU on GPUs."""
-
-    @property
-    def section(self) -> Downstream:
-        """The stage's own parameters."""
-        return getattr(self.params, self.stage)
-
-
-def train_loop_per_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    reporter = RayReporter(config["reporting"])
-    try:
-        train(config["job"], reporter)
-    finally:
-        reporter.close()
-
-
-def train(job: Job, reporter: Reporter) -> None:
+def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
     """Train and validate, from the reporter's checkpoint if there is one.
 
     Where the reporter is stopping, this returns after a checkpoint. One call per process:
-    mmengine's logger, message hub and visualizer are singletons.
+    mmengine's logger, message hub and visualizer are singletons, and it chooses the device itself.
     """
     work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
     try:
@@ -85,7 +49,6 @@ def train(job: Job, reporter: Reporter) -> None:
 
 def make_runner(config: Config, work: Path) -> Any:
     """mmengine's Runner below `work`, one of `torch.distributed`'s processes where it runs."""
-    import torch
     from mmengine.runner import Runner
 
     config.work_dir = str(work / "runner")
@@ -101,250 +64,3 @@ def make_runner(config: Config, work: Path) -> Any:
             "gradient_as_bucket_view": True,
         }
     return Runner.from_cfg(config)
-
-
-def config_name(stage: str, method: str, schedule: str) -> str:
-    """Name of the config of a method and a schedule, in the manner of mmdet and mmseg.
-
-    The backbone's size is not part of it: the parameters choose that.
-    """
-    neck, data = {"detect": ("_fpn", "_coco"), "segment": ("", "_ade20k-512x512")}[stage]
-    return f"{method}_elsa-swin{neck}_{schedule}" + ("" if schedule == "demo" else data)
-
-
-def build_config(job: Job, folder: Path, workers: int) -> Config:
-    """The stage's mmengine config with everything that the parameters decide.
-
-    Args:
-        folder: where the evaluators write predictions.
-        workers: how many processes share the global batch.
-
-    Raises:
-        PipelineError: no config for this method and schedule, or one for other classes.
-    """
-    section = job.section
-    name = config_name(job.stage, section.method, section.schedule)
-    if not (CONFIGS / f"{name}.py").is_file():
-        raise PipelineError(
-            f"{job.stage}.method={section.method}, {job.stage}.schedule={section.schedule}:"
-            f" there is no config {name} in pipelines/mm/configs"
-        )
-    config = Config.fromfile(CONFIGS / f"{name}.py")
-    _set_model(config.model, job)
-    _set_data(config, job, workers)
-    evaluators = {"detect": _coco_evaluators, "segment": _ade20k_evaluators}[job.stage]
-    config.val_evaluator = evaluators(job, folder / PREDICTIONS)
-    config.test_evaluator = config.val_evaluator
-    _set_optimizer(config, job)
-
-    config.randomness = {"seed": section.seed}
-    hooks = {k: v for k, v in config.get("default_hooks", {}).items() if k != "visualization"}
-    config.default_hooks = hooks | {"checkpoint": None}  # ReportHook saves
-    config.visualizer.vis_backends = config.vis_backends = []
-    config.env_cfg.mp_cfg.mp_start_method = "spawn"  # a fork of a Ray worker can hang
-    config.env_cfg.cudnn_benchmark = False
-    return config
-
-
-def _set_optimizer(config: Config, job: Job) -> None:
-    """Optimizer, precision, schedule and length; the loop counts passes, the parameters steps."""
-    section = job.section
-    wrapper = config.optim_wrapper
-    wrapper.optimizer.update(lr=section.scaled_lr(), weight_decay=section.weight_decay)
-    if section.clip_grad:
-        wrapper.clip_grad = {"max_norm": section.clip_grad}
-    if section.accumulate > 1:
-        wrapper.accumulative_counts = section.accumulate
-    precision = _precision(section, job.params.scaling.use_gpu)
-    if precision:
-        # bfloat16 has the range of float32: nothing to scale.
-        scale = "dynamic" if precision == "float16" else {"enabled": False}
-        wrapper.update(type="AmpOptimWrapper", dtype=precision, loss_scale=scale)
-
-    warmup, decay = config.param_scheduler
-    warmup.end = section.warmup_iters * section.accumulate
-    decay.end = section.epochs
-    if isinstance(section, Segment) and not decay.by_epoch:
-        decay.begin = warmup.end
-        decay.end = section.epochs * section.epoch_iters * section.accumulate
-    if "T_max" in decay:
-        decay.T_max = section.epochs
-    milestones = section.milestones if isinstance(section, Detect) else ()
-    if "milestones" in decay:
-        decay.milestones = list(milestones)
-    elif milestones:
-        raise PipelineError(
-            f"{job.stage}.milestones={list(milestones)}: the schedule {section.schedule} has no"
-            " steps; leave them empty"
-        )
-    if not section.warmup_iters:
-        config.param_scheduler = [decay]
-    config.train_cfg = {
-        "type": "ResumableTrainLoop",
-        "seed": section.seed,
-        "max_epochs": section.epochs,
-        "val_interval": section.val_interval,
-    }
-
-
-def _precision(section: Downstream, use_gpu: bool) -> str | None:
-    """`bfloat16` or `float16` of automatic mixed precision, None for float32."""
-    import torch
-
-    if section.amp == "none" or not use_gpu:
-        return None
-    if section.amp != "auto":
-        return section.amp
-    native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    return "bfloat16" if native else "float16"
-
-
-def _set_model(model: ConfigDict, job: Job) -> None:
-    section, params = job.section, job.params.model
-    backbone: dict[str, Any] = {"drop_path_rate": section.drop_path_rate}
-    if params.name.startswith("elsa_swin_"):
-        backbone |= {"type": "ELSASwin", "arch": {"name": params.name, **params.overrides()}}
-    else:
-        backbone |= {"type": "TimmBackbone", "model_name": params.name, **params.overrides()}
-    channels = _channels(backbone)
-    if section.with_cp:
-        backbone["with_cp"] = True
-    if job.weights:
-        backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": job.weights}
-    for key in ("out_indices", "frozen_stages"):
-        if key in model.backbone:
-            backbone[key] = model.backbone[key]
-    model.backbone = ConfigDict(backbone)
-    (model.neck if "neck" in model else model.decode_head).in_channels = channels
-    if "auxiliary_head" in model:
-        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
-    for part in _dicts(model):
-        if "num_classes" in part:
-            part.num_classes = section.num_classes
-        if part.get("class_weight") and len(part.class_weight) != section.num_classes:
-            raise PipelineError(
-                f"{job.stage}.schedule={section.schedule} weighs {len(part.class_weight)} classes,"
-                f" but {job.stage}.num_classes is {section.num_classes}; use another schedule"
-            )
-        if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
-            part.type = "BN"  # synchronised, it has no CPU kernel
-
-
-def _channels(backbone: dict[str, Any]) -> list[int]:
-    import torch
-    from mmengine.registry import MODELS
-
-    import pipelines.mm  # noqa: F401  registers the backbones
-
-    with torch.device("meta"):
-        return MODELS.build(dict(backbone)).out_channels
-
-
-def _set_data(config: Config, job: Job, workers: int) -> None:
-    section = job.section
-    loader = {"num_workers": section.data_workers, "persistent_workers": False}
-    per_pass = section.batch_size // (workers * section.accumulate)
-    config.train_dataloader.update(batch_size=per_pass, **loader)
-    normed = per_pass * (workers if job.params.scaling.use_gpu else 1)
-    if (
-        normed < 2
-        and "decode_head" in config.model
-        and "BN" in config.model.decode_head.norm_cfg.type
-    ):
-        raise PipelineError(
-            f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one: lower"
-            f" {job.stage}.accumulate={section.accumulate} or raise"
-            f" {job.stage}.batch_size={section.batch_size}"
-        )
-    if isinstance(section, Segment) and section.epoch_iters:
-        samples = section.epoch_iters * section.batch_size // workers
-        config.train_dataloader.sampler = {"type": "IntervalSampler", "samples": samples}
-    config.val_dataloader.update(loader)
-    for dataloader in (config.train_dataloader, config.val_dataloader):
-        dataloader.dataset.update(data_root=job.data, metainfo={"classes": job.classes})
-    _set_sizes(config, job)
-    config.test_dataloader = config.val_dataloader
-    training = config.train_dataloader
-    training.batch_sampler = {
-        "type": "ResumableBatchSampler",
-        "inner": training.get("batch_sampler"),
-        "seed": section.seed if section.data_workers else None,
-    }
-    training.dataset = {
-        "type": "TrainingDataset",
-        "dataset": training.dataset,
-        "left_out": [f"{job.data}/{name}" for name in job.left_out],
-    }
-
-
-def _set_sizes(config: Config, job: Job) -> None:
-    """Scale all sizes of the pipelines so that the evaluated image's short side is `img_size`."""
-    section = job.section
-    crop = (section.crop_size,) * 2 if isinstance(section, Segment) else None
-    pipeline = config.val_dataloader.dataset.pipeline
-    evaluated = next(part.scale for part in pipeline if part.type == "Resize")
-
-    def scaled(size: tuple[int, int], factor: float = 1.0) -> tuple[int, ...]:
-        return tuple(round(side * factor * section.img_size / min(evaluated)) for side in size)
-
-    parts = [
-        part
-        for key in ("train_dataloader", "val_dataloader", "tta_pipeline")
-        for part in _dicts(config.get(key, {}))
-    ]
-    for part in parts:
-        if "scale_factor" in part:  # of the test-time augmentation: relative to the evaluated size
-            part.scale = scaled(evaluated, part.pop("scale_factor"))
-        elif "scale" in part:
-            part.scale = scaled(part.scale)
-        if "scales" in part:
-            part.scales = [scaled(scale) for scale in part.scales]
-        if "crop_size" in part:
-            part.crop_size = crop or scaled(part.crop_size)
-    if crop:
-        config.model.data_preprocessor.size = crop
-
-
-def _coco_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
-    return [
-        {
-            "type": "CocoMetric",
-            "ann_file": f"{job.data}/annotations/instances_val2017.json",
-            "metric": ["bbox", "segm"],
-            "outfile_prefix": str(predictions / "coco"),
-            "collect_device": "gpu",  # by messages, not by files that ranks share
-        }
-    ]
-
-
-def _ade20k_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
-    return [
-        {"type": "IoUMetric", "iou_metrics": ["mIoU"], "collect_device": "gpu"},
-        {"type": "MaskImages", "folder": str(predictions)},
-    ]
-
-
-def test_time_augmentation(config: Config) -> dict[str, Any] | None:
-    """What `ReportHook` evaluates after the last epoch, for configs that have `tta_model`."""
-    if "tta_model" not in config or config.default_scope != "mmseg":
-        return None
-    loader = config.val_dataloader.to_dict()
-    loader["dataset"]["pipeline"] = config.tta_pipeline
-    evaluator = [e for e in config.val_evaluator if e["type"] != "MaskImages"]
-    return {
-        "model": config.tta_model.to_dict(),
-        "dataloader": loader,
-        "evaluator": evaluator,
-        "suffix": "_ms_flip",
-    }
-
-
-def _dicts(value: Any) -> Iterator[ConfigDict]:
-    """All dicts inside a config, at any depth."""
-    if isinstance(value, dict):
-        yield value
-        for item in value.values():
-            yield from _dicts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _dicts(item)

@@ -1,9 +1,9 @@
-"""Run identity: the same inputs have the same id, and one process at a time holds it.
+"""Run identity: equal inputs have the same id, and one process at a time holds it.
 
-The inputs of a stage are the parameters and `deps` that `dvc.yaml` lists for it: DVC
-decides by them whether to run, and the id derived here names the Ray Train run and is a
-tag of the MLflow run. So starting a stage again resumes its unfinished run, and a changed
-input starts a new one.
+The inputs of a stage are what `dvc.yaml` says of it: the parameters and `deps` that DVC tracks,
+and the code that computes the result (`meta.code`: modules, of which all that they load counts).
+The id names the Ray Train run and is a tag of the MLflow run. So starting a stage again resumes its
+unfinished run, and a changed input starts a new one.
 """
 
 import fcntl
@@ -11,100 +11,187 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 
+from ops.library import code_digest as cpp_digest
+from ops.library import computing_part
+from pipelines.data.files import sha256_file, write_whole
+from pipelines.data.weights import weights_file
 from pipelines.errors import PipelineError
-from pipelines.params import Params
+from pipelines.params import Params, flatten
 from pipelines.paths import ROOT
+from pipelines.run.code import closure, code_digest
 
-# What decides only where things are and how often a run is tried again, not its result.
-NOT_IDENTIFYING = {
-    "storage": None,
-    "data": None,
-    "scaling": {"max_failures", "min_workers", "cpus_per_worker", "gpus_per_worker", "wait_s"},
-}
+CPP = (".cpp", ".cu", ".h")
+NOT_IDENTIFYING = ("tasks",)
+"""What DVC must see to run a stage, and the stage itself looks at: which of them are there."""
 
 
 class HeldError(PipelineError):
     """Another process runs the same stage with the same inputs."""
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What makes a stage's result, by names that a person reads."""
+
+    stage: str
+    params: Mapping[str, Any]
+    """Values by dotted name."""
+    code: Mapping[str, str]
+    """Digests by file."""
+    data: Mapping[str, str]
+    """Digests by path."""
+
+    @property
+    def identity(self) -> str:
+        """Twelve hex digits. The names of files of code do not count, their content does."""
+        counted = [self.stage, self.params, sorted(self.code.values()), self.data]
+        return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
+
+    def differences(self, other: "Inputs") -> list[str]:
+        """What differs from another run's inputs, each as a few words."""
+        values = [
+            f"{name} ({json.dumps(other.params.get(name))} there, {json.dumps(value)} here)"
+            for name, value in self.params.items()
+            if other.params.get(name) != value
+        ]
+        gone = [name for name in other.params if name not in self.params]
+        files = [
+            name
+            for ours, theirs in ((self.code, other.code), (self.data, other.data))
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        ]
+        return [*values, *gone, *files]
+
+
 def stage_definition(stage: str, root: Path = ROOT) -> dict[str, Any]:
     """The stage's entry in `dvc.yaml`."""
-    return YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"][stage]
+    entry: dict[str, Any] = YAML(typ="safe").load((root / "dvc.yaml").read_text())["stages"][stage]
+    return entry
 
 
-def stage_identity(stage: str, params: Params, root: Path = ROOT) -> str:
-    """Twelve hex digits from the stage's parameters and the content of its `deps`.
+def stage_inputs(stage: str, params: Params, root: Path = ROOT) -> Inputs:
+    """The inputs of a stage with these parameters, as this checkout has them.
 
     Raises:
         PipelineError: a dependency does not exist.
     """
     definition = stage_definition(stage, root)
-    sections = [name for name in definition.get("params", []) if isinstance(name, str)]
-    resolved = params.model_dump(mode="json")
-    inputs: dict[str, Any] = {"stage": stage, "params": {}, "deps": {}}
-    for section in sections:
-        if section == "recipe":
-            continue  # a name; its values count
-        dropped = NOT_IDENTIFYING.get(section, set())
-        if dropped is not None:
-            values = {k: v for k, v in resolved[section].items() if k not in dropped}
-            if values.get("weights"):  # what they are counts, not where
-                values["weights"] = content_digest(weights_file(values["weights"], root))
-            inputs["params"][section] = values
-    for dep in definition.get("deps", []):
-        if "${" in dep:
-            continue  # the recipe's file: its values are in the parameters
-        inputs["deps"][dep] = content_digest(root / dep)
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
+    meta, sources, data = definition["meta"], {}, {}
+    for given in definition.get("deps", []):
+        dep = given.replace("${sweep.space}", params.sweep.space)
+        if not dep.startswith(("ops/", "elsa/", "pipelines/")):
+            data[dep] = content_digest(root / dep)
+        elif not dep.endswith(".py"):  # the files that a module loads come with it
+            sources |= source_digests(root / dep, root)
+    return Inputs(
+        stage,
+        _values(definition.get("params", []), params, root),
+        _digests(_modules(meta, params), root) | sources,
+        data,
+    )
 
 
-def weights_file(given: str, root: Path = ROOT) -> Path:
-    """The file with weights: `given`, or `model.safetensors` in that folder; relative to `root`.
+def stage_identity(stage: str, params: Params, root: Path = ROOT) -> str:
+    """The id of the stage's inputs."""
+    return stage_inputs(stage, params, root).identity
 
-    Raises:
-        PipelineError: there is none.
-    """
-    path = root / Path(given).expanduser()
-    path = path / "model.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise PipelineError(
-            f"weights {given}: there is no such file, nor a folder with model.safetensors. Give a"
-            " checkpoint, or a folder such as weights/pretrain, made by `dvc repro` or `dvc pull`"
-        )
-    return path
+
+def outputs_digest(stage: str, root: Path = ROOT) -> str:
+    """Of the code that writes a stage's outputs from what a run computed (`meta.outputs`)."""
+    modules = stage_definition(stage, root)["meta"].get("outputs", [])
+    return hashlib.sha256(json.dumps(sorted(_digests(modules, root).values())).encode()).hexdigest()
+
+
+def _modules(meta: Mapping[str, Any], params: Params) -> list[str]:
+    models = meta.get("code_of_models", {})
+    chosen = [models[prefix] for prefix in models if params.model.name.startswith(prefix)]
+    return [*meta["code"], *chosen]
+
+
+def _digests(modules: list[str], root: Path) -> dict[str, str]:
+    digests = {name: code_digest(root / name) for name in sorted(closure(modules, root))}
+    return {name: digest for name, digest in digests.items() if digest}
+
+
+def _values(names: list[str], params: Params, root: Path) -> dict[str, Any]:
+    flat = flatten(params.model_dump(mode="json"))
+    values = {
+        key: value
+        for name in names
+        for key, value in flat.items()
+        if (key == name or key.startswith(f"{name}.")) and name not in NOT_IDENTIFYING
+    }
+    for key, value in values.items():
+        if key.endswith(".weights") and value:  # what they are counts, not where
+            values[key] = sha256_file(weights_file(value, root))
+    return values
+
+
+def source_digests(path: Path, root: Path) -> dict[str, str]:
+    """Digests of the files of code or configuration at `path`, comments left out; by file."""
+    _require(path)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    digests = {}
+    for file in files:
+        if not file.is_file() or file.suffix == ".md" or "__pycache__" in file.parts:
+            continue
+        if file.suffix == ".py":
+            digest = code_digest(file)
+        elif file.suffix in CPP:
+            digest = cpp_digest(file)
+        elif file.suffix == ".yaml":
+            value = YAML(typ="safe").load(file.read_text())
+            digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        else:
+            digest = sha256_file(file)
+        digests[file.relative_to(root).as_posix()] = digest
+    return digests
 
 
 def content_digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, its manifest's digest if it has one, else all its files.
+    """SHA-256 of a file, or of what counts in a folder of outputs.
 
-    Documentation (`.md`) in a folder does not count: rewording it must not train anew.
+    Of weights that is the tensors and the model, not which run made them; of a compiled operator
+    its sources and flags, not the machine; of a data set its manifest.
 
     Raises:
         PipelineError: `path` does not exist.
     """
+    _require(path)
     if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        raise PipelineError(
-            f"{path.name}: missing; it is an input of this stage. Run `dvc repro`, which makes it"
-        )
+        return sha256_file(path)
     if (path / "manifest.json").is_file():
-        return content_digest(path / "manifest.json")
-    digest = hashlib.sha256()
-    for item in sorted(path.rglob("*")):
-        if item.is_file() and item.suffix != ".md" and "__pycache__" not in item.parts:
-            digest.update(f"{item.relative_to(path)}\0{content_digest(item)}\n".encode())
-    return digest.hexdigest()
+        return sha256_file(path / "manifest.json")
+    if (path / "model.json").is_file():
+        model = json.loads((path / "model.json").read_text())["model"]
+        parts: Any = [model, sha256_file(path / "model.safetensors")]
+    elif (path / "build.json").is_file():
+        parts = computing_part(json.loads((path / "build.json").read_text()))
+    else:
+        parts = [
+            [item.relative_to(path).as_posix(), sha256_file(item)]
+            for item in sorted(path.rglob("*"))
+            if item.is_file()
+        ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise PipelineError(
+            f"{path.name} is missing, and it is an input of this stage",
+            "Run `dvc repro`, which makes it",
+        )
 
 
 @dataclass
@@ -112,32 +199,47 @@ class RunState:
     """What is remembered of an identity between processes, in `state.json`."""
 
     attempt: int = 1
-    """Raised by `--force`: the same inputs trained anew."""
+    """Raised by `--force`: the same inputs computed anew."""
     mlflow_run_id: str | None = None
-    metrics_md5: str | None = None
-    """MD5 of the metrics file of the finished run, as `dvc.lock` records it."""
+    metrics: str | None = None
+    """The metrics file of the finished run, whole. None: it has not finished."""
+    outputs: str = ""
+    """`outputs_digest` of the code that wrote the outputs."""
+    inputs: dict[str, Any] = field(default_factory=dict)
+    """`Inputs` of the run, to tell what differs from another."""
 
     @classmethod
     def load(cls, folder: Path) -> "RunState":
+        """What `folder` holds; of a new identity, a new state."""
         path = folder / "state.json"
         return cls(**json.loads(path.read_text())) if path.exists() else cls()
 
     def save(self, folder: Path) -> None:
+        """Write it, whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "state.json", json.dumps(asdict(self), indent=2))
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text)
-    aside.replace(path)
+def unfinished_runs(inputs: Inputs, runs: Path) -> list[tuple[str, list[str]]]:
+    """Names of the unfinished runs of the same stage, the last one first, and what differs.
+
+    Args:
+        runs: folder of all runs' states.
+    """
+    found = []
+    folders = runs.glob(f"{inputs.stage}-{'[0-9a-f]' * 12}")
+    for folder in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True):
+        if not (folder / "state.json").is_file():
+            continue
+        state = RunState.load(folder)
+        if state.mlflow_run_id and state.metrics is None and state.inputs:
+            found.append((folder.name, inputs.differences(Inputs(**state.inputs))))
+    return found
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Hold `folder`'s identity while the block runs; the lock goes with the process.
+    """Hold `folder`'s identity while the block runs; the lock ends with the process.
 
     Raises:
         HeldError: another process holds it; says which, where and since when.
@@ -149,8 +251,8 @@ def hold(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             lock.seek(0)
             raise HeldError(
-                f"{folder.name} is being run already by {lock.read().strip() or 'another process'};"
-                " wait for it, or end that process and start again to resume"
+                f"{folder.name} is already running: {lock.read().strip() or 'another process'}",
+                "Wait for it, or end that process and start again to resume",
             ) from None
         lock.seek(0)
         lock.truncate()

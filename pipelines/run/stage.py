@@ -1,42 +1,55 @@
 """A pipeline stage from start to end: parameters, identity, lock, Ray, MLflow, outputs."""
 
 import argparse
-import csv
 import hashlib
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from ruamel.yaml import YAML
+from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params
+from pipelines.params import Params, flatten, load_params
 from pipelines.paths import ROOT, SHARED
-from pipelines.run.identity import RunState, hold, stage_definition, stage_identity
+from pipelines.run import dvc
+from pipelines.run.identity import (
+    Inputs,
+    RunState,
+    hold,
+    outputs_digest,
+    stage_definition,
+    stage_inputs,
+    unfinished_runs,
+)
+
+if TYPE_CHECKING:
+    from pipelines.run.session import Session
+    from pipelines.run.tracking import Tracker
+
+RUNS = SHARED / ".runs"
 
 
-class Stage:
-    """What a stage's code gets: its parameters, where to write, and its MLflow run.
+class StageRun:
+    """One run of a stage: its parameters, where it writes, and its MLflow run.
 
     Attributes:
         name: stage, file, `dvc.yaml` entry and section of the parameters.
-        params: all resolved parameters.
+        params: all parameters.
         identity: id of the stage's inputs.
-        run_name: name of the Ray Train run, `<stage>-<identity>`.
-        tracker: the stage's MLflow run.
+        run_name: name of the Ray Train run, `<stage>-<identity>`, with the attempt if forced.
     """
 
-    def __init__(self, name: str, params: Params, identity: str) -> None:
-        self.name, self.params, self.identity = name, params, identity
-        self.folder = SHARED / ".runs" / f"{name}-{identity}"
-        self.state = RunState.load(self.folder)
-        self.run_name = self.folder.name
-        self.tracker: Any = None
+    def __init__(self, name: str, params: Params, identity: str, state: RunState) -> None:
+        self.name, self.params, self.identity, self.state = name, params, identity, state
+        self.folder = RUNS / f"{name}-{identity}"
+        attempt = f"-{state.attempt}" if state.attempt > 1 else ""
+        self.run_name = f"{self.folder.name}{attempt}"
+        self._tracker: Tracker | None = None
+        self._session: Session | None = None
         self._staged = self.folder / "outputs"
         self._started = time.monotonic()
 
@@ -45,6 +58,24 @@ class Stage:
         """The stage's own parameters."""
         return getattr(self.params, self.name)
 
+    @property
+    def tracker(self) -> "Tracker":
+        """The stage's MLflow run, while the stage runs."""
+        assert self._tracker, "the outputs of a finished run are written again without MLflow"
+        return self._tracker
+
+    @property
+    def session(self) -> "Session":
+        """The connected Ray, while the stage runs."""
+        assert self._session, "the outputs of a finished run are written again without Ray"
+        return self._session
+
+    @property
+    def mlflow_run_id(self) -> str:
+        """Of this run, also after it has finished."""
+        assert self.state.mlflow_run_id
+        return self.state.mlflow_run_id
+
     def output(self, path: str) -> Path:
         """Where to write the output `path` of `dvc.yaml`; it appears there when the stage ends."""
         staged = self._staged / path
@@ -52,87 +83,158 @@ class Stage:
         return staged
 
     def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """`metrics/<stage>.json`, with the identity and the MLflow run, and MLflow's summary."""
-        values = dict(metrics) | {"wall_time_s": round(time.monotonic() - self._started, 1)}
-        self.tracker.log_summary(values)
-        values |= {"identity": self.identity, "mlflow_run_id": self.tracker.run_id}
-        self.output(f"metrics/{self.name}.json").write_text(json.dumps(values, indent=2) + "\n")
+        """`metrics/<stage>.json`, with the identity and the MLflow run, and MLflow's summary.
 
-    def write_curves(self, history: Sequence[Mapping[str, float]]) -> None:
-        """`plots/<stage>/curves.csv`, one row per epoch, for DVC plots and the report."""
-        folder = self.output(f"plots/{self.name}")
-        folder.mkdir(exist_ok=True)
-        columns = list(dict.fromkeys(key for row in history for key in row))
-        with (folder / "curves.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(history)
+        Of a finished run the file is that of its end, whatever is passed.
+        """
+        text = self.state.metrics
+        if text is None:
+            values = dict(metrics) | {"wall_time_s": round(time.monotonic() - self._started, 1)}
+            self.tracker.log_summary(values)
+            values |= {"identity": self.identity, "mlflow_run_id": self.mlflow_run_id}
+            text = json.dumps(values, indent=2) + "\n"
+        self.output(f"metrics/{self.name}.json").write_text(text)
 
 
-def run_stage(
-    name: str,
-    description: str,
-    run: Callable[[Stage, Any], None],
-    check: Callable[[Params], Any] = lambda params: None,
-) -> None:
-    """The command line of a stage: `check` its inputs, then `run` it.
+@dataclass(frozen=True)
+class Stage:
+    """What a stage does, for `run_stage`."""
 
-    `check` sees the parameters, before anything is started or locked; what it returns is
-    handed to `run`. Ends the process with code 1 and one message for an error that a user
-    can mend, 130 when interrupted.
+    name: str
+    about: str
+    """For `--help`."""
+    run: Callable[[StageRun, Any], None]
+    """Computes and writes all outputs. It gets what `check` returned."""
+    check: Callable[[Params], Any] = lambda params: None
+    """Looks at the inputs before anything starts; raises PipelineError."""
+    export: Callable[[StageRun, Any], bool] | None = None
+    """Writes the outputs of a finished run again, from what its storage holds, without Ray and
+    MLflow. Returns False where that is gone."""
+    included: Callable[[Params], bool] = lambda params: True
+    """Whether the parameters ask for this stage (`tasks`)."""
+    trials: bool = False
+    """It runs trials of a sweep."""
+
+
+def run_stage(stage: Stage) -> None:
+    """The command line of a stage.
+
+    The process ends with code 1 and one message for an error that a user can fix, and with 130
+    when it is interrupted.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m pipelines.{name}", description=description)
-    parser.add_argument(
-        "--force", action="store_true", help="run anew even if a run with these inputs exists"
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{stage.name}", description=stage.about
     )
-    arguments = parser.parse_args()
+    parser.add_argument(
+        "--force", action="store_true", help="run anew even if an unfinished run could be resumed"
+    )
+    forced = parser.parse_args().force
     try:
         params = load_params()
-        checked = check(params)
-        _run(name, params, checked, run, arguments.force)
+        if stage.included(params):
+            _run(stage, params, stage.check(params), forced)
+        else:
+            _leave_out(stage.name)
     except PipelineError as error:
-        sys.exit(f"error: {name}: {error}")
+        sys.exit(f"error: {stage.name}: {error}")
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; start it again to resume", file=sys.stderr)
+        print(f"{stage.name}: interrupted; start it again to resume", file=sys.stderr)
         sys.stderr.flush()
         os._exit(130)  # threads of Ray and MLflow must not turn this into success
 
 
-def _run(
-    name: str, params: Params, checked: Any, run: Callable[[Stage, Any], None], force: bool
-) -> None:
-    stage = Stage(name, params, stage_identity(name, params))
-    with hold(stage.folder):
-        # Imported late: they take seconds, and bad parameters should be told at once.
-        from pipelines.run import fit as launch
-        from pipelines.run import tracking
+def _run(stage: Stage, params: Params, checked: Any, forced: bool) -> None:
+    inputs = stage_inputs(stage.name, params)
+    folder = RUNS / f"{stage.name}-{inputs.identity}"
+    with hold(folder):
+        state = RunState.load(folder)
+        # DVC's --force begins a new run where the last one has finished: the same command again
+        # resumes what it began.
+        if (forced and state.mlflow_run_id) or (state.metrics and dvc.is_forced(stage.name)):
+            state = RunState(attempt=state.attempt + 1)
+        elif state.metrics is not None:
+            if _reuse(stage, StageRun(stage.name, params, inputs.identity, state), checked):
+                return
+            _say(stage.name, "its inputs are those of a finished run whose results are gone")
+            state = RunState(attempt=state.attempt + 1)
+        elif not state.mlflow_run_id:
+            _tell_differences(inputs)
+        state.inputs = asdict(inputs)
+        _compute(stage, StageRun(stage.name, params, inputs.identity, state), checked)
 
-        stage.state = RunState.load(stage.folder)
-        if force or _forced_by_dvc(stage):
-            stage.state = RunState(attempt=stage.state.attempt + 1)
-        if stage.state.attempt > 1:
-            stage.run_name = f"{stage.run_name}-{stage.state.attempt}"
-        shutil.rmtree(stage._staged, ignore_errors=True)
-        with launch.ray_session(trials=name == "sweep"):
-            stage.tracker = tracking.start_run(
-                name, pipeline_name(params), _tags(stage), stage.state.mlflow_run_id
-            )
-            stage.state.mlflow_run_id = stage.tracker.run_id
-            stage.state.save(stage.folder)
-            stage.tracker.log_params(_logged_params(stage))
-            stage.tracker.log_dict(params.model_dump(mode="json"), "params.json")
-            try:
-                run(stage, checked)
-                _publish(stage)
-            except BaseException as error:
-                stage.tracker.fail(error)
-                if isinstance(error, tracking.TrackingError):
-                    raise PipelineError(
-                        f"MLflow does not answer: {tracking.without_password(str(error))}. What is"
-                        " trained is kept: start the stage again when it does"
-                    ) from error
-                raise
-            stage.tracker.finish()
+
+def _reuse(stage: Stage, run: StageRun, checked: Any) -> bool:
+    """Bring back the outputs of a finished run; whether that was possible."""
+    metrics, digest = run.state.metrics, outputs_digest(stage.name)
+    assert metrics is not None
+    if run.state.outputs == digest and dvc.restore_outputs(stage.name, metrics):
+        _say(stage.name, "its inputs are those of a finished run: its outputs are restored")
+        return True
+    shutil.rmtree(run._staged, ignore_errors=True)
+    if stage.export is None or not stage.export(run, checked):
+        return False
+    _publish(run, digest)
+    _say(stage.name, "its inputs are those of a finished run: its outputs are written again")
+    return True
+
+
+def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
+    # Imported late: they take seconds, and bad parameters should be told at once.
+    from pipelines.run import session, tracking
+
+    shutil.rmtree(run._staged, ignore_errors=True)
+    with session.ray_session(trials=stage.trials) as run._session:
+        tags = _tags(run)
+        tracker = tracking.start_run(
+            run.name, pipeline_name(run.params), tags, run.state.mlflow_run_id
+        )
+        run._tracker, run.state.mlflow_run_id = tracker, tracker.run_id
+        run.state.save(run.folder)
+        tracker.log_params(_logged_params(run))
+        tracker.log_dict(run.params.model_dump(mode="json"), "params.json")
+        try:
+            stage.run(run, checked)
+            _publish(run, outputs_digest(stage.name))
+        except BaseException as error:
+            tracker.fail(error)
+            if isinstance(error, tracking.TrackingError):
+                raise PipelineError(
+                    f"MLflow does not answer: {tracking.without_password(str(error))}. What is"
+                    " trained is kept",
+                    "Start the stage again when it answers",
+                ) from error
+            raise
+        tracker.finish()
+
+
+def _say(stage: str, text: str) -> None:
+    print(f"{stage}: {text}", file=sys.stderr, flush=True)
+
+
+def _tell_differences(inputs: Inputs) -> None:
+    """Why a new run begins although an unfinished one of the stage exists."""
+    for name, differences in unfinished_runs(inputs, RUNS)[:1]:
+        shown = ", ".join(differences[:6]) + (", ..." if len(differences) > 6 else "")
+        _say(
+            inputs.stage,
+            f"this is a new run: the unfinished run {name} has other inputs: {shown}",
+        )
+
+
+def _leave_out(stage: str) -> None:
+    """Write outputs that say that `tasks` leaves this stage out."""
+    text = "This stage was left out: `tasks` in params.yaml does not name its task.\n"
+    for path in dvc.outputs_of(stage_definition(stage)):
+        target = ROOT / path
+        if target.is_dir():
+            shutil.rmtree(target)
+        if target.suffix == ".json":
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps({"left_out": True}) + "\n")
+        else:
+            target.mkdir(parents=True)
+            (target / "README.md").write_text(text)
+    _say(stage, "left out, as `tasks` does not name its task")
 
 
 def pipeline_name(params: Params) -> str:
@@ -141,48 +243,37 @@ def pipeline_name(params: Params) -> str:
     return os.environ.get("DVC_EXP_NAME") or f"{params.recipe}-{digest}"
 
 
-def _tags(stage: Stage) -> dict[str, str]:
+def _tags(run: StageRun) -> dict[str, str]:
     from pipelines.run import tracking
 
     return {
-        "stage": stage.name,
-        "identity": stage.identity,
-        "ray_run": stage.run_name,
-        "recipe": stage.params.recipe,
+        "stage": run.name,
+        "identity": run.identity,
+        "ray_run": run.run_name,
+        "recipe": run.params.recipe,
         "dvc_stage": os.environ.get("DVC_STAGE", ""),
         "dvc_exp": os.environ.get("DVC_EXP_NAME", ""),
         **tracking.git_tags(),
     }
 
 
-def _logged_params(stage: Stage) -> dict[str, Any]:
-    """The sections of the parameters that the stage depends on, by `dvc.yaml`."""
-    resolved = stage.params.model_dump(mode="json")
-    sections = [s for s in stage_definition(stage.name).get("params", []) if isinstance(s, str)]
-    return {section: resolved[section] for section in sections}
+def _logged_params(run: StageRun) -> dict[str, Any]:
+    """The parameters that DVC tracks for the stage, by dotted name."""
+    names = stage_definition(run.name).get("params", [])
+    return {
+        key: value
+        for key, value in flatten(run.params.model_dump(mode="json")).items()
+        if any(key == name or key.startswith(f"{name}.") for name in names)
+    }
 
 
-def _forced_by_dvc(stage: Stage) -> bool:
-    """DVC runs a stage again whose last result it has recorded: `dvc repro --force`.
-
-    A finished run that `dvc.lock` does not hold was killed before DVC recorded it; its
-    outputs are made again from its checkpoint instead.
-    """
-    if not (os.environ.get("DVC_STAGE") and stage.state.metrics_md5):
-        return False
-    lock = ROOT / "dvc.lock"
-    stages = YAML(typ="safe").load(lock.read_text())["stages"] if lock.exists() else {}
-    outs = stages.get(stage.name, {}).get("outs", [])
-    return stage.state.metrics_md5 in [out.get("md5") for out in outs]
-
-
-def _publish(stage: Stage) -> None:
+def _publish(run: StageRun, digest: str) -> None:
     """Move the staged outputs to where `dvc.yaml` names them, whole, then mark the run finished."""
-    paths = outputs_of(stage.name)
-    missing = [path for path in paths if not (stage._staged / path).exists()]
+    paths = dvc.outputs_of(stage_definition(run.name))
+    missing = [path for path in paths if not (run._staged / path).exists()]
     if missing:
-        raise RuntimeError(f"stage {stage.name} did not write {', '.join(missing)}")
-    metrics = (stage._staged / f"metrics/{stage.name}.json").read_bytes()
+        raise RuntimeError(f"stage {run.name} did not write {', '.join(missing)}")
+    metrics = (run._staged / f"metrics/{run.name}.json").read_text()
     for path in paths:
         target = ROOT / path
         if target.is_dir() and not target.is_symlink():
@@ -190,15 +281,8 @@ def _publish(stage: Stage) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         # Not one rename: on a cluster data/ and .runs/ are mounts of their own.
         aside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.move(stage._staged / path, aside)
+        shutil.move(run._staged / path, aside)
         aside.replace(target)
-    shutil.rmtree(stage._staged)
-    stage.state.metrics_md5 = hashlib.md5(metrics, usedforsecurity=False).hexdigest()
-    stage.state.save(stage.folder)
-
-
-def outputs_of(stage: str) -> list[str]:
-    """Paths of all outputs, metrics and plots of a stage in `dvc.yaml`."""
-    definition = stage_definition(stage)
-    entries = [e for kind in ("outs", "metrics", "plots") for e in definition.get(kind, [])]
-    return [e if isinstance(e, str) else next(iter(e)) for e in entries]
+    shutil.rmtree(run._staged)
+    run.state.metrics, run.state.outputs = metrics, digest
+    run.state.save(run.folder)

@@ -1,109 +1,135 @@
-"""What the stages `detect` and `segment` share: checks before, outputs after."""
+"""What detection and segmentation share: mmengine's loop, started from the pretrained weights."""
 
-import json
-import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipelines.data import dataset as places
-from pipelines.data.weights import check_architecture, read_description
+from pipelines.data.weights import WeightsDescription, check_architecture, read_description
+from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
-from pipelines.run.stage import Stage
+from pipelines.results.outputs import dense_result, write_dense
+from pipelines.tasks.task import Job, Loop, Prediction, Result, Task, require_operator
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from pipelines.run.stage import StageRun
+    from pipelines.train.reporter import Reporter
 
 PRETRAINED = ROOT / "weights" / "pretrain"
 
 
-def check(name: str, dataset: str, params: Params) -> dict[str, Any]:
-    """Check data, pretrained weights and config of a stage; what `run` needs of them.
+class DenseTask(Task):
+    """A task that mmengine trains, in `pipelines.mm.train`."""
+
+    loop_metric: ClassVar[str] = "train/loss"
+    weights: ClassVar[str] = "model.safetensors"
+
+    def check(self, params: Params) -> Job:
+        from pipelines.mm.config import build_config
+
+        require_operator()
+        weights = None
+        if self.section(params).pretrained:
+            check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
+            weights = str(PRETRAINED / "model.safetensors")
+        job = Job(self.stage, params, self.find_dataset(params), weights)
+        build_config(job, ROOT, params.scaling.num_workers)
+        if params.scaling.use_gpu:
+            from pipelines.train.cost import model_flops
+
+            flops = model_flops(*self.step_model(params))
+            job = Job(self.stage, params, job.dataset, weights, flops)
+        return job
+
+    def check_for_trials(self, params: Params) -> Job:
+        # With pretrained weights, whether a trial uses them or not.
+        section = self.section(params).model_copy(update={"pretrained": True})
+        return self.check(params.model_copy(update={self.stage: section}))
+
+    def trial(self, job: Job, params: Params) -> Job:
+        weights = job.weights if self.section(params).pretrained else None
+        return Job(self.stage, params, job.dataset, weights, job.flops)
+
+    @property
+    def loop(self) -> Loop:
+        from pipelines.mm.train import train
+
+        return train
+
+    def result(self, folder: Path) -> Result:
+        return dense_result(folder)
+
+    def write_results(self, run: "StageRun", folder: Path, job: Job) -> None:
+        write_dense(folder, run.output(f"results/{self.stage}"), run.output(f"plots/{self.stage}"))
+
+    def epoch_score(self, params: Params) -> str:
+        return self.metric
+
+    def model(self, params: Params) -> dict[str, Any]:
+        section = self.section(params)
+        return super().model(params) | {"method": section.method, "schedule": section.schedule}
+
+    def upstream(self, job: Job) -> WeightsDescription | None:
+        return read_description(PRETRAINED) if job.weights else None
+
+    def published_as(self, params: Params) -> dict[str, str]:
+        section = self.section(params)
+        return {"method": section.method, "schedule": section.schedule}
+
+    def evaluation_model(self, what: Prediction) -> "nn.Module":
+        from pipelines.mm.evaluation import build_model
+
+        return build_model(Job(self.stage, what.params, what.dataset))
+
+    def predict(
+        self,
+        what: Prediction,
+        state: "Mapping[str, Tensor]",
+        device: "torch.device",
+        reporter: "Reporter",
+        folder: Path,
+    ) -> None:
+        from pipelines.mm.evaluation import predict
+
+        predict(Job(self.stage, what.params, what.dataset), state, what.ms_flip, folder, reporter)
+
+    def build(self, params: Params) -> "nn.Module":
+        """The whole model that the parameters name, for a count of its cost."""
+        from mmengine.registry import MODELS, init_default_scope
+
+        from pipelines.data.images import Dataset
+        from pipelines.mm.config import build_config
+
+        classes = tuple(str(i) for i in range(self.section(params).num_classes))
+        job = Job(self.stage, params, Dataset(self.dataset, "", classes, {}, ""))
+        config = build_config(job, Path("unused"), params.scaling.num_workers)
+        init_default_scope(config.default_scope)
+        model: nn.Module = MODELS.build(config.model)
+        return model
+
+
+def _pretrained(params: Params) -> WeightsDescription:
+    """The description of the pretrained weights.
 
     Raises:
-        PipelineError, DataError: what does not fit.
+        PipelineError: there are none, or they were changed.
     """
-    from pipelines.mm.train import Job, build_config
-
-    data = places.check(params, dataset, getattr(params, name).num_classes)
-    upstream = None
-    if getattr(params, name).pretrained:
-        upstream = read_description(PRETRAINED)
-        check_architecture(upstream, params.model.model_dump(mode="json"))
-    job = Job(
-        stage=name,
-        params=params,
-        data=data["place"],
-        classes=tuple(data["classes"]),
-        weights=str(PRETRAINED / "model.safetensors") if upstream else None,
-        left_out=data["skipped"],
-    )
-    build_config(job, ROOT, params.scaling.num_workers)
-    if params.scaling.use_gpu:
-        from pipelines.commands.plan import flops, model_of
-
-        job = replace(job, flops=flops(*model_of(params, name)))
-    return {"job": job, "data": data, "upstream": upstream}
-
-
-def run(stage: Stage, checked: dict[str, Any], headline: Sequence[str]) -> None:
-    """Train on Ray and write the stage's outputs, from the last epoch's checkpoint.
-
-    Args:
-        headline: metrics that go into the description of the weights.
-    """
-    from pipelines.mm.train import train_loop_per_worker
-    from pipelines.run.fit import fit
-
-    job, data, upstream = checked["job"], checked["data"], checked["upstream"]
-    if upstream:
-        stage.tracker.set_tags(
-            {"upstream_weights": upstream["sha256"], "upstream_run_id": upstream["mlflow_run_id"]}
+    if "classify" not in params.tasks and not params.pretrain.weights:
+        raise PipelineError(
+            "there are no pretrained weights: `tasks` leaves out classify, and pretrain.weights is"
+            " null",
+            "Set pretrain.weights to a checkpoint, or pretrained=false to start from random ones",
         )
-    name = data["dataset"]
-    stage.tracker.log_dataset(name, data["digest"], Path(name), "training")
-    checkpoint = fit(
-        train_loop_per_worker,
-        {"job": job},
-        stage.params,
-        name=stage.run_name,
-        mlflow_run_id=stage.tracker.run_id,
-        data={name: data["place"]},
-        stops=True,
-    )
-    with checkpoint.as_directory() as folder:
-        _write_outputs(stage, Path(folder), upstream, headline)
+    return read_description(PRETRAINED)
 
 
-def _write_outputs(
-    stage: Stage, folder: Path, upstream: dict[str, Any] | None, headline: Sequence[str]
-) -> None:
-    from safetensors.torch import load_file
+def tensors(value: Any) -> "list[Tensor]":
+    """All tensors in nested lists and tuples."""
+    from torch import Tensor
 
-    from pipelines.data.weights import write_weights
-    from pipelines.mm.hooks import CONFIG, HISTORY, PREDICTIONS, WEIGHTS
-
-    history = json.loads((folder / HISTORY).read_text())
-    speeds = [row["images_per_second"] for row in history]
-    last = {key: value for key, value in history[-1].items() if key not in ("epoch", "val_seconds")}
-    # Epochs are of equal length, so the mean speed is the harmonic mean.
-    metrics = last | {"images_per_second": len(speeds) / sum(1 / speed for speed in speeds)}
-    if "energy_wh" in last:
-        metrics["energy_wh"] = sum(row["energy_wh"] for row in history)
-    model = stage.params.model.model_dump(mode="json")
-    model |= {"method": stage.section.method, "schedule": stage.section.schedule}
-    weights = stage.output(f"weights/{stage.name}")
-    write_weights(
-        weights,
-        load_file(str(folder / WEIGHTS)),
-        model=model,
-        identity=stage.identity,
-        mlflow_run_id=stage.tracker.run_id,
-        metrics={key: metrics[key] for key in headline if key in metrics},
-        upstream=upstream,
-    )
-    shutil.copytree(folder / PREDICTIONS, stage.output(f"results/{stage.name}"))
-    stage.write_curves(history)
-    stage.tracker.log_model(stage.name, weights, model)
-    stage.tracker.log_artifact(folder / CONFIG, "config")
-    stage.tracker.log_artifact(stage.output(f"plots/{stage.name}"))
-    stage.write_metrics({key: round(value, 4) for key, value in metrics.items()})
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in tensors(item)]

@@ -5,32 +5,30 @@ epoch starts from seeds of its own, so it depends on the checkpoint before it an
 else: a resumed run repeats an undisturbed one bit for bit on the CPU.
 """
 
-import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from timm.data import FastCollateMixup, Mixup, create_transform
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, accuracy, random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
-from pipelines.data.images import DataPlace, Images
 from pipelines.errors import PipelineError
-from pipelines.params import Params, Pretrain
-from pipelines.results import scores
-from pipelines.run.reporter import Reporter
+from pipelines.train.checkpoint import read_checkpoint, write_checkpoint
+from pipelines.train.components import (
+    make_loaders,
+    make_mixing,
+    make_model,
+    make_optimizer,
+    make_scheduler,
+)
 from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,
@@ -39,116 +37,92 @@ from pipelines.train.cost import (
     flops_per_image,
     peak_flops,
 )
-from pipelines.train.evaluation import amp_dtype, predict
-from pipelines.train.loading import (
-    MicroBatchSampler,
-    Part,
-    evaluation_loader,
-    make_loader,
-    split_holdout,
-)
-from pipelines.train.models import build_model, load_weights
-from pipelines.train.resume import Requests, gather, rng_state, set_rng_state
+from pipelines.train.evaluation import amp_dtype, predict, scores_of, sums_of_scores
+from pipelines.train.job import Job
+from pipelines.train.models import build_model
+from pipelines.train.resume import Requests, gather, resume_random, rng_state
+
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
 
 REPORT_EVERY = 10
 """Steps between metrics. A GPU's loss is read as often: each reading stalls the GPU."""
 
-FUSED = ("adam", "adamw", "sgd")
-"""Optimizers of torch that update all parameters in one call, far faster on a CPU."""
+
+def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
+    """Train what is left of a run. What every worker calls."""
+    Classifier(job, device, reporter).fit()
+
+
+@dataclass
+class Epoch:
+    """What is known of the epoch that runs."""
+
+    index: int
+    first: int
+    """The step that it begins with: not 0 where a checkpoint was written within it."""
+    loss: float = 0.0
+    """Of all its steps so far, added up."""
+    skipped: int = 0
+    """Steps whose gradients overflowed in float16."""
+    started: float = field(default_factory=time.monotonic)
 
 
 class Classifier:
     """Model, optimizer, schedule, data and state of one training run.
 
     Args:
-        params: sections `model` and `pretrain` are used.
-        data: where the images are, as a folder or as shards.
+        job: its `params` and `dataset` are used.
         device: where to train.
         reporter: who hears of progress, metrics and checkpoints.
     """
 
-    def __init__(
-        self, params: Params, data: DataPlace, device: torch.device, reporter: Reporter
-    ) -> None:
-        self.params: Pretrain = params.pretrain
+    def __init__(self, job: Job, device: torch.device, reporter: "Reporter") -> None:
+        self.job, self.device, self.reporter = job, device, reporter
+        p = self.params = job.params.pretrain
+        scaling = job.params.scaling
         # What a step's images are split for; where pretraining is elastic, fewer may run.
-        self.planned = (
-            params.scaling.num_workers if params.scaling.min_workers else reporter.world_size
-        )
-        self.data, self.device, self.reporter = data, device, reporter
-        p = self.params
+        self.planned = scaling.num_workers if scaling.min_workers else reporter.world_size
         random_seed(p.seed, 0)  # the same initial weights on every rank
-        self.model = build_model(params.model, p.num_classes, p.drop_path_rate).to(device)
-        if p.weights:
-            load_weights(self.model, p)
+        self.model = make_model(job, device)
         self.memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
-        if p.channels_last:
-            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if p.grad_checkpointing:
-            _checkpoint_gradients(self.model, params.model.name)
         self.ema = ModelEmaV3(self.model, decay=p.model_ema_decay) if p.model_ema else None
-        fused: dict[str, Any] = {"fused": True} if p.opt in FUSED else {}
-        self.optimizer = create_optimizer_v2(
-            self.model, opt=p.opt, lr=p.scaled_lr(), weight_decay=p.weight_decay, **fused
-        )
+        self.optimizer = make_optimizer(self.model, p)
         self.amp = amp_dtype(p.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        mixup = {
-            "mixup_alpha": p.mixup,
-            "cutmix_alpha": p.cutmix,
-            "label_smoothing": p.smoothing,
-            "num_classes": p.num_classes,
-        }
-        mixes = p.mixup > 0 or p.cutmix > 0
-        # As in timm's script: where batches are prefetched they are mixed as they are collated.
-        self.prefetch = device.type == "cuda"
-        self.mixup = Mixup(**mixup) if mixes and not self.prefetch else None
-        collate = FastCollateMixup(**mixup) if mixes and self.prefetch else None
-        self.loss: nn.Module = (
-            SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(p.smoothing)
-        )
-        self.train_loader, self.choice_loader, self.val_loader = self._loaders(data, collate)
-        self.steps = self.sampler.steps
-        if not self.steps:
-            raise PipelineError(
-                f"pretrain.batch_size={p.batch_size} is larger than the"
-                f" {len(self.train_loader.dataset)} images to train on; lower it"
-            )
-        self.scheduler, self.epochs = create_scheduler_v2(
-            self.optimizer,
-            sched=p.sched,
-            num_epochs=max(p.epochs, 1),
-            warmup_epochs=p.warmup_epochs,
-            warmup_lr=p.warmup_lr,
-            min_lr=p.min_lr,
-            cooldown_epochs=p.cooldown_epochs,
-            step_on_epochs=not p.sched_on_updates,
-            updates_per_epoch=self.steps,
-        )
-        self.epochs = self.epochs if p.epochs else 0  # no cooldown after nothing
-        distributed = reporter.world_size > 1
+        mixing = make_mixing(p, prefetch=device.type == "cuda")
+        self.mixup, self.loss = mixing.mixup, mixing.loss
+        self.loaders = make_loaders(job, self.planned, device, mixing.collate, reporter)
+        self.steps = self.loaders.sampler.steps
+        self.scheduler, epochs = make_scheduler(self.optimizer, p, self.steps)
+        self.epochs = epochs if p.epochs else 0  # no cooldown after nothing
         self.wrapped = (
             nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-            if distributed
+            if reporter.world_size > 1
             else self.model
         )
         if p.compile:
             self.wrapped.compile()  # in place: the names of the weights stay
-        self.peak: float | None = None
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            self.peak = peak_flops(torch.cuda.get_device_name(device)) if self.amp else None
-        if self.peak:
-            with torch.device("meta"):
-                shape_only = build_model(params.model, p.num_classes)
-            self.flops = flops_per_image(shape_only, p.img_size)
+        self.peak = self._peak()
         self.energy = EnergyMeter(device)
-        self.requests = Requests(reporter, params.storage.checkpoint_minutes, device)
+        self.requests = Requests(reporter, job.params.storage.checkpoint_minutes, device)
         self.start_epoch = 0
         self.begun: dict[str, Any] | None = None
         """Of an epoch that a checkpoint was written in: what is done of it."""
         self.best: dict[str, Any] = {"epoch": -1, "top1": -1.0}
         self.history: list[dict[str, float]] = []
+
+    def _peak(self) -> float | None:
+        """FLOP/s of the GPU, if they are known; then `self.flops` are those of an image."""
+        if self.device.type != "cuda":
+            return None
+        torch.backends.cudnn.benchmark = True
+        peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.amp else None
+        if peak:
+            with torch.device("meta"):
+                shape_only = build_model(self.job.params.model, self.params.num_classes)
+            self.flops = flops_per_image(shape_only, self.params.img_size)
+        return peak
 
     def fit(self) -> None:
         """Train what is left of the epochs, then evaluate the best weights on `val`.
@@ -166,8 +140,8 @@ class Classifier:
             if metrics is None:
                 return
             chosen = self.ema.module if self.ema else self.model
-            name = "val" if self.val_loader is self.choice_loader else "holdout"
-            found = self._evaluate(chosen, self.choice_loader)
+            name = "val" if self.loaders.val is self.loaders.choice else "holdout"
+            found = self._evaluate(chosen, self.loaders.choice)
             metrics |= {f"{name}_{key}": value for key, value in found.items()}
             if found["top1"] > self.best["top1"]:
                 self._keep(chosen, epoch, found["top1"])
@@ -194,9 +168,7 @@ class Classifier:
         """Result of the best weights; on rank 0 with `predictions`."""
         chosen = deepcopy(self.model)
         chosen.load_state_dict(self.best["weights"])
-        predictions = predict(
-            self.params, chosen, self.data, self.device, self.reporter, self.planned
-        )
+        predictions = predict(self.job, chosen, self.device, self.reporter, self.planned)
         if predictions is None:
             return {}
         last = self.history[-1] if self.history else {}
@@ -204,110 +176,86 @@ class Classifier:
         if "energy_wh" in last:
             cost["energy_wh"] = sum(row["energy_wh"] for row in self.history)
         return {
-            **scores.accuracy(predictions),
+            **scores_of(predictions),
             "predictions": predictions,
             "best_epoch": self.best["epoch"] + 1,
             **cost,
             "parameters": sum(p.numel() for p in chosen.parameters()),
         }
 
-    def _loaders(self, data: DataPlace, collate: Any) -> tuple[Any, Any, Any]:
-        p, reporter = self.params, self.reporter
-        train, val_images = data.images("train"), data.images("val")
-        kept, held = split_holdout(len(train), p.holdout, p.seed)
-        train.transform = create_transform(
-            p.img_size,
-            is_training=True,
-            scale=(p.scale_min, 1.0),
-            hflip=p.hflip,
-            color_jitter=p.color_jitter,
-            auto_augment=p.aa or None,
-            interpolation=p.interpolation,
-            re_prob=p.reprob,
-            re_mode="pixel",
-            use_prefetcher=self.prefetch,
-        )
-        part = Part(train, kept, p.seed)
-        # One worker has it too: then a step has the same images on any number of workers.
-        self.sampler = MicroBatchSampler(
-            len(part), p, self.planned, reporter.rank, reporter.world_size, p.data_workers > 0
-        )
-        train_loader = make_loader(
-            p,
-            part,
-            self.device,
-            {"re_prob": p.reprob, "re_mode": "pixel"},
-            batch_sampler=self.sampler,
-            persistent_workers=p.persistent_workers and p.data_workers > 0,
-            collate_fn=collate,
-        )
-
-        def evaluation(images: Images, indices: list[int]) -> Any:
-            own = indices[reporter.rank :: reporter.world_size]
-            return evaluation_loader(p, images, own, p.micro_batch(self.planned), self.device)
-
-        val = evaluation(val_images, list(range(len(val_images))))
-        # A data set of its own: it has another transform than the training images.
-        return train_loader, evaluation(data.images("train"), held) if held else val, val
-
-    def _train_epoch(self, epoch: int) -> dict[str, float] | None:
+    def _train_epoch(self, index: int) -> dict[str, float] | None:
         """Metrics of the epoch; None if it was left after a checkpoint."""
-        p, cuda = self.params, self.device.type == "cuda"
-        random_seed(p.seed + 1000 * (epoch + 1), self.reporter.rank)
+        random_seed(self.params.seed + 1000 * (index + 1), self.reporter.rank)
         begun, self.begun = self.begun, None
-        first = self.sampler.start = begun["step"] if begun else 0
-        self.sampler.epoch = epoch
+        epoch = Epoch(index, begun["step"] if begun else 0)
+        self.loaders.sampler.start, self.loaders.sampler.epoch = epoch.first, index
         self.wrapped.train()
-        if cuda:
+        if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-        started, total_loss, skipped = time.monotonic(), 0.0, 0
-        unread: list[Tensor] = []
-        clock, batches = StepClock(self.device), iter(self.train_loader)
-        if begun:  # after the iterator, which draws a number too
-            skipped = begun["skipped"]
-            total_loss = self._go_on(begun, epoch)
-        steps = self.steps - first
+        clock, batches = StepClock(self.device), iter(self.loaders.train)
+        if begun:
+            epoch.skipped = begun["skipped"]
+            epoch.loss = resume_random(begun, self.params.seed, index, self.reporter, self.device)
         self.requests.kept()
-        for index in range(first, self.steps):
-            step = epoch * self.steps + index
+        if not self._run_steps(epoch, batches, clock):
+            return None
+        self.scheduler.step(index + 1)
+        if epoch.skipped == self.steps:
+            raise PipelineError(
+                f"no step of epoch {index + 1} had finite gradients in float16",
+                "Set pretrain.amp=none or lower pretrain.lr",
+            )
+        return self._epoch_metrics(epoch, clock)
+
+    def _run_steps(self, epoch: Epoch, batches: Iterator[Any], clock: StepClock) -> bool:
+        """The steps of an epoch; False if it was left after a checkpoint."""
+        cuda, unread = self.device.type == "cuda", []
+        for index in range(epoch.first, self.steps):
+            step = epoch.index * self.steps + index
             loss, updated = self._step(batches, step, clock)
             unread.append(loss)
-            skipped += not updated
+            epoch.skipped += not updated
             self.scheduler.step_update(step + 1)
-            if cuda and index % REPORT_EVERY and index + 1 < self.steps:
+            last = index + 1 == self.steps
+            if cuda and index % REPORT_EVERY and not last:
                 continue
             losses = torch.stack(unread).tolist()
             unread.clear()
-            self._check_finite(losses, step, epoch)
+            _check_finite(losses, step, epoch.index)
             for value in losses:
-                total_loss += value
+                epoch.loss += value
             clock.read()
-            self.reporter.progress(
-                (step + 1) * p.batch_size,
-                self.epochs * self.steps * p.batch_size,
-                "img",
-                f"epoch {epoch + 1}/{self.epochs} loss {losses[-1]:.3f}",
-            )
-            if index % REPORT_EVERY == 0:
-                lr = self.optimizer.param_groups[0]["lr"]
-                self.reporter.metrics({"step/loss": losses[-1], "step/lr": lr}, step)
-            if index % REPORT_EVERY == 0 and index + 1 < self.steps:
-                stopping, due = self.requests.read()
-                if stopping or due:
-                    ranks = gather((total_loss, rng_state(self.device)), self.reporter.world_size)
-                    now = {"step": index + 1, "ranks": ranks, "skipped": skipped}
-                    self._save(epoch, None, None, now)
-                    self.requests.kept()
-                if stopping:
-                    return None
-        self.scheduler.step(epoch + 1)
-        if skipped == self.steps:
-            raise PipelineError(
-                f"no step of epoch {epoch + 1} had finite gradients in float16; set"
-                " pretrain.amp=none or lower pretrain.lr"
-            )
-        images_per_second = steps * p.batch_size / (time.monotonic() - started)
-        mean_loss = self._sum(torch.tensor([total_loss, self.steps], dtype=torch.float64))
+            self._report_step(epoch, index, losses[-1])
+            if index % REPORT_EVERY == 0 and not last and self._keep_if_asked(epoch, index + 1):
+                return False
+        return True
+
+    def _report_step(self, epoch: Epoch, index: int, loss: float) -> None:
+        step, size = epoch.index * self.steps + index, self.params.batch_size
+        self.reporter.progress(
+            (step + 1) * size,
+            self.epochs * self.steps * size,
+            "img",
+            f"epoch {epoch.index + 1}/{self.epochs} loss {loss:.3f}",
+        )
+        if index % REPORT_EVERY == 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            self.reporter.metrics({"step/loss": loss, "step/lr": lr}, step)
+
+    def _keep_if_asked(self, epoch: Epoch, done: int) -> bool:
+        """Write a checkpoint after `done` steps if one is due; whether training is to stop."""
+        stopping, due = self.requests.read()
+        if stopping or due:
+            ranks = gather((epoch.loss, rng_state(self.device)), self.reporter.world_size)
+            now = {"step": done, "ranks": ranks, "skipped": epoch.skipped}
+            self._save(epoch.index, None, None, now)
+            self.requests.kept()
+        return stopping
+
+    def _epoch_metrics(self, epoch: Epoch, clock: StepClock) -> dict[str, float]:
+        steps = self.steps - epoch.first
+        images_per_second = steps * self.params.batch_size / (time.monotonic() - epoch.started)
+        mean_loss = self._sum(torch.tensor([epoch.loss, self.steps], dtype=torch.float64))
         metrics = {
             "train_loss": (mean_loss[0] / mean_loss[1]).item(),
             "images_per_second": images_per_second,
@@ -315,8 +263,8 @@ class Classifier:
         metrics |= {f"{phase}_ms": 1000 * s / steps for phase, s in clock.read().items()}
         metrics |= communication(self.wrapped, metrics["backward_ms"])
         if self.scaler.is_enabled():
-            metrics["skipped_steps"] = skipped
-        if cuda:
+            metrics["skipped_steps"] = epoch.skipped
+        if self.device.type == "cuda":
             drawn = self._sum(torch.tensor([self.energy.read()], dtype=torch.float64)).item()
             if math.isfinite(drawn):  # all GPUs tell
                 metrics["energy_wh"] = drawn
@@ -326,21 +274,9 @@ class Classifier:
             metrics["mfu"] = 100 * done / self.peak
         return metrics
 
-    def _go_on(self, begun: Mapping[str, Any], epoch: int) -> float:
-        """Take over the random state of an epoch that was left; the losses so far, added up."""
-        rank, world = self.reporter.rank, self.reporter.world_size
-        losses, states = zip(*begun["ranks"], strict=True)
-        if len(losses) == world:
-            set_rng_state(states[rank], self.device)
-            return losses[rank]
-        # On another number of workers nothing can be repeated; but nothing may be drawn twice.
-        entropy = [self.params.seed, epoch, begun["step"]]
-        random_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0] // 2), rank)
-        return sum(losses) / len(losses)
-
     def _step(self, batches: Iterator[Any], step: int, clock: StepClock) -> tuple[Tensor, bool]:
         """One optimizer step: its mean loss, still on the device, and whether weights changed."""
-        p, shares = self.params, len(self.sampler.shares)
+        p, shares = self.params, len(self.loaders.sampler.shares)
         # DDP takes the mean over the workers, and their shares may differ by one.
         weight = self.planned * p.accumulate / self.reporter.world_size
         self.optimizer.zero_grad()
@@ -380,31 +316,14 @@ class Classifier:
             if not self.params.compile or not type(error).__module__.startswith("torch._"):
                 raise
             raise PipelineError(
-                f"pretrain.compile: torch can't compile this model here: {error}\nSet it to false"
+                f"pretrain.compile: torch can't compile this model here: {error}",
+                "Set it to false",
             ) from error
 
-    def _check_finite(self, losses: list[float], last_step: int, epoch: int) -> None:
-        for step, loss in enumerate(losses, last_step + 1 - len(losses)):
-            if not math.isfinite(loss):
-                raise PipelineError(
-                    f"the loss is {loss} at step {step} (epoch {epoch + 1}); lower pretrain.lr,"
-                    " raise pretrain.warmup_epochs or set pretrain.clip_grad"
-                )
-
-    @torch.inference_mode()
     def _evaluate(self, model: nn.Module, loader: Any) -> dict[str, float]:
         """Exact scores over all ranks, accuracies in percent."""
-        model.eval()
-        sums = torch.zeros(4, dtype=torch.float64, device=self.device)  # top1, top5, loss, images
-        for input, target in loader:
-            input = input.to(self.device, memory_format=self.memory_format)
-            target = target.to(self.device)
-            with self._autocast():
-                output = model(input).float()
-            top1, top5 = accuracy(output, target, topk=(1, min(5, self.params.num_classes)))
-            loss = nn.functional.cross_entropy(output, target)
-            sums += torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target)
-        sums = self._sum(sums)
+        found = sums_of_scores(self.job.params.pretrain, model, loader, self.device)
+        sums = self._sum(found)
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
         return {"top1": top1, "top5": top5, "loss": loss}
 
@@ -431,11 +350,10 @@ class Classifier:
         begun: dict[str, Any] | None = None,
     ) -> None:
         """A checkpoint after `epoch`, or within it after the steps that `begun` tells."""
-        with _temporary_folder() if self.reporter.rank == 0 else nullcontext() as folder:
+        writes = self.reporter.rank == 0
+        with tempfile.TemporaryDirectory() if writes else nullcontext() as scratch:
+            folder = Path(scratch) if scratch else None
             if folder:
-                best = {k: v for k, v in self.best.items() if k != "weights"}
-                if "weights" in self.best:
-                    save_file(self.best["weights"], str(folder / "best.safetensors"))
                 state = {
                     "epoch": epoch - 1 if begun else epoch,
                     "begun": begun,
@@ -443,29 +361,25 @@ class Classifier:
                     "ema": self.ema.module.state_dict() if self.ema else None,
                     "optimizer": self.optimizer.state_dict(),
                     "scaler": self.scaler.state_dict(),
-                    "best": best,
+                    "best": {k: v for k, v in self.best.items() if k != "weights"},
                     "history": self.history,
                 }
-                torch.save(state, folder / "state.pt")
-                if result:
-                    np.savez(folder / "predictions.npz", **result.pop("predictions"))
-                    (folder / "result.json").write_text(
-                        json.dumps(result | {"history": self.history}, indent=2)
-                    )
+                whole = result and result | {"history": self.history}
+                write_checkpoint(folder, state, self.best.get("weights"), whole)
             if metrics is None:
                 self.reporter.keep(folder)
             else:
                 self.reporter.save(metrics, epoch, folder)
 
     def _load(self, folder: Path) -> None:
-        state = torch.load(folder / "state.pt", map_location=self.device, weights_only=True)
+        state, weights = read_checkpoint(folder, self.device)
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.best = dict(state["best"])
-        if (folder / "best.safetensors").is_file():
-            self.best["weights"] = load_file(str(folder / "best.safetensors"))
+        if weights is not None:
+            self.best["weights"] = weights
         self.history, self.start_epoch = state["history"], state["epoch"] + 1
         self.begun = state["begun"]
         if state["scaler"]:  # empty without float16
@@ -475,16 +389,10 @@ class Classifier:
         self.scheduler.step_update(self.start_epoch * self.steps + done)
 
 
-def _checkpoint_gradients(model: nn.Module, name: str) -> None:
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:
-        raise PipelineError(
-            f"pretrain.grad_checkpointing: {name} does not support it; set it to false"
-        ) from error
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def _check_finite(losses: list[float], last_step: int, epoch: int) -> None:
+    for step, loss in enumerate(losses, last_step + 1 - len(losses)):
+        if not math.isfinite(loss):
+            raise PipelineError(
+                f"the loss is {loss} at step {step} (epoch {epoch + 1})",
+                "Lower pretrain.lr, raise pretrain.warmup_epochs or set pretrain.clip_grad",
+            )

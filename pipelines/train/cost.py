@@ -1,14 +1,16 @@
 """What training costs: the time of a step's phases, FLOPs, and the peak of a GPU."""
 
+import copy
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 BACKWARD_FACTOR = 3
 """A backward pass multiplies twice as much as its forward pass. Recomputing does not count."""
@@ -33,22 +35,24 @@ def peak_flops(device_name: str) -> float | None:
     return next((v for k, v in PEAK_FLOPS.items() if k in device_name.lower()), None)
 
 
-def elsa_flops(
-    v: Any, h_attn: Any, ghost_mul: Any, ghost_add: Any, kernel_size: int, *args: Any, **kwargs: Any
-) -> int:
-    """FLOPs of `elsa_attention` from its shapes: weight (2 with ghosts) times value, added up."""
-    out = kwargs["out_shape"]
-    per_tap = 2 + (ghost_mul is not None) + (ghost_add is not None)
-    return per_tap * kernel_size**2 * out[0] * out[1] * out[2] * out[3]
-
-
-def forward_flops(call: Any) -> int:
+def forward_flops(call: Callable[[], Any]) -> int:
     """Multiplications and additions of matrix products, convolutions and ELSA in `call()`."""
-    call_op = getattr(torch.ops.elsa, "elsa_attention", None)
-    ours = {} if call_op is None or call_op in flop_registry else {call_op: elsa_flops}
-    with FlopCounterMode(display=False, custom_mapping=ours) as counter:
+    with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
+
+
+def model_flops(
+    model: nn.Module, forward: Callable[[nn.Module, int, torch.device], list[Tensor]]
+) -> int:
+    """FLOPs of one image's forward pass.
+
+    Args:
+        forward: outputs of a model for a number of empty images on a device.
+    """
+    meta, device = copy.deepcopy(model).to("meta").eval(), torch.device("meta")
+    with torch.no_grad():
+        return forward_flops(lambda: forward(meta, 1, device))
 
 
 @torch.no_grad()

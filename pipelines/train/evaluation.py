@@ -1,18 +1,23 @@
 """Predictions of a classifier for every validation image, by one or several processes."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import accuracy
 from torch import nn
 
-from pipelines.data.images import DataPlace
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain
-from pipelines.run.reporter import Reporter
+from pipelines.train.job import Job
 from pipelines.train.loading import evaluation_loader
+from pipelines.train.schedule import micro_batch
+
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
 
 TOP = 5
 
@@ -28,12 +33,41 @@ def amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 @torch.inference_mode()
+def sums_of_scores(
+    p: Pretrain, model: nn.Module, loader: Any, device: torch.device
+) -> torch.Tensor:
+    """Of the images of `loader`: top-1 and top-5 in percent and the loss, each added up, and their
+    number; float64 of shape (4)."""
+    amp = amp_dtype(p.amp, device)
+    memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for input, target in loader:
+        input, target = input.to(device, memory_format=memory_format), target.to(device)
+        with torch.autocast(device.type, amp) if amp else nullcontext():
+            output = model(input).float()
+        top1, top5 = accuracy(output, target, topk=(1, min(5, p.num_classes)))
+        loss = nn.functional.cross_entropy(output, target)
+        sums += torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target)
+    return sums
+
+
+def scores_of(predictions: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """`top1` and `top5` in percent and `loss` in nats of the arrays that `predict` returns."""
+    right = predictions["classes"] == predictions["target"][:, None]
+    return {
+        "top1": 100 * float(right[:, 0].mean()),
+        "top5": 100 * float(right.any(1).mean()),
+        "loss": float(predictions["loss"].astype(np.float64).mean()),
+    }
+
+
+@torch.inference_mode()
 def predict(
-    p: Pretrain,
+    job: Job,
     model: nn.Module,
-    data: DataPlace,
     device: torch.device,
-    reporter: Reporter,
+    reporter: "Reporter",
     planned: int | None = None,
 ) -> dict[str, np.ndarray] | None:
     """What the model says of each validation image, in the order of the data set.
@@ -45,14 +79,15 @@ def predict(
         on rank 0, arrays of N images: `name` and `target` (N), `classes` and `probabilities` of the
         `TOP` likeliest classes (N, TOP), and the cross-entropy `loss` (N). None elsewhere.
     """
-    rank, workers = reporter.rank, reporter.world_size
-    images = data.images("val")
+    p, rank, workers = job.params.pretrain, reporter.rank, reporter.world_size
+    images = job.dataset.images("val")
     if len(images) < workers:
         raise PipelineError(
-            f"{len(images)} validation images are too few for scaling.num_workers={workers}"
+            f"{len(images)} validation images are too few for scaling.num_workers={workers}",
+            "Lower scaling.num_workers",
         )
     own = list(range(rank, len(images), workers))
-    loader = evaluation_loader(p, images, own, p.micro_batch(planned or workers), device)
+    loader = evaluation_loader(job, images, own, micro_batch(p, planned or workers), device)
     memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]
     amp = amp_dtype(p.amp, device)
@@ -73,15 +108,21 @@ def predict(
             ("target", "classes", "probabilities", "loss"), zip(*found, strict=True), strict=True
         )
     }
-    parts: list[Any] = [None] * workers
+    return _merged(mine, images.filenames(), rank, workers)
+
+
+def _merged(
+    mine: dict[str, np.ndarray], names: list[str], rank: int, workers: int
+) -> dict[str, np.ndarray] | None:
+    """The arrays of all workers, in the order of the images; on rank 0 alone."""
+    parts: list[Any] = [mine]
     if workers > 1:
+        parts = [None] * workers
         dist.all_gather_object(parts, mine)
-    else:
-        parts = [mine]
     if rank:
         return None
-    whole: dict[str, np.ndarray] = {"name": np.array(images.filenames())}
-    whole |= {name: np.empty((len(images), *v.shape[1:]), v.dtype) for name, v in mine.items()}
+    whole: dict[str, np.ndarray] = {"name": np.array(names)}
+    whole |= {name: np.empty((len(names), *v.shape[1:]), v.dtype) for name, v in mine.items()}
     for other, part in enumerate(parts):
         for name, values in part.items():
             whole[name][other::workers] = values

@@ -2,17 +2,20 @@
 
 import multiprocessing
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from timm.data import ImageDataset, create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from pipelines.data.images import Images
-from pipelines.params import Pretrain
+from pipelines.params import Loader, Pretrain
+from pipelines.train.job import Job
+from pipelines.train.schedule import micro_batch
 
 
 def seed_all(seed: int) -> None:
@@ -21,6 +24,50 @@ def seed_all(seed: int) -> None:
     np.random.seed(seed)
     # Not `torch.manual_seed`, which would queue a call for CUDA each time.
     torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def isolated_random() -> Iterator[None]:
+    """Within it random numbers can be seeded and drawn; afterwards this process's are as before.
+
+    So images that a training process loads itself leave no trace in what it draws, and are the same
+    as those of loader processes.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Batch(list[Any]):
+    """The samples of a batch, and the seed of what is drawn when they are collated."""
+
+    seed: int | None = None
+
+
+class Collate:
+    """Collates a `Batch` from its own seed.
+
+    Args:
+        collate: what makes tensors of a list of samples.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, batch: Batch) -> Any:
+        if batch.seed is None:
+            return self.collate(batch)
+        with isolated_random():
+            seed_all(batch.seed)
+            return self.collate(batch)
+
+
+def _seed(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 class Part(ImageDataset):
@@ -45,16 +92,20 @@ class Part(ImageDataset):
         return len(self.indices)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        if isinstance(index, tuple):
-            epoch, index = index
-            entropy = (self.seed, epoch, index)
-            seed_all(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        return self.dataset[self.indices[index]]
+        if not isinstance(index, tuple):
+            return self.dataset[self.indices[index]]
+        epoch, index = index
+        with isolated_random():
+            seed_all(_seed(self.seed, epoch, index))
+            return self.dataset[self.indices[index]]
 
-    def __getitems__(self, indices: list[Any]) -> list[Any]:
+    def __getitems__(self, indices: list[Any]) -> Batch:
         places = (index[1] if isinstance(index, tuple) else index for index in indices)
         self.dataset.prefetch([self.indices[place] for place in places])
-        return [self[index] for index in indices]
+        batch = Batch(self[index] for index in indices)
+        if isinstance(indices[0], tuple):
+            batch.seed = _seed(self.seed, *indices[0], len(indices))
+        return batch
 
 
 class MicroBatchSampler(Sampler[list[Any]]):
@@ -67,14 +118,13 @@ class MicroBatchSampler(Sampler[list[Any]]):
     Args:
         count: images of the data set.
         planned: workers that the parameters ask for.
-        whole: ask for (epoch, index). So loader processes hold no random state: their number, and
-            how long they live, leave no trace in the images.
+
+    It yields lists of (epoch, index), from which an image's augmentation follows. So loader
+    processes hold no random state: their number, and how long they live, leave no trace.
     """
 
-    def __init__(
-        self, count: int, p: Pretrain, planned: int, rank: int, world_size: int, whole: bool
-    ) -> None:
-        self.count, self.p, self.planned, self.whole = count, p, planned, whole
+    def __init__(self, count: int, p: Pretrain, planned: int, rank: int, world_size: int) -> None:
+        self.count, self.p, self.planned = count, p, planned
         self.shares = range(rank, planned * p.accumulate, world_size)
         self.epoch = self.start = 0
 
@@ -91,9 +141,9 @@ class MicroBatchSampler(Sampler[list[Any]]):
             batch = order[step * size : (step + 1) * size]
             for share in self.shares:
                 turn, worker = divmod(share, self.planned)
-                images = self.planned * self.p.micro_batch(self.planned)
+                images = self.planned * micro_batch(self.p, self.planned)
                 indices = batch[turn * images : (turn + 1) * images][worker :: self.planned]
-                yield [(self.epoch, index) for index in indices] if self.whole else indices
+                yield [(self.epoch, index) for index in indices]
 
     def __len__(self) -> int:
         return self.steps * len(self.shares)
@@ -107,7 +157,7 @@ def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[
 
 
 def make_loader(
-    p: Pretrain,
+    p: Loader,
     part: Part,
     device: torch.device,
     erasing: Mapping[str, Any] | None = None,
@@ -127,28 +177,25 @@ def make_loader(
         kwargs |= {
             "multiprocessing_context": "forkserver",
             "prefetch_factor": p.prefetch_factor,
-            # An iterator takes a seed, and that of lasting workers is made only once: taken
-            # from the global generator, it would make epochs differ after a resume.
-            "generator": torch.Generator(),
         }
     loader = DataLoader(
         part,
         num_workers=p.data_workers,
         pin_memory=p.pin_memory and prefetch,
-        collate_fn=collate_fn or (fast_collate if prefetch else None),
+        collate_fn=Collate(collate_fn or (fast_collate if prefetch else default_collate)),
+        # An iterator takes a seed, and that of lasting processes only once: taken from the global
+        # generator, it would make what is drawn depend on how the images are loaded.
+        generator=torch.Generator(),
         **kwargs,
     )
     return PrefetchLoader(loader, device=device, **(erasing or {})) if prefetch else loader
 
 
 def evaluation_loader(
-    p: Pretrain,
-    images: Images,
-    indices: list[int],
-    batch_size: int,
-    device: torch.device,
+    job: Job, images: Images, indices: list[int], batch_size: int, device: torch.device
 ) -> Any:
     """The images at `indices`, in order. Each rank has indices of its own: none counts twice."""
+    p = job.params.pretrain
     mine = Part(images, indices)
     mine.transform = create_transform(
         p.img_size,
@@ -156,4 +203,4 @@ def evaluation_loader(
         interpolation=p.interpolation,
         use_prefetcher=device.type == "cuda",
     )
-    return make_loader(p, mine, device, batch_size=batch_size)
+    return make_loader(job.params.loader, mine, device, batch_size=batch_size)

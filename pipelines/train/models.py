@@ -1,12 +1,15 @@
 """The classifier that the parameters name, and the weights that it starts from."""
 
+from pathlib import Path
+
 import timm
+from safetensors.torch import load_file
 from torch import nn
 
 import elsa
+from pipelines.data.weights import read_description, weights_file
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Pretrain
-from pipelines.run.identity import weights_file
 
 
 def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> nn.Module:
@@ -55,3 +58,13 @@ def load_weights(model: nn.Module, p: Pretrain) -> None:
             f"pretrain.weights={p.weights} has no classifier of pretrain.num_classes="
             f"{p.num_classes}, so that pretrain.epochs=0 has nothing to evaluate; train 1 or more"
         )
+
+
+def load_classifier(folder: Path) -> nn.Module:
+    """The classifier of a weights folder that the stage `pretrain` wrote, in evaluation mode."""
+    description = read_description(folder)
+    state = load_file(str(folder / "model.safetensors"))
+    classes = next(v.shape[0] for k, v in reversed(state.items()) if k.endswith("head.fc.weight"))
+    model = build_model(Model.model_validate(description.model), classes)
+    model.load_state_dict(state)
+    return model.eval()

@@ -1,15 +1,17 @@
-"""What the training loops need to stop within an epoch and to go on exactly there."""
+"""What the training loops need to stop within an epoch and to resume exactly there."""
 
 import random
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import random_seed
 
-from pipelines.run.reporter import Reporter
+if TYPE_CHECKING:
+    from pipelines.train.reporter import Reporter
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def gather(value: Any, world_size: int) -> list[Any]:
 
 
 def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from what `rng_state` gave."""
+    """Resume from what `rng_state` returned."""
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
@@ -41,6 +43,28 @@ def set_rng_state(state: Mapping[str, Any], device: torch.device) -> None:
     np.random.set_state(("MT19937", keys.cpu().numpy().astype(np.uint32), *rest))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
+
+
+def resume_random(
+    begun: Mapping[str, Any], seed: int, epoch: int, reporter: "Reporter", device: torch.device
+) -> float:
+    """Take over the random state of an epoch that a checkpoint was written in.
+
+    Args:
+        begun: of the checkpoint: `step`, and of each rank its losses so far, added up, and its
+            `rng_state`.
+
+    Returns:
+        the losses so far, added up.
+    """
+    losses, states = zip(*begun["ranks"], strict=True)
+    if len(losses) == reporter.world_size:
+        set_rng_state(states[reporter.rank], device)
+        return float(losses[reporter.rank])
+    # On another number of workers nothing can be repeated; but nothing may be drawn twice.
+    entropy = np.random.SeedSequence([seed, epoch, begun["step"]]).generate_state(1)[0]
+    random_seed(int(entropy // 2), reporter.rank)
+    return float(sum(losses) / len(losses))
 
 
 class Requests:
@@ -51,7 +75,7 @@ class Requests:
         device: where the ranks agree.
     """
 
-    def __init__(self, reporter: Reporter, minutes: float, device: torch.device) -> None:
+    def __init__(self, reporter: "Reporter", minutes: float, device: torch.device) -> None:
         self.reporter, self.interval, self.device = reporter, 60 * minutes, device
         self._kept = time.monotonic()
 

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ruamel.yaml import YAML
+
+from pipelines.params import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -101,18 +104,24 @@ def copy_checkout(root: Path) -> None:
         if (ROOT / name).exists() and not written:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name, follow_symlinks=False)
-    params = root / "params.yaml"
-    params.write_text(params.read_text().replace("recipe: demo", "recipe: smoke"))
+    with (root / "params.yaml").open("w") as file:
+        yaml = YAML()
+        yaml.dump(compose(["recipe=smoke"]).model_dump(mode="json"), file)
 
 
-@pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    root = tmp_path_factory.mktemp("workspace")
-    copy_checkout(root)
+def commit_all(root: Path) -> None:
+    """A git repository of the files in `root`."""
     for git in (
         ["init", "-q", "-b", "main"],
         ["add", "-A"],
         ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start"],
     ):
         subprocess.run(["git", *git], cwd=root, check=True)
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    root = tmp_path_factory.mktemp("workspace")
+    copy_checkout(root)
+    commit_all(root)
     return Workspace(root)

@@ -1,13 +1,11 @@
 """Mask R-CNN, 36 epochs with large-scale jitter and crops: mmdet's recipe for Swin.
 
 The backbone, epochs, rates, classes, sizes and paths come from the parameters
-(pipelines/mm/train.py); what stands here for them is that of ELSA-Swin-T.
+(pipelines/mm/config.py); what stands here for them is that of ELSA-Swin-T.
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
-custom_imports = dict(
-    imports=["pipelines.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False
-)
+custom_imports = dict(imports=["elsa.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False)
 
 roi_extractor = dict(type="Float32RoIExtractor")  # RoIAlign has no bfloat16 kernel
 model = dict(

@@ -10,18 +10,23 @@ import timm
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import Runner
+from pipelines.train.reporter import LocalReporter
 from safetensors.torch import load_file, save_file
 
 import elsa
 from elsa.mm import ELSASwin, TimmBackbone
+from pipelines.data.images import Dataset
 from pipelines.errors import PipelineError
-from pipelines.mm.hooks import BEGUN, HISTORY, PREDICTIONS, STATE, WEIGHTS, percentages
+from pipelines.mm.checkpoint import BEGUN, HISTORY, STATE
+from pipelines.mm.config import build_config
+from pipelines.mm.hooks import PREDICTIONS, WEIGHTS, percentages
 from pipelines.mm.loading import epoch_seed
-from pipelines.mm.train import Job, build_config, train
-from pipelines.params import load_params
-from pipelines.run.reporter import LocalReporter
+from pipelines.mm.train import train
+from pipelines.params import compose
+from pipelines.train.job import Job
 
 DATASETS = {"detect": "coco", "segment": "ade20k"}
+CPU = torch.device("cpu")
 SMALL = {"name": "elsa_swin_micro", "depths": (1, 1, 1, 1)}
 
 
@@ -30,21 +35,20 @@ def data(tiny_data):
     return tiny_data
 
 
-def make_job(stage, data, weights=None, **changes):
-    params = load_params("demo")
+def make_job(stage, data, weights=None, loader=None, **changes):
+    params = compose()
     sizes = {"img_size": 96, "batch_size": 4, "base_batch_size": 4, "epochs": 2, "warmup_iters": 1}
     if stage == "segment":
         sizes["crop_size"] = 64
-    section = getattr(params, stage).model_copy(update=sizes | changes)
-    model = params.model.model_validate(SMALL)
-    classes = json.loads((data / DATASETS[stage] / "manifest.json").read_text())["classes"]
-    return Job(
-        stage=stage,
-        params=params.model_copy(update={stage: section, "model": model}),
-        data=str(data / DATASETS[stage]),
-        classes=tuple(classes),
-        weights=str(weights) if weights else None,
-    )
+    updates = {
+        stage: getattr(params, stage).model_copy(update=sizes | changes),
+        "model": params.model.model_validate(SMALL),
+        "loader": params.loader.model_copy(update=loader or {}),
+    }
+    name = DATASETS[stage]
+    classes = tuple(json.loads((data / name / "manifest.json").read_text())["classes"])
+    dataset = Dataset(name, str(data / name), classes, {}, "")
+    return Job(stage, params.model_copy(update=updates), dataset, str(weights) if weights else None)
 
 
 @pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
@@ -152,12 +156,12 @@ def test_configs_build_with_the_parameters(stage, data, tmp_path):
     assert built.optim_wrapper.clip_grad.max_norm == 2.0
     assert built.train_cfg.max_epochs == 7
     assert built.param_scheduler[1].end == 7
-    assert tuple(built.val_dataloader.dataset.metainfo.classes) == job.classes
+    assert tuple(built.val_dataloader.dataset.metainfo.classes) == job.dataset.classes
     init_default_scope(built.default_scope)
     model = MODELS.build(built.model)
     assert len(model.backbone.core.layers[0].blocks) == 1  # the params' depths
     head = model.roi_head.bbox_head if stage == "detect" else model.decode_head
-    assert head.num_classes == len(job.classes)
+    assert head.num_classes == len(job.dataset.classes)
 
 
 def test_a_method_without_a_config_is_refused(data, tmp_path):
@@ -232,11 +236,11 @@ def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
     often = replace(job, params=job.params.model_copy(update={"storage": often}))
     DefaultScope._instance_dict.clear()
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(job, LocalReporter(straight, quiet=True))
+    train(job, CPU, LocalReporter(straight, quiet=True))
     kills, begun = 0, []
     for last in (1, 1, 1, 2, 9):
         try:
-            train(often, KilledReporter(resumed, last))
+            train(often, CPU, KilledReporter(resumed, last))
         except KilledError:
             kills += 1
             begun.append((resumed / BEGUN).is_file())
@@ -262,9 +266,9 @@ def test_a_stopping_run_leaves_a_checkpoint_and_goes_on(data, tmp_path):
     job = make_job("segment", data, val_interval=1)
     DefaultScope._instance_dict.clear()
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    train(job, LocalReporter(straight, quiet=True))
+    train(job, CPU, LocalReporter(straight, quiet=True))
     for after in range(9):  # at each place that looks: in an epoch, before and in a validation
-        train(job, StoppingReporter(stopped, after))
+        train(job, CPU, StoppingReporter(stopped, after))
         if (stopped / WEIGHTS).is_file():
             break
     assert after > 2
@@ -276,7 +280,7 @@ def test_images_depend_on_their_place_in_the_epoch_alone(stage, data, tmp_path):
     """Not on how many loader processes there are, or where in the epoch the run began."""
 
     def batches(data_workers, first):
-        job = make_job(stage, data, batch_size=2, data_workers=data_workers)
+        job = make_job(stage, data, loader={"data_workers": data_workers}, batch_size=2)
         config = build_config(job, tmp_path, 1)
         init_default_scope(config.default_scope)
         loader = Runner.build_dataloader(config.train_dataloader, seed=0)
@@ -286,10 +290,28 @@ def test_images_depend_on_their_place_in_the_epoch_alone(stage, data, tmp_path):
         return [torch.cat([image.flatten() for image in batch["inputs"]]) for batch in loader]
 
     DefaultScope._instance_dict.clear()
-    straight, resumed = batches(2, 0), batches(1, 1)
-    assert len(straight) == 4
-    assert len(resumed) == 3
+    straight, resumed, alone = batches(2, 0), batches(1, 1), batches(0, 2)
+    assert [len(found) for found in (straight, resumed, alone)] == [4, 3, 2]
     assert all(map(torch.equal, straight[1:], resumed))
+    assert all(map(torch.equal, straight[2:], alone))
+
+
+def test_how_images_are_loaded_leaves_no_trace(data, tmp_path):
+    """Loader processes that live on, or none: the same bits."""
+    DefaultScope._instance_dict.clear()
+    for workers in (0, 1):
+        job = make_job("segment", data, loader={"data_workers": workers}, drop_path_rate=0.2)
+        train(job, CPU, LocalReporter(tmp_path / str(workers), quiet=True))
+    assert_same(tmp_path / "0", tmp_path / "1")
+
+
+def test_a_checkpoint_of_another_format_is_rejected(data, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    torch.save({"format": 0}, folder / STATE)
+    DefaultScope._instance_dict.clear()
+    with pytest.raises(PipelineError, match=r"another version of this code.*--force"):
+        train(make_job("segment", data), CPU, LocalReporter(folder, quiet=True))
 
 
 def test_a_checkpoint_is_read_without_running_code(data, tmp_path):
@@ -298,7 +320,7 @@ def test_a_checkpoint_is_read_without_running_code(data, tmp_path):
     torch.save({"model": Harmful(tmp_path / "harm")}, folder / STATE)
     DefaultScope._instance_dict.clear()
     with pytest.raises(pickle.UnpicklingError):
-        train(make_job("segment", data), LocalReporter(folder, quiet=True))
+        train(make_job("segment", data), CPU, LocalReporter(folder, quiet=True))
     assert not (tmp_path / "harm").exists()
 
 

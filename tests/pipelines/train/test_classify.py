@@ -14,16 +14,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+from pipelines.train.reporter import LocalReporter
 from safetensors.torch import load_file
+from timm.data import create_transform
 from torch import multiprocessing
 
-from pipelines.data.images import DataPlace
+from pipelines.data.images import Dataset
 from pipelines.errors import PipelineError
-from pipelines.params import Model, Params, load_params
-from pipelines.run.reporter import LocalReporter
+from pipelines.params import Model, Params, compose
 from pipelines.train.classify import Classifier
+from pipelines.train.components import make_mixing
 from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
 from pipelines.train.evaluation import amp_dtype, predict
+from pipelines.train.job import Job
+from pipelines.train.loading import MicroBatchSampler, Part, make_loader
 
 CPU = torch.device("cpu")
 DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}
@@ -67,16 +71,22 @@ class Recorder(LocalReporter):
         return torch.load(self.folder / "state.pt", weights_only=True)
 
 
-def smoke(**pretrain: Any) -> Params:
+def smoke(loader: Mapping[str, Any] | None = None, **pretrain: Any) -> Params:
     """The smoke recipe, smaller, through the same validation as a user's parameters."""
-    values = load_params("smoke").model_dump()
+    values = compose(["recipe=smoke"]).model_dump()
     values["scaling"]["num_workers"] = 1
+    values["loader"] |= loader or {}
     values["pretrain"] |= {"epochs": 2, "batch_size": 8, "amp": "none"} | pretrain
     return Params.model_validate(values)
 
 
+def job_of(params: Params, data: Path) -> Job:
+    classes = tuple(f"class{label}" for label in range(10))
+    return Job("pretrain", params, Dataset("imagenet", str(data), classes, {}, ""))
+
+
 def fit(params: Params, data: Path, reporter: Recorder) -> Classifier:
-    classifier = Classifier(params, DataPlace(str(data)), CPU, reporter)
+    classifier = Classifier(job_of(params, data), CPU, reporter)
     classifier.fit()
     return classifier
 
@@ -97,7 +107,7 @@ def assert_equal(actual: Any, expected: Any) -> None:
     "settings",
     [
         {"accumulate": 2, "amp": "float16"},
-        {"data_workers": 2, "persistent_workers": True, "sched_on_updates": False},
+        {"loader": {"data_workers": 2}, "sched_on_updates": False},
     ],
     ids=["accumulation and scaler", "workers that live on"],
 )
@@ -157,7 +167,7 @@ def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> N
     row = reporter.epochs[-1]
     assert 0 <= row["communication_ms"] <= row["all_reduce_ms"]
     assert row["all_reduce_ms"] > 0
-    found = predict(params.pretrain, trained.model, DataPlace(str(data)), CPU, reporter)
+    found = predict(job_of(params, data), trained.model, CPU, reporter)
     assert (found is None) == (rank == 1)
     if found:
         np.savez(folder / "predictions.npz", **found)
@@ -175,7 +185,7 @@ def test_elastic_training_sees_the_same_batches_on_any_number_of_workers(
 ) -> None:
     """Two of three workers, with shares of 2 and 1, then one; against three on their own."""
     common = {"opt": "sgd", "lr": 0.05, "drop_path_rate": 0.0, "mixup": 0.0, "holdout": 0.0}
-    params = smoke(**common, batch_size=6, data_workers=1)
+    params = smoke({"data_workers": 1}, **common, batch_size=6)
     for folder in ("whole", "elastic"):
         (tmp_path / folder).mkdir()
     whole, last = Recorder(tmp_path / "whole"), Recorder(tmp_path / "elastic")
@@ -200,9 +210,9 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
         (tmp_path / folder).mkdir()
     one, whole = Recorder(tmp_path / "one"), Recorder(tmp_path / "whole")
     with threads(1):
-        fit(smoke(**common, accumulate=4, data_workers=2), data, one)
-        trained = fit(smoke(**common, data_workers=1, persistent_workers=False), data, whole)
-    two = smoke(**common, accumulate=2, data_workers=1)
+        fit(smoke({"data_workers": 2}, **common, accumulate=4), data, one)
+        trained = fit(smoke({"persistent_workers": False}, **common), data, whole)
+    two = smoke({"data_workers": 1}, **common, accumulate=2)
     two = two.model_copy(
         update={
             "scaling": two.scaling.model_copy(update={"num_workers": 2}),
@@ -219,13 +229,55 @@ def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Pa
             for key in ("train_loss", "val_loss", "val_top1"):
                 assert row[key] == pytest.approx(expected[key], rel=1e-4), key
     # Evaluation alone: every image once and in its place, whoever had it.
-    place = DataPlace(str(data))
-    found = predict(two.pretrain, trained.model, place, CPU, LocalReporter(tmp_path))
+    job = job_of(two, data)
+    place = job.dataset
+    found = predict(job, trained.model, CPU, LocalReporter(tmp_path))
     assert list(found["name"]) == place.images("val").filenames()
     assert found["target"].tolist() == [label for _, label in place.images("val")]
     shared = np.load(tmp_path / "two/predictions.npz")
     np.testing.assert_array_equal(shared["target"], found["target"])
     np.testing.assert_allclose(shared["probabilities"], found["probabilities"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_how_images_are_loaded_leaves_no_trace(data: Path, tmp_path: Path, mixup: float) -> None:
+    """None, one or two loader processes, that live on or not: the same bits."""
+    states = []
+    for loader in (
+        {"data_workers": 0},
+        {"data_workers": 2, "persistent_workers": True},
+        {"data_workers": 1, "persistent_workers": False, "prefetch_factor": 1},
+    ):
+        reporter = Recorder(tmp_path / str(len(states)))
+        reporter.folder.parent.mkdir()
+        fit(smoke(loader, drop_path_rate=0.2, mixup=mixup), data, reporter)
+        states.append(reporter.state)
+    for other in states[1:]:
+        for part in ("model", "ema", "optimizer"):
+            assert_equal(other[part], states[0][part])
+
+
+def test_batches_that_are_mixed_as_they_are_collated_depend_on_their_images_alone(
+    data: Path,
+) -> None:
+    """As on a GPU, where the processes that load also mix."""
+    params = smoke(mixup=0.8, cutmix=1.0)
+    job, p = job_of(params, data), params.pretrain
+    collate = make_mixing(p, prefetch=True).collate
+
+    def batches(workers: int) -> list[Any]:
+        loader = params.loader.model_copy(update={"data_workers": workers})
+        part = Part(job.dataset.images("train"), list(range(60)), p.seed)
+        part.transform = create_transform(32, is_training=True, use_prefetcher=True)
+        sampler = MicroBatchSampler(len(part), p, 1, 0, 1)
+        return list(make_loader(loader, part, CPU, batch_sampler=sampler, collate_fn=collate))
+
+    torch.manual_seed(1)
+    np.random.seed(1)
+    alone = batches(0)
+    np.random.seed(2)
+    assert_equal(alone, batches(2))
+    assert len({float(target.max()) for _, target in alone}) > 1  # it does mix
 
 
 def test_energy_is_what_the_gpus_counter_advanced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,12 +318,12 @@ def test_training_starts_from_given_weights(data: Path, tmp_path: Path, name: st
     for key, value in trained.state_dict().items():
         assert torch.equal(kept[key], value), key
     assert [row["epoch"] for row in reporter.state["history"]] == [0]
-    start = Classifier(changed(), DataPlace(str(data)), CPU, LocalReporter(tmp_path)).model
+    start = Classifier(job_of(changed(), data), CPU, LocalReporter(tmp_path)).model
     assert torch.equal(start.get_classifier().weight, trained.get_classifier().weight)
 
     other = timm.create_model(name, num_classes=12)
     torch.save(other.state_dict(), tmp_path / "weights.pth")
-    start = Classifier(changed(), DataPlace(str(data)), CPU, LocalReporter(tmp_path)).model
+    start = Classifier(job_of(changed(), data), CPU, LocalReporter(tmp_path)).model
     assert start.get_classifier().weight.shape[0] == 10
     same = [torch.equal(v, other.state_dict()[k]) for k, v in start.state_dict().items()]
     assert same.count(False) <= 2  # weight and bias of the classifier
@@ -309,19 +361,19 @@ def test_a_model_that_cannot_be_checkpointed_is_refused(data: Path, tmp_path: Pa
     params = smoke(grad_checkpointing=True)
     params = params.model_copy(update={"model": params.model.__class__(name="pit_ti_224")})
     with pytest.raises(PipelineError, match=r"grad_checkpointing: pit_ti_224 does not support it"):
-        Classifier(params, DataPlace(str(data)), CPU, Recorder(tmp_path))
+        Classifier(job_of(params, data), CPU, Recorder(tmp_path))
 
 
 def test_diverging_run_ends_at_once_and_keeps_no_checkpoint(data: Path, tmp_path: Path) -> None:
     reporter = Recorder(tmp_path)
-    with pytest.raises(PipelineError, match=r"the loss is \S+ at step \d \(epoch 1\); lower"):
+    with pytest.raises(PipelineError, match=r"the loss is \S+ at step \d \(epoch 1\)\. Lower"):
         fit(smoke(opt="sgd", lr=1e30, warmup_epochs=0, clip_grad=0.0), data, reporter)
     assert not reporter.epochs
 
 
 def test_batch_size_that_no_epoch_can_fill_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"batch_size=64 is larger than the 54 images"):
-        Classifier(smoke(batch_size=64), DataPlace(str(data)), CPU, Recorder(tmp_path))
+        Classifier(job_of(smoke(batch_size=64), data), CPU, Recorder(tmp_path))
 
 
 def test_epoch_reports_what_it_cost(data: Path, tmp_path: Path) -> None:

@@ -1,15 +1,13 @@
 """Cascade Mask R-CNN with 4conv1fc boxes, SyncBN and GIoU, 36 epochs: mmdet's heads for ConvNeXt.
 
 The backbone, epochs, rates, classes, sizes and paths come from the parameters
-(pipelines/mm/train.py); what stands here for them is that of ELSA-Swin-T.
+(pipelines/mm/config.py); what stands here for them is that of ELSA-Swin-T.
 """
 
 _base_ = (
     "mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py"
 )
-custom_imports = dict(
-    imports=["pipelines.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False
-)
+custom_imports = dict(imports=["elsa.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False)
 
 roi_extractor = dict(type="Float32RoIExtractor")  # RoIAlign has no bfloat16 kernel
 model = dict(

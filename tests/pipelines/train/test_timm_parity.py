@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipelines.train.reporter import LocalReporter
 from timm.data import ImageDataset, Mixup, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from pipelines.data.images import DataPlace
-from pipelines.params import Params, load_params
-from pipelines.run.reporter import LocalReporter
+from pipelines.data.images import Dataset
+from pipelines.params import Params, compose
 from pipelines.train.classify import Classifier
+from pipelines.train.job import Job
 
 PUBLISHED = {
     "epochs": 300,
@@ -43,12 +44,13 @@ PUBLISHED = {
 
 
 def classifier(data: Path, reporter: LocalReporter, **pretrain: Any) -> Classifier:
-    values = load_params("smoke").model_dump()
+    values = compose(["recipe=smoke"]).model_dump()
     values["scaling"]["num_workers"] = 1
     values["pretrain"] |= {**PUBLISHED, "batch_size": 8, "base_batch_size": 16, "amp": "none"}
     values["pretrain"] |= pretrain
     params = Params.model_validate(values)
-    return Classifier(params, DataPlace(str(data)), torch.device("cpu"), reporter)
+    dataset = Dataset("imagenet", str(data), tuple("0123456789"), {}, "")
+    return Classifier(Job("pretrain", params, dataset), torch.device("cpu"), reporter)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +89,11 @@ def test_transforms_are_those_of_timm(published: Classifier, data: Path) -> None
         ).dataset
         for split in ("train", "val")
     )
-    ours = published.train_loader.dataset.transform
+    ours = published.loaders.train.dataset.transform
     assert "RandAugment" in repr(ours)
     assert "RandomErasing" in repr([type(t) for t in ours.transforms])
     assert repr(ours) == repr(train.transform)
-    assert repr(published.val_loader.dataset.transform) == repr(val.transform)
+    assert repr(published.loaders.val.dataset.transform) == repr(val.transform)
 
 
 @pytest.mark.parametrize("on_updates", [True, False])

@@ -1,6 +1,6 @@
 """Mask R-CNN small enough for minutes on CPU cores: digits of 28 to 72 px in 160 px scenes.
 
-Sizes, epochs, rates, classes and paths come from the parameters (pipelines/mm/train.py).
+Sizes, epochs, rates, classes and paths come from the parameters (pipelines/mm/config.py).
 """
 
 _base_ = [
@@ -8,7 +8,7 @@ _base_ = [
     "mmdet::_base_/datasets/coco_instance.py",
     "mmdet::_base_/default_runtime.py",
 ]
-custom_imports = dict(imports=["pipelines.mm"], allow_failed_imports=False)
+custom_imports = dict(imports=["elsa.mm"], allow_failed_imports=False)
 
 norm = dict(type="GN", num_groups=8)
 channels = 64

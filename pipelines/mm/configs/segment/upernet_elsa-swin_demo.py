@@ -1,6 +1,6 @@
 """UPerNet small enough for minutes on CPU cores: digits and background in 160 px scenes.
 
-Sizes, epochs, rates, classes and paths come from the parameters (pipelines/mm/train.py).
+Sizes, epochs, rates, classes and paths come from the parameters (pipelines/mm/config.py).
 """
 
 _base_ = [
@@ -8,7 +8,7 @@ _base_ = [
     "mmseg::_base_/datasets/ade20k.py",
     "mmseg::_base_/default_runtime.py",
 ]
-custom_imports = dict(imports=["pipelines.mm"], allow_failed_imports=False)
+custom_imports = dict(imports=["elsa.mm"], allow_failed_imports=False)
 
 # Group norm: batches are small, and synchronised batch norm has no CPU kernel.
 norm = dict(type="GN", num_groups=8)

@@ -1,0 +1,97 @@
+"""The stage that trains a task: a Ray Train run, and the outputs from its last checkpoint."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.data.weights import WeightsDescription, write_weights
+from pipelines.run.stage import Stage, StageRun
+from pipelines.tasks.task import Job, Task
+
+if TYPE_CHECKING:
+    from pipelines.run.fit import RunSpec
+
+
+def training_stage(task: Task, about: str) -> Stage:
+    """The stage that trains `task`, for `run_stage`."""
+
+    def run(stage_run: StageRun, job: Job) -> None:
+        from pipelines.run.fit import fit
+
+        _log_inputs(task, stage_run, job)
+        checkpoint = fit(task.loop, job, _spec(task, stage_run, job))
+        with checkpoint.as_directory() as folder:
+            write_outputs(task, stage_run, Path(folder), job)
+        _log_outputs(task, stage_run)
+
+    def export(stage_run: StageRun, job: Job) -> bool:
+        from pipelines.run.fit import last_checkpoint, storage_path
+
+        checkpoint = last_checkpoint(stage_run.run_name, storage_path(stage_run.params))
+        if checkpoint is None:
+            return False
+        with checkpoint.as_directory() as folder:
+            if not (Path(folder) / task.weights).is_file():
+                return False
+            write_outputs(task, stage_run, Path(folder), job)
+        return True
+
+    return Stage(
+        task.stage,
+        about,
+        run,
+        check=task.check,
+        export=export,
+        included=lambda params: task.name in params.tasks,
+    )
+
+
+def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
+    from pipelines.run.fit import RunSpec, storage_path
+
+    return RunSpec(
+        stage=run.name,
+        name=run.run_name,
+        mlflow_run_id=run.mlflow_run_id,
+        scaling=run.params.scaling,
+        storage=storage_path(run.params),
+        data={task.dataset: job.dataset.place},
+        local=run.session.local,
+        stops=True,
+        elastic=task.elastic,
+    )
+
+
+def _log_inputs(task: Task, run: StageRun, job: Job) -> None:
+    if upstream := task.upstream(job):
+        run.tracker.set_tags(
+            {"upstream_weights": upstream.sha256, "upstream_run_id": upstream.mlflow_run_id}
+        )
+    name, digest = task.dataset, job.dataset.digest
+    run.tracker.log_dataset(name, digest, Path(name), "training")
+
+
+def write_outputs(task: Task, run: StageRun, folder: Path, job: Job) -> None:
+    """All outputs of the stage, from the last checkpoint in `folder`."""
+    from safetensors.torch import load_file
+
+    result = task.result(folder)
+    task.write_results(run, folder, job)
+    write_weights(
+        run.output(f"weights/{task.stage}"),
+        load_file(str(folder / task.weights)),
+        WeightsDescription(
+            model=task.model(run.params),
+            identity=run.identity,
+            mlflow_run_id=run.mlflow_run_id,
+            metrics={key: result.metrics[key] for key in task.headline if key in result.metrics},
+            upstream=task.upstream(job),
+        ),
+    )
+    run.write_metrics(result.metrics)
+
+
+def _log_outputs(task: Task, run: StageRun) -> None:
+    model = task.model(run.params)
+    run.tracker.log_model(task.stage, run.output(f"weights/{task.stage}"), model)
+    for path in task.artifacts:
+        run.tracker.log_artifact(run.output(path))
