@@ -2,7 +2,18 @@
 
 
 class PipelineError(Exception):
-    """What is wrong, where, and how to mend it, in one message.
+    """What is wrong and where, and how to fix it.
 
-    The stages print it without a traceback and exit with code 1.
+    The stages and commands print it without a traceback and exit with code 1.
+
+    Attributes:
+        wrong: what is wrong, and where.
+        fix: what to do about it; empty where `wrong` says it, or nothing can be done.
     """
+
+    def __init__(self, wrong: str, fix: str = "") -> None:
+        super().__init__(wrong, fix)  # both, so that it can be pickled
+        self.wrong, self.fix = wrong, fix
+
+    def __str__(self) -> str:
+        return f"{self.wrong}. {self.fix}" if self.fix else self.wrong

@@ -1,428 +1,143 @@
-"""Parameters: one typed schema, from a recipe and the overrides in `params.yaml`.
+"""Parameters: `params.yaml` holds the value of each, and a typed schema checks them.
 
-`params.yaml` names a recipe and lists every key; a key that is null there takes the
-recipe's value, any other value overrides it. So both `dvc exp run -S pretrain.epochs=2`
-and an edit of the file work the same way.
+DVC composes that file from recipes (`pipelines/recipes`, Hydra's config groups): `dvc exp run -S
+recipe=smoke -S detect=mask-rcnn_1x -S pretrain.lr=5e-4`, or `elsa compose` with the same words.
+Nothing else resolves parameters.
 """
 
-import argparse
 import json
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 from pipelines.errors import PipelineError
 from pipelines.paths import RECIPES, ROOT
+from pipelines.schema import (
+    BuildOp,
+    Detect,
+    Downstream,
+    Loader,
+    Model,
+    Params,
+    Positive,
+    Prepare,
+    Pretrain,
+    Scaling,
+    Section,
+    Segment,
+    Training,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Rate = Annotated[float, Field(gt=0)]
-
-
-ELSA_ONLY = {"group_width", "lam", "gamma"}
-"""Keys of section `model` that mean nothing with another operator."""
+__all__ = [
+    "BuildOp",
+    "Detect",
+    "Downstream",
+    "Loader",
+    "Model",
+    "Params",
+    "ParamsError",
+    "Positive",
+    "Prepare",
+    "Pretrain",
+    "Scaling",
+    "Section",
+    "Segment",
+    "Training",
+    "changed",
+    "compose",
+    "flatten",
+    "load_params",
+    "nested",
+    "override",
+    "read_yaml",
+    "recipe_names",
+]
 
 
 class ParamsError(PipelineError):
-    """A parameter that the schema refuses; names the key and what is allowed."""
-
-
-class Section(BaseModel):
-    """Frozen; an unknown key or a wrong type is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Storage(Section):
-    path: str = Field(min_length=1)
-    """Ray Train's storage: a folder (relative to the repository) for checkpoints of runs."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)]
-    """Minutes between checkpoints within an epoch; 0: only at the end of each."""
-
-
-class Data(Section):
-    """Where the public data sets are; used with `prepare.source: public`.
-
-    Each is a folder in the public layout, a folder that holds the public archives, or (ImageNet)
-    tar shards of `elsa pack` in a folder or at an fsspec URL (`s3://...`). Null:
-    that data set is not there, and the stages that need it say so.
-    """
-
-    imagenet: str | None
-    coco: str | None
-    ade20k: str | None
-    storage: str = Field(min_length=1)
-    """A folder (relative to the repository) for unpacked archives and notes of what is verified.
-    All nodes must see it, and the folders above, at the same path."""
-
-
-class Scaling(Section):
-    num_workers: Positive
-    min_workers: NonNegative
-    """Pretraining goes on with as few workers when nodes are lost, and with more when they are
-    back, each time from the last checkpoint; a step's batch and images stay the same. 0: it waits
-    for `num_workers`, as all other stages do."""
-    use_gpu: bool
-    gpus_per_worker: Annotated[float, Field(gt=0, le=1)]
-    """Where `use_gpu`: less than 1 lets several trials of a sweep share a GPU."""
-    cpus_per_worker: Positive
-    max_failures: NonNegative
-    wait_s: NonNegative
-    """Seconds that a cluster gets to start the nodes for all workers, before the stage ends with
-    what is missing. A local Ray does not grow and is never waited for."""
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Scaling":
-        if self.min_workers > self.num_workers:
-            raise ValueError(
-                f"min_workers={self.min_workers} must not exceed num_workers={self.num_workers}"
-            )
-        if self.gpus_per_worker < 1 and self.num_workers > 1:
-            raise ValueError(
-                f"gpus_per_worker={self.gpus_per_worker} lets runs share a GPU, but NCCL refuses"
-                f" two workers of one run on the same: set num_workers={self.num_workers} to 1"
-            )
-        return self
-
-
-class Model(Section):
-    """A timm model by name; the other keys override its own values, null keeps them."""
-
-    name: str = Field(min_length=1)
-    embed_dim: Positive | None = None
-    depths: tuple[Positive, ...] | None = None
-    num_heads: tuple[Positive, ...] | None = None
-    operator: Literal["elsa", "window", "depthwise", "dynamic", "local"] | None = None
-    """For `elsa_swin_*`: ELSA, or what the paper compares it with, in the same Swin."""
-    elsa_stages: tuple[bool, ...] | None = None
-    """Which stages use `operator`; the others use shifted-window attention."""
-    kernel_size: Positive | None = None
-    group_width: Positive | Literal["all"] | None = None
-    """Channels per group of ELSA's k x k convolution; all is one group."""
-    lam: NonNegative | None = None
-    gamma: NonNegative | None = None
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Model":
-        if self.kernel_size is not None and self.kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size={self.kernel_size} is even; it must be odd")
-        unused = sorted(ELSA_ONLY & self.overrides().keys())
-        if unused and self.operator not in (None, "elsa"):
-            raise ValueError(
-                f"operator={self.operator} has no {', '.join(unused)}; leave it out (null)"
-            )
-        if self.depths and self.elsa_stages and len(self.depths) != len(self.elsa_stages):
-            raise ValueError(
-                f"depths has {len(self.depths)} stages and elsa_stages {len(self.elsa_stages)};"
-                " they must be as many"
-            )
-        if self.depths and self.num_heads and len(self.depths) != len(self.num_heads):
-            raise ValueError(
-                f"depths has {len(self.depths)} stages and num_heads {len(self.num_heads)};"
-                " they must be as many"
-            )
-        if self.embed_dim and self.num_heads:
-            for stage, heads in enumerate(self.num_heads):
-                channels = self.embed_dim * 2**stage
-                if channels % heads:
-                    raise ValueError(
-                        f"num_heads={heads} does not divide the {channels} channels of stage"
-                        f" {stage + 1}; choose a divisor"
-                    )
-        return self
-
-    def overrides(self) -> dict[str, Any]:
-        """Keyword arguments for `timm.create_model` beside the name."""
-        return {k: v for k, v in self.model_dump(exclude={"name"}).items() if v is not None}
-
-
-class Expected(Section):
-    """What a data set must hold; 0 expects nothing in particular."""
-
-    classes: NonNegative
-    train: NonNegative
-    """Training images."""
-    val: NonNegative
-    """Validation images."""
-
-
-class Prepare(Section):
-    source: Literal["demo", "public"]
-    """`demo` draws the demo's data sets; `public` takes those of section `data`."""
-    check: Literal["sizes", "content"]
-    """What to do with a data set that carries a manifest of this pipeline: compare names and
-    sizes with it, or read and decode every image again."""
-    max_corrupt: NonNegative
-    """Training images of a data set that may be left out because they do not decode."""
-    max_empty_boxes: NonNegative
-    """COCO annotations that may be left out because their box has no area."""
-    imagenet: Expected
-    coco: Expected
-    ade20k: Expected
-    seed: NonNegative
-    digits_per_class: Annotated[int, Field(ge=10, le=500, multiple_of=5)]
-    image_size: Annotated[int, Field(ge=28)]
-    train_variants: Positive
-    scene_size: Annotated[int, Field(ge=96)]
-    train_scenes: Positive
-    val_scenes: Positive
-    max_digits: Annotated[int, Field(ge=3, le=12)]
-
-
-class BuildOp(Section):
-    tolerance: Rate
-    """Largest error against the float64 reference that the check accepts (float32)."""
-
-
-class Training(Section):
-    """What the three training stages share; `batch_size` is global, over all workers."""
-
-    seed: NonNegative
-    epochs: Positive
-    batch_size: Positive
-    accumulate: Positive
-    """Passes that one step's batch is split into, so that fewer or smaller GPUs reach the same
-    batch: each takes `batch_size / (scaling.num_workers * accumulate)` images."""
-    lr: Rate
-    base_batch_size: Positive
-    """The global batch that `lr` is for; with another `batch_size` it is scaled linearly."""
-    amp: Literal["auto", "none", "bfloat16", "float16"]
-    """Precision of training on GPUs. auto: bfloat16 where the GPU has it, else float16 with a loss
-    scaler; none on a CPU."""
-    weight_decay: Annotated[float, Field(ge=0)]
-    clip_grad: Annotated[float, Field(ge=0)]
-    drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
-    data_workers: NonNegative
-    """Loader processes of each worker; 0 loads in the worker itself."""
-
-    def scaled_lr(self) -> float:
-        """The learning rate of `batch_size`."""
-        return self.lr * (self.batch_size / self.base_batch_size)
-
-
-class Pretrain(Training):
-    epochs: NonNegative
-    """0 only evaluates `weights`, and hands them on to detection and segmentation."""
-    weights: str | None
-    """A checkpoint to start from, as a file or a folder that a stage wrote (relative to the
-    repository; all nodes must see it). Its classifier is taken where it has as many classes. DVC
-    compares the name alone, so give other weights another name. Null: random weights."""
-    num_classes: Positive
-    img_size: Annotated[int, Field(ge=16)]
-    opt: str
-    sched: Literal["cosine", "step", "poly", "tanh"]
-    sched_on_updates: bool
-    """The schedule moves with every step; false moves it once per epoch, timm's default."""
-    warmup_epochs: NonNegative
-    warmup_lr: Rate
-    min_lr: Rate
-    cooldown_epochs: NonNegative
-    smoothing: Annotated[float, Field(ge=0, lt=1)]
-    mixup: Annotated[float, Field(ge=0)]
-    cutmix: Annotated[float, Field(ge=0)]
-    aa: str
-    """timm's auto-augment policy, such as `rand-m9-mstd0.5-inc1`; empty for none."""
-    reprob: Fraction
-    color_jitter: Annotated[float, Field(ge=0)]
-    hflip: Fraction
-    scale_min: Annotated[float, Field(gt=0, le=1)]
-    interpolation: Literal["bicubic", "bilinear", "nearest", "random"]
-    crop_pct: Annotated[float, Field(gt=0, le=1)]
-    model_ema: bool
-    model_ema_decay: Annotated[float, Field(gt=0, lt=1)]
-    grad_checkpointing: bool
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    channels_last: bool
-    compile: bool
-    """`torch.compile` of the training step's forward and backward."""
-    prefetch_factor: Positive
-    """Batches that each of the `data_workers` prepares ahead."""
-    persistent_workers: bool
-    """Keep the `data_workers` from epoch to epoch. The images are the same either way."""
-    pin_memory: bool
-    """Page-locked batches, for asynchronous copies to a GPU; nothing on a CPU."""
-    holdout: Annotated[float, Field(ge=0, lt=0.5)]
-    """Share of the training images held out to choose the best epoch. With 0 the validation
-    images choose it, as timm does; then the reported accuracy is that of a chosen epoch."""
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Pretrain":
-        if not self.epochs and not self.weights:
-            raise ValueError("epochs=0 trains nothing: set weights to what is to be evaluated")
-        if self.epochs and self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs={self.warmup_epochs} must be less than epochs={self.epochs}"
-            )
-        return self
-
-    def micro_batch(self, workers: int) -> int:
-        """Images of one forward pass on one of `workers`."""
-        return self.batch_size // (workers * self.accumulate)
-
-
-class Downstream(Training):
-    method: str
-    schedule: str
-    num_classes: Positive
-    pretrained: bool
-    """Start the backbone from the weights of `pretrain`; false starts it from scratch."""
-    with_cp: bool
-    """Recompute the backbone's activations in the backward pass, to save memory."""
-    img_size: Annotated[int, Field(ge=32)]
-    """Short side of the evaluated images; the config's other sizes scale with it."""
-    warmup_iters: NonNegative
-    """Optimizer steps."""
-    val_interval: Positive
-    """Epochs between evaluations; the last epoch is always evaluated."""
-
-
-class Detect(Downstream):
-    method: Literal["mask-rcnn", "cascade-mask-rcnn"]
-    schedule: Literal["1x", "3x", "demo"]
-    milestones: tuple[Positive, ...]
-    """Epochs after which a stepped schedule lowers the learning rate to a tenth."""
-
-
-class Segment(Downstream):
-    method: Literal["upernet"]
-    schedule: Literal["160k", "demo"]
-    epoch_iters: NonNegative
-    """Optimizer steps that count as an epoch, to evaluate, report and resume at; 0: as many as
-    one pass over the images takes."""
-    crop_size: Annotated[int, Field(ge=32)]
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Segment":
-        if self.crop_size > self.img_size:
-            raise ValueError(
-                f"crop_size={self.crop_size} is larger than img_size={self.img_size};"
-                " choose a crop that fits into the image"
-            )
-        if self.schedule == "160k" and not self.epoch_iters:
-            raise ValueError("epoch_iters=0, but schedule=160k counts steps: choose 1 or more")
-        return self
-
-
-class Sweep(Section):
-    space: str = Field(min_length=1)
-    """A file of `pipelines/recipes/sweeps/`, or `none`: nothing is swept."""
-    seeds: Positive
-    """Runs of each point, with `pretrain.seed` and the numbers after it."""
-    max_trials: NonNegative
-    """The budget: trials, epochs of all trials together, hours. Each 0: no limit. Finished trials
-    that are taken over cost nothing."""
-    max_epochs: NonNegative
-    max_hours: Annotated[float, Field(ge=0)]
-
-
-class Report(Section):
-    samples: Annotated[int, Field(ge=1, le=64)]
-    """Validation images drawn with predictions beside the truth."""
-
-
-class Params(Section):
-    """Everything that determines a pipeline run. One field per section of `params.yaml`."""
-
-    recipe: str
-    storage: Storage
-    data: Data
-    scaling: Scaling
-    model: Model
-    prepare: Prepare
-    build_op: BuildOp
-    pretrain: Pretrain
-    detect: Detect
-    segment: Segment
-    sweep: Sweep
-    report: Report
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Params":
-        for name in ("pretrain", "detect", "segment"):
-            section, workers = getattr(self, name), self.scaling.num_workers
-            if section.batch_size % (workers * section.accumulate):
-                raise ValueError(
-                    f"{name}.batch_size={section.batch_size} is the global batch and must be a"
-                    f" multiple of scaling.num_workers={workers} times"
-                    f" {name}.accumulate={section.accumulate}"
-                )
-            cast = isinstance(section, Downstream) and section.amp not in ("none", "auto")
-            if cast and not self.scaling.use_gpu:
-                raise ValueError(
-                    f"{name}.amp={section.amp} needs GPUs, but scaling.use_gpu is false: use none"
-                    " or auto"
-                )
-        pretrain = self.pretrain
-        micro_batch = pretrain.micro_batch(workers)
-        if (pretrain.mixup or pretrain.cutmix) and micro_batch % 2:
-            raise ValueError(
-                f"pretrain.mixup and pretrain.cutmix mix pairs, and each forward pass has"
-                f" {micro_batch} images (pretrain.batch_size / scaling.num_workers /"
-                " pretrain.accumulate); make that an even number"
-            )
-        return self
+    """A parameter that the schema rejects; names the key and what is allowed."""
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes that can be chosen."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    return sorted(path.stem for path in (RECIPES / "recipe").glob("*.yaml"))
 
 
-def load_params(
-    recipe: str | None = None,
-    path: Path = ROOT / "params.yaml",
-    changes: Mapping[str, Any] | None = None,
-) -> Params:
-    """Resolved parameters.
-
-    Args:
-        recipe: a recipe alone, without the overrides of `path`; None reads `path`.
-        path: the file with `recipe` and the overrides.
-        changes: values by dotted key, such as `{"detect.lr": 1e-3}`, over all others.
+def load_params(path: Path = ROOT / "params.yaml") -> Params:
+    """The parameters of a file, by default of what runs.
 
     Raises:
-        ParamsError: a file that is missing or not YAML, an unknown recipe or key, a wrong
-            type, a value out of range, or an inconsistent set.
+        ParamsError: the file is missing or not YAML, a key is unknown or missing, a value has the
+            wrong type or is out of range, or values do not fit each other.
     """
-    overrides: dict[str, Any] = {} if recipe else read_yaml(path)
-    name = recipe or overrides.pop("recipe", None)
-    overrides = merge(overrides, nested(changes or {}))
-    if name not in recipe_names():
-        raise ParamsError(f"recipe: {name!r} is unknown; choose one of {', '.join(recipe_names())}")
-    recipe_values = read_yaml(RECIPES / f"{name}.yaml")
-    resolved = merge(_choose_variants(recipe_values, overrides, name), overrides)
-    resolved["recipe"] = name
-    return _validate(resolved, f"params.yaml, recipe {name}")
+    return _validate(read_yaml(path), path.name)
+
+
+def compose(overrides: Sequence[str] = (), root: Path = ROOT) -> Params:
+    """The parameters that `dvc exp run` composes from the recipes.
+
+    Args:
+        overrides: Hydra's, such as `recipe=smoke`, `detect=mask-rcnn_1x` or `pretrain.lr=1e-3`.
+
+    Raises:
+        ParamsError: an unknown recipe, group or key, or what the schema rejects.
+    """
+    where = " ".join(overrides) or "recipe=demo"
+    return _validate(composed(overrides, root), where)
+
+
+def composed(overrides: Sequence[str], root: Path = ROOT) -> dict[str, Any]:
+    """The values of `compose`, before the schema has seen them."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    with _without_working_directory():
+        try:
+            with initialize_config_dir(str(root / "pipelines/recipes"), version_base=None):
+                config = hydra_compose(config_name="config", overrides=list(overrides))
+            values: Any = OmegaConf.to_container(config, resolve=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            text, _, _ = str(error).partition("Config search path")
+            raise ParamsError(f"{' '.join(overrides)}: {' '.join(text.split())}") from None
+    assert isinstance(values, dict)
+    return values
+
+
+@contextmanager
+def _without_working_directory() -> Iterator[None]:
+    """Hydra keeps one state per process: begin and leave without one."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def override(params: Params, values: Mapping[str, Any], where: str) -> Params:
-    """`params` with other values by dotted name (`model.lam`); null keeps a value.
+    """`params` with other values by dotted name (`model.lam`).
 
     Raises:
-        ParamsError: the schema refuses them; the message starts with `where`.
+        ParamsError: the schema rejects them; the message starts with `where`.
     """
-    changed = merge(params.model_dump(mode="json"), nested(values))
-    return _validate(changed, where)
-
-
-def _validate(values: Mapping[str, Any], where: str) -> Params:
-    try:
-        # JSON mode is strict about types and still takes a list for a tuple.
-        return Params.model_validate_json(json.dumps(values), strict=True)
-    except ValidationError as error:
-        raise ParamsError(_explain(error, where)) from None
+    return _validate(_merge(params.model_dump(mode="json"), nested(values)), where)
 
 
 def changed(params: Params) -> dict[str, tuple[Any, Any]]:
-    """What differs from the recipe, by dotted key: its value and the one that is used."""
-    recipe = flatten(load_params(params.recipe).model_dump(mode="json"))
+    """What differs from the recipe, by dotted key: the recipe's value and the one that is used."""
+    recipe = flatten(compose([f"recipe={params.recipe}"]).model_dump(mode="json"))
     used = flatten(params.model_dump(mode="json"))
-    return {key: (recipe[key], value) for key, value in used.items() if recipe[key] != value}
+    return {
+        key: (recipe.get(key), value) for key, value in used.items() if recipe.get(key) != value
+    }
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -436,28 +151,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def parse_change(text: str) -> tuple[str, Any]:
-    """Dotted key and value of `key=value`, the value as YAML has it: what `-S` takes.
-
-    Raises:
-        ParamsError: not of that form.
-    """
-    key, equals, value = text.partition("=")
-    try:
-        if not equals or not key:
-            raise ValueError
-        return key, YAML(typ="safe").load(value)
-    except (ValueError, YAMLError):
-        raise ParamsError(f"-S {text}: not of the form section.key=value") from None
-
-
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values by dotted name as nested mappings: the inverse of `flatten`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         for part in reversed(name.split(".")):
             value = {part: value}
-        found = merge(found, value)
+        found = _merge(found, value)
     return found
 
 
@@ -471,7 +171,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = YAML(typ="safe").load(path.read_text())
     except FileNotFoundError:
         raise ParamsError(
-            f"{path.name} is missing: restore it with `git checkout {path.name}`"
+            f"{path.name} is missing", f"Restore it with `git checkout {path.name}`"
         ) from None
     except YAMLError as error:
         raise ParamsError(f"{path.name} is not valid YAML: {error}") from None
@@ -480,84 +180,51 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """`overrides` over `base`; null keeps the value of `base`."""
+def _merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in overrides.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
-            merged[key] = merge(base[key], value)
-        elif value is not None:
+            merged[key] = _merge(base[key], value)
+        else:
             merged[key] = value
-        elif key not in base:
-            merged[key] = None
     return merged
 
 
-def _choose_variants(
-    recipe: dict[str, Any], overrides: dict[str, Any], name: str
-) -> dict[str, Any]:
-    """The recipe with the values that belong to the chosen method and schedule.
-
-    A section may hold a table `variants` from "<method> <schedule>" to values of that section.
-    Without one, only the recipe's own method and schedule can be used.
-
-    Raises:
-        ParamsError: no such variant.
-    """
-    chosen = {}
-    for key, section in recipe.items():
-        if not isinstance(section, dict) or "method" not in section:
-            chosen[key] = section
-            continue
-        own = {k: v for k, v in section.items() if k != "variants"}
-        given = overrides.get(key)
-        wanted = merge(own, given if isinstance(given, dict) else {})
-        variant = f"{wanted['method']} {wanted['schedule']}"
-        variants = section.get("variants", {f"{own['method']} {own['schedule']}": {}})
-        if variant not in variants:
-            raise ParamsError(
-                f"{key}.method={wanted['method']}, {key}.schedule={wanted['schedule']}: recipe"
-                f" {name} has no such variant; it has: {', '.join(variants)}"
-            )
-        chosen[key] = own | variants[variant]
-    return chosen
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"]) or "params"
-        section: Any = Params
-        for part in item["loc"][:-1]:
-            field = section.model_fields.get(part) if hasattr(section, "model_fields") else None
-            section = field.annotation if field else None
-        if item["type"] == "extra_forbidden":
-            known = ", ".join(section.model_fields) if hasattr(section, "model_fields") else ""
-            lines.append(f"{key}: unknown key; known here: {known}")
-        elif item["type"] == "missing":
-            lines.append(f"{key}: missing, neither in params.yaml nor in the recipe")
-        else:
-            given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}{given}")
-    return f"{where}:\n  " + "\n  ".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.params",
-        description="Print the resolved parameters as JSON.",
-    )
-    parser.add_argument(
-        "recipe",
-        nargs="?",
-        help=f"a recipe alone ({', '.join(recipe_names())}); without it, params.yaml as it stands",
-    )
+def _validate(values: Mapping[str, Any], where: str) -> Params:
     try:
-        params = load_params(parser.parse_args().recipe)
-    except ParamsError as error:
-        sys.exit(f"error: {error}")
-    print(params.model_dump_json(indent=2))
+        # JSON mode is strict about types and still takes a list for a tuple.
+        return Params.model_validate_json(json.dumps(values), strict=True)
+    except ValidationError as error:
+        raise ParamsError(f"{where}:\n  " + "\n  ".join(_explanations(error))) from None
 
 
-if __name__ == "__main__":
-    main()
+def _explanations(error: ValidationError) -> Iterator[str]:
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        key = ".".join(location) or "params"
+        section: Any = Params
+        for part in location[:-1]:
+            field = section.model_fields.get(part) if _is_section(section) else None
+            section = field.annotation if field else None
+        kind, given = item["type"], item["input"]
+        field = (
+            section.model_fields.get(location[-1]) if location and _is_section(section) else None
+        )
+        if kind == "extra_forbidden":
+            known = ", ".join(section.model_fields) if _is_section(section) else ""
+            yield f"{key}: unknown key; known here: {known}"
+        elif kind == "missing":
+            yield f"{key}: missing; compose the file again (`elsa compose recipe=...`)"
+        elif isinstance(given, str) and field is not None and _is_section(field.annotation):
+            yield (
+                f"{key}: it is the text {given!r} in place of a section; a group is composed by"
+                f" `elsa compose {key}={given}`, or by `dvc exp run -S {key}={given}` without"
+                " --no-hydra"
+            )
+        else:
+            shown = "" if isinstance(given, dict) else f" (given: {given!r})"
+            yield f"{key}: {item['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _is_section(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseModel)

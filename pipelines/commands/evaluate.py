@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from pipelines.data import dataset as places
 from pipelines.data import images
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.public import verify
 from pipelines.errors import PipelineError

@@ -18,28 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from pipelines.data.errors import DataError
+from pipelines.data.layout import DATASETS, LAYOUTS
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
-from pipelines.errors import PipelineError
 
-KINDS = ("imagenet", "coco", "ade20k")
-MEND = "run `dvc repro prepare`"
+FIX = "run `dvc repro prepare`"
 FULL_CHECK_LIMIT = 20_000  # above this many files only their presence and sizes are checked
 IMAGES = (".jpg", ".jpeg", ".png")
 BOX_SLACK = 1.0  # pixels: the boxes of COCO are rounded, so they may end just outside the image
-FOLDERS = {
-    "imagenet": ("train", "val"),
-    "coco": ("annotations", "train2017", "val2017"),
-    "ade20k": (
-        "images/training",
-        "images/validation",
-        "annotations/training",
-        "annotations/validation",
-    ),
-}
 
 
-class DataError(PipelineError, ValueError):
-    """A data set is missing, incomplete or wrong; the message says what, where and how to mend."""
+def folders(dataset: str) -> tuple[str, ...]:
+    """The folders that a data set must have."""
+    layout = LAYOUTS[dataset]
+    found = [
+        str(Path(name).parent) if name.endswith(".json") else name
+        for name in layout.annotations.values()
+    ]
+    return tuple(dict.fromkeys([*found, *layout.images.values()]))
 
 
 def check_dataset(
@@ -49,7 +45,7 @@ def check_dataset(
 
     Args:
         root: the folder of the data set itself, such as `data/coco`.
-        kind: its layout, one of KINDS.
+        kind: its layout, one of DATASETS.
         num_classes: how many classes the parameters ask for.
         image_size: side in pixels that every image must have, if they are all alike.
 
@@ -58,14 +54,14 @@ def check_dataset(
         or "sizes" for a data set too large to read through.
     """
     root = Path(root)
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind of data set {kind!r}; allowed: {', '.join(KINDS)}")
+    if kind not in DATASETS:
+        raise ValueError(f"unknown kind of data set {kind!r}; allowed: {', '.join(DATASETS)}")
     manifest = _read_manifest(root, kind)
     classes, files = manifest["classes"], manifest["files"]
     if len(classes) != num_classes:
         raise DataError(
             f"{root} has {len(classes)} classes, but num_classes is {num_classes} in the "
-            f"parameters; set num_classes to {len(classes)}, or {MEND} with other parameters"
+            f"parameters; set num_classes to {len(classes)}, or {FIX} with other parameters"
         )
     _check_presence(root, kind, files)
     full = len(files) <= FULL_CHECK_LIMIT
@@ -74,7 +70,7 @@ def check_dataset(
         if kind == "imagenet":
             _check_imagenet(root, classes)
         elif kind == "coco":
-            for name in ("train2017", "val2017"):
+            for name in LAYOUTS["coco"].images.values():
                 _check_coco(root, name, classes, sizes)
         else:
             _check_ade20k(root, num_classes, sizes)
@@ -82,7 +78,7 @@ def check_dataset(
     if changed:
         _fail(root, f"differs from its {MANIFEST}", changed)
     if manifest["digest"] != data_digest(files, classes):
-        raise DataError(f"{root / MANIFEST} does not match its own digest; {MEND}")
+        raise DataError(f"{root / MANIFEST} does not match its own digest; {FIX}")
     return {
         "dataset": kind,
         "classes": list(classes),
@@ -92,9 +88,9 @@ def check_dataset(
     }
 
 
-def _fail(where: Path, what: str, names: Sequence[str], mend: str = MEND) -> NoReturn:
+def _fail(where: Path, what: str, names: Sequence[str], fix: str = FIX) -> NoReturn:
     first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    raise DataError(f"{where}: {len(names)} file(s) {what}: {first}; {mend}")
+    raise DataError(f"{where}: {len(names)} file(s) {what}: {first}; {fix}")
 
 
 def _differs(path: Path, entry: Sequence[Any], full: bool) -> bool:
@@ -105,23 +101,23 @@ def _differs(path: Path, entry: Sequence[Any], full: bool) -> bool:
 
 def _read_manifest(root: Path, kind: str) -> dict[str, Any]:
     if not root.is_dir():
-        raise DataError(f"there is no data set folder {root}; {MEND}")
+        raise DataError(f"there is no data set folder {root}; {FIX}")
     path = root / MANIFEST
     if not path.is_file():
         raise DataError(
             f"{root} has no {MANIFEST}: the data set is only half prepared, or was not made "
-            f"by this pipeline; {MEND}"
+            f"by this pipeline; {FIX}"
         )
     manifest = _read_json(path)
     wanted = {"dataset": str, "classes": list, "counts": dict, "files": dict, "digest": str}
     for key, kept in wanted.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kept):
-            raise DataError(f"{path}: key {key!r} is missing or not a {kept.__name__}; {MEND}")
+            raise DataError(f"{path}: key {key!r} is missing or not a {kept.__name__}; {FIX}")
     if manifest["dataset"] != kind:
         raise DataError(f"{root} holds a {manifest['dataset']!r} data set, not {kind!r}")
     for name, entry in manifest["files"].items():
         if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
-            raise DataError(f"{path}: files[{name!r}] is not [bytes, sha256]; {MEND}")
+            raise DataError(f"{path}: files[{name!r}] is not [bytes, sha256]; {FIX}")
     return dict(manifest)
 
 
@@ -129,15 +125,13 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {MEND}") from None
+        raise DataError(f"{path} is not valid JSON ({error}); {FIX}") from None
 
 
 def _check_presence(root: Path, kind: str, files: dict[str, Any]) -> None:
-    for folder in FOLDERS[kind]:
+    for folder in folders(kind):
         if not (root / folder).is_dir():
-            raise DataError(
-                f"{root} has no folder {folder}/, which the {kind} layout needs; {MEND}"
-            )
+            raise DataError(f"{root} has no folder {folder}/, which the {kind} layout needs; {FIX}")
     present = {
         (folder / name).relative_to(root).as_posix()
         for folder, _, names in root.walk()
@@ -149,11 +143,11 @@ def _check_presence(root: Path, kind: str, files: dict[str, Any]) -> None:
     unknown = sorted(
         name
         for name in present - files.keys()
-        if name.startswith(tuple(f"{folder}/" for folder in FOLDERS[kind]))
+        if name.startswith(tuple(f"{folder}/" for folder in folders(kind)))
         and name.lower().endswith(IMAGES)
     )
     if unknown:
-        _fail(root, f"are not in {MANIFEST}", unknown, f"remove them, or {MEND}")
+        _fail(root, f"are not in {MANIFEST}", unknown, f"remove them, or {FIX}")
 
 
 def decode(source: Path | BinaryIO) -> tuple[int, int]:
@@ -185,28 +179,28 @@ def _check_images(
         except ValueError as error:
             raise DataError(
                 f"{path} cannot be decoded ({error}): {path.stat().st_size} bytes, "
-                f"{entry[0]} when it was made; {MEND}"
+                f"{entry[0]} when it was made; {FIX}"
             ) from None
         if image_size is not None and sizes[name] != (image_size, image_size):
             raise DataError(
                 f"{path} is {by(sizes[name])}, but the parameters say "
-                f"{image_size}x{image_size}; {MEND}"
+                f"{image_size}x{image_size}; {FIX}"
             )
     return sizes
 
 
 def _check_imagenet(root: Path, classes: Sequence[str]) -> None:
-    for split in FOLDERS["imagenet"]:
+    for split in folders("imagenet"):
         found = sorted(path.name for path in (root / split).iterdir() if path.is_dir())
         if found != sorted(classes):
             odd = sorted(set(found) ^ set(classes))
             raise DataError(
                 f"{root / split} has {len(found)} class folders, {MANIFEST} names "
-                f"{len(classes)} classes; they differ in {', '.join(odd[:3])}; {MEND}"
+                f"{len(classes)} classes; they differ in {', '.join(odd[:3])}; {FIX}"
             )
         for name in found:
             if not any((root / split / name).iterdir()):
-                raise DataError(f"{root / split / name} has no images; {MEND}")
+                raise DataError(f"{root / split / name} has no images; {FIX}")
 
 
 def _duplicates(values: Iterable[Any]) -> list[Any]:
@@ -219,7 +213,7 @@ def _check_coco(
     empty = check_coco(root, folder, classes, sizes)
     for number, fault in empty.items():
         raise DataError(
-            f"{root}/annotations/instances_{folder}.json: annotation {number} {fault}; {MEND}"
+            f"{root}/annotations/instances_{folder}.json: annotation {number} {fault}; {FIX}"
         )
 
 
@@ -241,21 +235,21 @@ def check_coco(
     """
     path = root / f"annotations/instances_{folder}.json"
     if not path.is_file():
-        raise DataError(f"{root} has no annotations/{path.name}; {MEND}")
+        raise DataError(f"{root} has no annotations/{path.name}; {FIX}")
     content = _read_json(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{path}: key {key!r} is missing or not a list; {MEND}")
+            raise DataError(f"{path}: key {key!r} is missing or not a list; {FIX}")
         for item in content[key]:
             if not isinstance(item, dict) or type(item.get("id")) is not int:
-                raise DataError(f"{path}: {key} has an entry without a whole number as id; {MEND}")
+                raise DataError(f"{path}: {key} has an entry without a whole number as id; {FIX}")
         if ids := _duplicates(item["id"] for item in content[key]):
-            raise DataError(f"{path}: {key} has id {ids[0]} more than once; {MEND}")
+            raise DataError(f"{path}: {key} has id {ids[0]} more than once; {FIX}")
     names = [category.get("name") for category in content["categories"]]
     if names != list(classes):
         raise DataError(
             f"{path}: its {len(names)} categories are not the {len(classes)} classes of "
-            f"{MANIFEST}; {MEND}"
+            f"{MANIFEST}; {FIX}"
         )
     images = {image["id"]: image for image in content["images"]}
     for image in images.values():
@@ -264,26 +258,26 @@ def check_coco(
             continue
         if name not in sizes:
             raise DataError(
-                f"{path}: image {image['id']} refers to {name}, which does not exist; {MEND}"
+                f"{path}: image {image['id']} refers to {name}, which does not exist; {FIX}"
             )
         given = (image.get("width"), image.get("height"))
         if sizes[name] != given:
             raise DataError(
                 f"{path}: image {image['id']} is given as {by(given)}, but {name} is "
-                f"{by(sizes[name])}; {MEND}"
+                f"{by(sizes[name])}; {FIX}"
             )
     listed = {f"{folder}/{image['file_name']}" for image in images.values()}
     unlisted = sorted(n for n in sizes if n.startswith(f"{folder}/") and n not in listed)
     if unlisted:
         _fail(path, "have no entry under `images`", unlisted)
     if not content["annotations"]:
-        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {MEND}")
+        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {FIX}")
     categories = {category["id"] for category in content["categories"]}
     empty = {}
     for annotation in content["annotations"]:
         fault = _annotation_fault(annotation, images, categories)
         if fault:
-            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {MEND}")
+            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {FIX}")
         if min(annotation["bbox"][2:]) == 0:
             name = images[annotation["image_id"]]["file_name"]
             empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
@@ -337,12 +331,12 @@ def _check_ade20k(root: Path, num_classes: int, sizes: dict[str, tuple[int, int]
             if sizes[name] != sizes[images[stem]]:
                 raise DataError(
                     f"{root / name} is {by(sizes[name])}, its image {images[stem]} is "
-                    f"{by(sizes[images[stem]])}; {MEND}"
+                    f"{by(sizes[images[stem]])}; {FIX}"
                 )
             try:
                 read_label_map(root / name, num_classes)
             except ValueError as error:
-                raise DataError(f"{root / name} {error}; {MEND}") from None
+                raise DataError(f"{root / name} {error}; {FIX}") from None
 
 
 def read_label_map(source: Path | BinaryIO, num_classes: int) -> NDArray[np.uint8]:

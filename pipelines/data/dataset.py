@@ -6,12 +6,12 @@ The images of a public data set stay where they are; DVC and the run identity ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipelines.data import images
-from pipelines.data.checks import DataError, check_dataset
+from pipelines.data.checks import check_dataset
+from pipelines.data.errors import DataError
+from pipelines.data.images import Dataset
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.public import archives, verify
 from pipelines.params import Params
@@ -32,14 +32,16 @@ def given_place(params: Params, name: str) -> str:
     given = getattr(params.data, name)
     if given is None:
         raise DataError(
-            f"data.{name} is null: set it to the folder of that data set or of its archives"
-            f" (`-S data.{name}=...`), or take the demo's with `-S prepare.source=demo`"
+            f"data.{name} is null",
+            "Set it to the folder of that data set or of its archives"
+            f" (`-S data.{name}=...`), or take the demo's with `-S prepare.source=demo`",
         )
     if images.is_url(given):
         if name != "imagenet":
             raise DataError(
                 f"data.{name}={images.public_url(given)} is a URL, which only ImageNet's shards"
-                " can be at; set it to a folder that all nodes see"
+                " can be at",
+                "Set it to a folder that all nodes see",
             )
         return str(given).rstrip("/")
     return str((SHARED / Path(given).expanduser()).resolve())
@@ -55,40 +57,37 @@ def locate(params: Params, name: str) -> str:
     return given
 
 
-def check(params: Params, name: str, num_classes: int) -> dict[str, Any]:
-    """What a training stage must know of its data; raises DataError if it does not fit.
+def find_dataset(params: Params, name: str, num_classes: int) -> Dataset:
+    """The data set that `prepare` verified.
 
-    Returns:
-        that of `check_dataset`, and `place` and `skipped` (images to leave out, by path).
+    Args:
+        num_classes: that it must have.
+
+    Raises:
+        DataError: it is not there, was changed, or has another number of classes.
     """
     root = ROOT / "data" / name
     if params.prepare.source == "demo":
         found = check_dataset(root, name, num_classes)
-        return found | {"place": str(root), "skipped": ()}
+        return Dataset(name, str(root), tuple(found["classes"]), found["counts"], found["digest"])
     place = locate(params, name)
     manifest = read_manifest(root / MANIFEST)
     if manifest is None or "chunks" not in manifest or manifest["dataset"] != name:
         raise DataError(
-            f"data/{name} has no manifest of the data set in {images.public_url(place)};"
-            " run `dvc repro prepare`"
+            f"data/{name} has no manifest of the data set in {images.public_url(place)}",
+            "Run `dvc repro prepare`",
         )
-    classes: Sequence[str] = manifest["classes"]
+    classes = tuple(manifest["classes"])
     if len(classes) != num_classes:
         raise DataError(
             f"{name} in {images.public_url(place)} has {len(classes)} classes, but num_classes is"
-            f" {num_classes} in the parameters; set num_classes to {len(classes)}"
+            f" {num_classes} in the parameters",
+            f"Set num_classes to {len(classes)}",
         )
     if fault := verify.difference(place, manifest):
         raise DataError(
-            f"{name} in {images.public_url(place)} is not what was verified: {fault}; mend it, or"
-            " verify it anew with `dvc repro --force prepare`"
+            f"{name} in {images.public_url(place)} is not what was verified: {fault}",
+            "Restore it, or verify it again with `dvc repro --force prepare`",
         )
-    return {
-        "dataset": name,
-        "classes": list(classes),
-        "counts": dict(manifest["counts"]),
-        "digest": manifest["digest"],
-        "checked": "sizes",
-        "place": place,
-        "skipped": tuple(manifest["skipped"]),
-    }
+    counts, skipped = dict(manifest["counts"]), tuple(manifest["skipped"])
+    return Dataset(name, place, classes, counts, manifest["digest"], skipped)

@@ -30,7 +30,7 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 
 INDEX = "index.json"
 TRIES = 4
@@ -280,13 +280,24 @@ class Images(ImageDataset):
 
 
 @dataclass(frozen=True)
-class DataPlace:
-    """What a training worker must know to read a data set."""
+class Dataset:
+    """A data set as a training loop reads it; sent to the workers."""
 
+    name: str
+    """`imagenet`, `coco` or `ade20k`."""
     place: str
+    """Folder or URL of its images."""
+    classes: tuple[str, ...]
+    """In the order of the labels."""
+    counts: Mapping[str, int]
+    """Images by split; empty where `prepare` did not verify it."""
+    digest: str
+    """Of its files and classes; empty where `prepare` did not verify it."""
     skipped: tuple[str, ...] = ()
+    """Images that are left out as they do not decode, by path within it."""
 
     def images(self, split: str) -> Images:
+        """The images of a split, for timm's loader."""
         return Images(self.place, split, self.skipped)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipelines.data.files import write_json
 
 MANIFEST = "manifest.json"
 
@@ -28,19 +29,6 @@ def data_digest(files: Mapping[str, Sequence[Any]], classes: Sequence[str]) -> s
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path: Path, value: Any, indent: int | None = None) -> None:
-    """Write JSON with sorted keys, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    separators = (",", ":") if indent is None else None
-    text = json.dumps(value, sort_keys=True, indent=indent, separators=separators)
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_manifest(
     root: Path,
     dataset: str,
@@ -58,9 +46,6 @@ def write_manifest(
     }
     write_json(root / MANIFEST, manifest, indent=1)
     return manifest
-
-
-# ---- large data sets: one line per chunk -------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 from pipelines.data.images import INDEX, Folder, ShardSet, Store, is_url, public_url
 from pipelines.data.manifest import MANIFEST, chunk_manifest
 from pipelines.data.public import verify
+from pipelines.data.public.shards import index_chunks
 
 QUALITY = 95
 """JPEG quality of resized images."""
@@ -88,7 +89,7 @@ def pack(
             "shards": [{key: part[key] for key in keys} for part in parts],
         }
     writer.write(INDEX, json.dumps(index, indent=1).encode())
-    chunks = verify.index_chunks(ShardSet(target))
+    chunks = index_chunks(ShardSet(target))
     packed = chunk_manifest(
         "imagenet", manifest["classes"], manifest["counts"], chunks, manifest["skipped"]
     )

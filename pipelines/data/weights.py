@@ -4,77 +4,111 @@ A weights folder holds `model.safetensors` and `model.json`: what model it is, w
 scored, which run made it, and the same of the weights that it started from.
 """
 
-import hashlib
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from pipelines.data.files import sha256_file, write_whole
 from pipelines.errors import PipelineError
+from pipelines.paths import ROOT
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+@dataclass(frozen=True)
+class WeightsDescription:
+    """What `model.json` says."""
+
+    model: Mapping[str, Any]
+    """What rebuilds the model, such as its timm name and arguments."""
+    identity: str
+    """Of the run that made the weights."""
+    mlflow_run_id: str
+    metrics: Mapping[str, float]
+    """Scores, in percent."""
+    upstream: WeightsDescription | None = None
+    """Of the weights that the run started from."""
+    sha256: str = ""
+    """Of `model.safetensors`."""
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any]) -> WeightsDescription:
+        """From what `model.json` holds."""
+        upstream = value["upstream"]
+        return cls(**{**value, "upstream": cls.parse(upstream) if upstream else None})
+
+
+def weights_file(given: str, root: Path = ROOT) -> Path:
+    """The file with weights: `given`, or `model.safetensors` in that folder; relative to `root`.
+
+    Raises:
+        PipelineError: there is none.
+    """
+    path = root / Path(given).expanduser()
+    path = path / TENSORS if path.is_dir() else path
+    if not path.is_file():
+        raise PipelineError(
+            f"weights {given}: there is no such file, nor a folder with {TENSORS}",
+            "Give a checkpoint, or a folder such as weights/pretrain, made by `dvc repro` or"
+            " `dvc pull`",
+        )
+    return path
 
 
 def write_weights(
-    folder: Path,
-    state_dict: Mapping[str, Any],
-    *,
-    model: Mapping[str, Any],
-    identity: str,
-    mlflow_run_id: str,
-    metrics: Mapping[str, Any],
-    upstream: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a weights folder; its description.
+    folder: Path, state_dict: Mapping[str, Tensor], description: WeightsDescription
+) -> WeightsDescription:
+    """Write a weights folder; its description, with the `sha256` of what was written.
 
     Args:
         state_dict: tensors by name; saved contiguous, on the CPU.
-        model: what rebuilds the model, such as its timm name and arguments.
-        upstream: the description of the weights that this one started from.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
-    save_file(tensors, str(folder / "model.safetensors"))
-    description = {
-        "model": dict(model),
-        "sha256": _sha256(folder / "model.safetensors"),
-        "identity": identity,
-        "mlflow_run_id": mlflow_run_id,
-        "metrics": dict(metrics),
-        "upstream": dict(upstream) if upstream else None,
-    }
-    (folder / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    save_file(tensors, str(folder / TENSORS))
+    description = replace(description, sha256=sha256_file(folder / TENSORS))
+    write_whole(folder / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
     return description
 
 
-def read_description(folder: Path) -> dict[str, Any]:
+def read_description(folder: Path) -> WeightsDescription:
     """The description of a weights folder, after checking that the weights are those.
 
     Raises:
         PipelineError: missing, incomplete or changed weights.
     """
-    path = folder / "model.json"
-    if not path.is_file() or not (folder / "model.safetensors").is_file():
+    path = folder / DESCRIPTION
+    if not path.is_file() or not (folder / TENSORS).is_file():
         raise PipelineError(
-            f"weights/{folder.name} has no model.json and model.safetensors:"
-            f" run `dvc repro {folder.name}`, or `dvc pull` if a remote holds them"
+            f"weights/{folder.name} has no {DESCRIPTION} and {TENSORS}",
+            f"Run `dvc repro {folder.name}`, or `dvc pull` if a remote holds them",
         )
-    description = json.loads(path.read_text())
-    if _sha256(folder / "model.safetensors") != description["sha256"]:
+    description = WeightsDescription.parse(json.loads(path.read_text()))
+    if sha256_file(folder / TENSORS) != description.sha256:
         raise PipelineError(
-            f"weights/{folder.name}/model.safetensors is not what model.json describes (another"
-            f" SHA-256): it was changed or cut short. Run `dvc checkout weights/{folder.name}`"
+            f"weights/{folder.name}/{TENSORS} is not what {DESCRIPTION} describes (another"
+            " SHA-256): it was changed or cut short",
+            f"Run `dvc checkout weights/{folder.name}`",
         )
     return description
 
 
-def check_architecture(description: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Refuse weights of another architecture than `model`, the `model` section of the params.
+def check_architecture(description: WeightsDescription, model: Mapping[str, Any]) -> None:
+    """Reject weights of another architecture than `model`, the `model` section of the params.
 
     Raises:
         PipelineError: names what differs.
     """
-    theirs = description["model"]
+    theirs = description.model
     differing = [
         f"{key}: weights {theirs.get(key)!r}, params {model.get(key)!r}"
         for key in sorted(set(model) | set(theirs))
@@ -82,26 +116,6 @@ def check_architecture(description: Mapping[str, Any], model: Mapping[str, Any])
     ]
     if differing:
         raise PipelineError(
-            f"the pretrained weights are of another architecture ({'; '.join(differing)}):"
-            " run `dvc repro pretrain` with these parameters first"
+            f"the pretrained weights are of another architecture ({'; '.join(differing)})",
+            "Run `dvc repro pretrain` with these parameters first",
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_model(folder: Path) -> Any:
-    """The classifier of a weights folder that `pretrain` wrote, in evaluation mode."""
-    from safetensors.torch import load_file
-
-    from pipelines.params import Model
-    from pipelines.train.models import build_model
-
-    description = read_description(folder)
-    state = load_file(str(folder / "model.safetensors"))
-    classes = next(v.shape[0] for k, v in reversed(state.items()) if k.endswith("head.fc.weight"))
-    model = build_model(Model.model_validate(description["model"]), classes)
-    model.load_state_dict(state)
-    return model.eval()

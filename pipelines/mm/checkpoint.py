@@ -63,7 +63,7 @@ def read_checkpoint(folder: Path, device: torch.device) -> Kept:
             "Resume the run with that version, or train anew with --force",
         )
     history = json.loads((folder / HISTORY).read_text())
-    begun = {"epoch": {}, "row": {}}
+    begun: dict[str, dict[str, Any]] = {"epoch": {}, "row": {}}
     if (folder / BEGUN).is_file():
         begun = json.loads((folder / BEGUN).read_text())
     return Kept(state, history, begun["epoch"], begun["row"])

@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
 
+from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS
 from pipelines.params import Detect, Downstream, Segment
@@ -241,7 +242,7 @@ def _coco_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
     return [
         {
             "type": "CocoMetric",
-            "ann_file": f"{job.dataset.place}/annotations/instances_val2017.json",
+            "ann_file": f"{job.dataset.place}/{LAYOUTS['coco'].annotations['val']}",
             "metric": ["bbox", "segm"],
             "outfile_prefix": str(predictions / "coco"),
             "collect_device": "gpu",  # by messages, not by files that ranks share

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pipelines.train.evaluation import scores_of
+
 COCO_NAMES = (
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
     *("AR_1", "AR_10", "AR_100", "AR_s", "AR_m", "AR_l"),
@@ -34,18 +36,8 @@ class Scores:
     """What is taken for what, most often first: `actual`, `predicted`, `count`, `percent`."""
 
 
-def accuracy(predictions: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`top1` and `top5` in percent and `loss` in nats of `train.evaluation.predict`'s arrays."""
-    right = predictions["classes"] == predictions["target"][:, None]
-    return {
-        "top1": 100 * float(right[:, 0].mean()),
-        "top5": 100 * float(right.any(1).mean()),
-        "loss": float(predictions["loss"].astype(np.float64).mean()),
-    }
-
-
 def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> Scores:
-    """Scores of `pipelines.train.evaluation.predict`'s arrays, as `accuracy` gives them."""
+    """Scores of `pipelines.train.evaluation.predict`'s arrays, as `scores_of` there gives them."""
     target, found = predictions["target"], predictions["classes"]
     right = found == target[:, None]
     count = np.bincount(target, minlength=len(classes))
@@ -62,7 +54,7 @@ def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]
     ]
     matrix = np.zeros((len(classes), len(classes)), dtype=np.int64)
     np.add.at(matrix, (target, found[:, 0]), 1)
-    return Scores(accuracy(predictions), rows, _confusions(matrix, classes))
+    return Scores(scores_of(predictions), rows, _confusions(matrix, classes))
 
 
 def detection(annotations: Path, folder: Path) -> Scores:

@@ -1,28 +1,32 @@
-"""The checkpoints of a Ray Train run in its storage: which are whole, and which to go on from.
+"""The checkpoints of a Ray Train run in its storage: which are whole, and which to resume from.
 
 Ray uploads a checkpoint file by file, and keeps a list of those it knows. A worker that dies
 meanwhile leaves a part of one, or a whole one that the list lacks; and what happens to the storage
 itself Ray does not look at.
 """
 
-import hashlib
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.fs
 import ray.train
 
+from pipelines.data.files import sha256_file
+from pipelines.run.ray_internals import (
+    CHECKPOINT_LIST,
+    CHECKPOINT_PREFIX,
+    is_whole_list,
+    listed_checkpoints,
+)
+
 SEAL = "digests.json"
-LIST = "checkpoint_manager_snapshot.json"
-PREFIX = "checkpoint_"
 
 
 def seal(folder: Path) -> None:
     """Write the SHA-256 of every file of a checkpoint into it, as the last of its files."""
     digests = {
-        file.relative_to(folder).as_posix(): _sha256(file)
+        file.relative_to(folder).as_posix(): sha256_file(file)
         for file in sorted(folder.rglob("*"))
         if file.is_file() and file.name != SEAL
     }
@@ -40,7 +44,7 @@ def fault(folder: Path) -> str | None:
     for name, digest in digests.items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if _sha256(folder / name) != digest:
+        if sha256_file(folder / name) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -61,24 +65,23 @@ def newest_complete(
             wrong = fault(Path(folder))
         if wrong is None:
             return checkpoint
-        tell(f"{name} can't be used: {wrong}; going on from the one before")
+        tell(f"{name} can't be used: {wrong}; the run resumes from the one before")
     return None
 
 
-def mend(run: str, tell: Callable[[str], None]) -> None:
-    """Before a run goes on: take away what it can't go on from, and what would never be deleted.
+def repair(run: str, tell: Callable[[str], None]) -> None:
+    """Before a run resumes: delete what it can't resume from, and what would never be deleted.
 
     Deleted are checkpoints that are not whole and those, but for the newest, that Ray's list lacks.
-    Ray refuses to go on where one of its list is missing: the list is then begun anew.
+    Ray does not resume where one of its list is missing: the list is then begun anew.
     """
     system, root = pyarrow.fs.FileSystem.from_uri(run)
-    path = f"{root}/{LIST}"
+    path = f"{root}/{CHECKPOINT_LIST}"
     if system.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
         return
     with system.open_input_stream(path) as file:
         text = file.read().decode()
-    # Of its many keys, those of the names. Cut short, it still gives some, or none.
-    known = set(re.findall(r'"checkpoint_dir_name": ?"([^"/]+)"', text))
+    known = listed_checkpoints(text)
     newest = newest_complete(run, tell)
     keep = {newest.path.rpartition("/")[2]} if newest else set()
     for name in _names(system, root):
@@ -86,16 +89,8 @@ def mend(run: str, tell: Callable[[str], None]) -> None:
             system.delete_dir(f"{root}/{name}")
     if missing := known - _names(system, root):
         tell(f"{', '.join(sorted(missing))} is gone from the storage: Ray's list begins anew")
-    if missing or not _is_json(text):
+    if missing or not is_whole_list(text):
         system.delete_file(path)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _names(system: pyarrow.fs.FileSystem, root: str) -> set[str]:
@@ -103,15 +98,11 @@ def _names(system: pyarrow.fs.FileSystem, root: str) -> set[str]:
     return {
         item.base_name
         for item in found
-        if item.type == pyarrow.fs.FileType.Directory and item.base_name.startswith(PREFIX)
+        if item.type == pyarrow.fs.FileType.Directory
+        and item.base_name.startswith(CHECKPOINT_PREFIX)
     }
 
 
 def _incomplete(system: pyarrow.fs.FileSystem, path: str) -> bool:
     with ray.train.Checkpoint(path, system).as_directory() as folder:
         return fault(Path(folder)) is not None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -86,7 +86,9 @@ def stage_inputs(stage: str, params: Params, root: Path = ROOT) -> Inputs:
         PipelineError: a dependency does not exist.
     """
     definition = stage_definition(stage, root)
-    meta, sources, data = definition["meta"], {}, {}
+    meta = definition["meta"]
+    sources: dict[str, str] = {}
+    data: dict[str, str] = {}
     for given in definition.get("deps", []):
         dep = given.replace("${sweep.space}", params.sweep.space)
         if not dep.startswith(("ops/", "elsa/", "pipelines/")):

@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +20,14 @@ from pipelines.errors import PipelineError
 from pipelines.params import Scaling
 from pipelines.paths import ROOT
 from pipelines.run.display import Progress
+from pipelines.run.finding import Finding, short
+from pipelines.run.shared_storage import Mark
 
 OBJECT_STORE = 512 * 2**20
 NEEDED_MEMORY = 2 * 2**30
-NEEDED_DISK = 256 * 2**20
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 ANSWER_S = 180
 """Seconds in which a node must have checked itself; imports of torch and MLflow are in it."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check's result on one node."""
-
-    check: str
-    node: str
-    found: str
-    mend: str = ""
-    """What to do about it; empty where all is well."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +54,15 @@ def check_memory() -> None:
     if free < NEEDED_MEMORY:
         raise PipelineError(
             f"not enough memory: {free / 2**30:.1f} GiB free, a local Ray and its workers need"
-            f" {NEEDED_MEMORY / 2**30:.0f} GiB. End other programs, or set RAY_ADDRESS to a cluster"
+            f" {NEEDED_MEMORY / 2**30:.0f} GiB",
+            "End other programs, or set RAY_ADDRESS to a cluster",
         )
     shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
     if shared < OBJECT_STORE:
         raise PipelineError(
             f"not enough shared memory for Ray's object store: {shared / 2**20:.0f} MiB free in"
-            f" /dev/shm, {OBJECT_STORE / 2**20:.0f} MiB needed. Free some (`ls -la /dev/shm`), or"
-            " give a container more (`docker run --shm-size=2g`)"
+            f" /dev/shm, {OBJECT_STORE / 2**20:.0f} MiB needed",
+            "Free some (`ls -la /dev/shm`), or give a container more (`docker run --shm-size=2g`)",
         )
 
 
@@ -80,12 +70,12 @@ def require(stage: str, scaling: Scaling, needs: Needs) -> None:
     """Wait for the workers' resources, then check every node that can run a worker.
 
     Raises:
-        PipelineError: all that is missing, on which node, and how to mend it.
+        PipelineError: all that is missing, on which node, and how to fix it.
     """
     wait_for_workers(stage, scaling)
-    failed = [finding for finding in check_nodes(needs, scaling) if finding.mend]
+    failed = [finding for finding in check_nodes(needs, scaling) if finding.fix]
     if failed:
-        lines = [f"  {one.check} on {one.node}: {one.found}. {one.mend}" for one in failed]
+        lines = [f"  {one.check} on {one.node}: {one.found}. {one.fix}" for one in failed]
         raise PipelineError("\n".join(["not all nodes can run this stage:", *lines]))
 
 
@@ -113,10 +103,10 @@ def check_workers(scaling: Scaling, nodes: Sequence[Mapping[str, Any]]) -> Findi
         f"{min(fitting, scaling.num_workers)} of scaling.num_workers={scaling.num_workers} fit"
         f" ({needed} each) on {have or 'no node'}"
     )
-    mend = "Lower scaling.num_workers or scaling.cpus_per_worker, or use more nodes"
+    fix = "Lower scaling.num_workers or scaling.cpus_per_worker, or use more nodes"
     if scaling.use_gpu and not any(node["Resources"].get("GPU") for node in nodes):
-        mend += "; without any GPU, set scaling.use_gpu=false"
-    return Finding("workers", "all nodes", found, "" if fitting >= scaling.num_workers else mend)
+        fix += "; without any GPU, set scaling.use_gpu=false"
+    return Finding("workers", "all nodes", found, "" if fitting >= scaling.num_workers else fix)
 
 
 def wait_for_workers(stage: str, scaling: Scaling) -> None:
@@ -131,12 +121,12 @@ def wait_for_workers(stage: str, scaling: Scaling) -> None:
     progress: Progress | None = None
     told = ""
     try:
-        while (finding := check_workers(scaling, alive_nodes())).mend:
+        while (finding := check_workers(scaling, alive_nodes())).fix:
             left = end - time.monotonic()
             if left <= 0:
                 waited = f" after waiting scaling.wait_s={scaling.wait_s} s" if progress else ""
                 raise PipelineError(
-                    f"too few resources{waited}: {finding.found}. {finding.mend}"
+                    f"too few resources{waited}: {finding.found}. {finding.fix}"
                     + ("" if scaling.wait_s else "; where a cluster grows, set scaling.wait_s")
                 )
             if progress is None:
@@ -173,13 +163,13 @@ def check_nodes(needs: Needs, scaling: Scaling) -> list[Finding]:
     trains = not others or places_on(nodes[here]["Resources"], scaling) > 0
     found += check_node(needs, address, versions(), trains=trains)
     if others:
-        found += _ask(others, nodes, needs, mark if not found[0].mend else None)
+        found += _ask(others, nodes, needs, mark if not found[0].fix else None)
     mark.remove()
     return found
 
 
 def _ask(
-    others: Sequence[str], nodes: Mapping[str, Any], needs: Needs, mark: "Mark | None"
+    others: Sequence[str], nodes: Mapping[str, Any], needs: Needs, mark: Mark | None
 ) -> list[Finding]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -196,17 +186,17 @@ def _ask(
         try:
             found += ray.get(ref)
         except ray.exceptions.RayError as error:
-            mend = f"Check that {ROOT} on that node is this checkout with its environment"
-            found.append(Finding("node", tasks[ref], f"can't run a task: {_short(error)}", mend))
+            fix = f"Check that {ROOT} on that node is this checkout with its environment"
+            found.append(Finding("node", tasks[ref], f"can't run a task: {short(error)}", fix))
     for ref in silent:
-        mend = "Look at its load and its disk (`ray status`), or take it out of the cluster"
-        found.append(Finding("node", tasks[ref], f"no answer within {ANSWER_S} s", mend))
+        fix = "Look at its load and its disk (`ray status`), or take it out of the cluster"
+        found.append(Finding("node", tasks[ref], f"no answer within {ANSWER_S} s", fix))
         ray.cancel(ref, force=True)
     return found
 
 
 def _check_other_node(
-    needs: Needs, address: str, expected: Mapping[str, str], mark: "Mark | None"
+    needs: Needs, address: str, expected: Mapping[str, str], mark: Mark | None
 ) -> list[Finding]:
     found = [mark.find(address)] if mark else []
     return found + check_node(needs, address, expected, driver=False)
@@ -254,17 +244,17 @@ def _versions(node: str, expected: Mapping[str, str]) -> Finding:
         for name, value in expected.items()
         if have[name] != value
     ]
-    mend = "Run `uv sync` there, from the same commit as here, and restart Ray on it"
+    fix = "Run `uv sync` there, from the same commit as here, and restart Ray on it"
     if differing:
-        return Finding("versions", node, "; ".join(differing), mend)
+        return Finding("versions", node, "; ".join(differing), fix)
     return Finding("versions", node, ", ".join(f"{k} {v}" for k, v in have.items()))
 
 
 def _memory(node: str) -> Finding:
     free = psutil.virtual_memory().available
     found = f"{free / 2**30:.1f} GiB free"
-    mend = f"A worker needs {NEEDED_MEMORY / 2**30:.0f} GiB: end other programs there"
-    return Finding("memory", node, found, "" if free >= NEEDED_MEMORY else mend)
+    fix = f"A worker needs {NEEDED_MEMORY / 2**30:.0f} GiB: end other programs there"
+    return Finding("memory", node, found, "" if free >= NEEDED_MEMORY else fix)
 
 
 def _operator(node: str, use_gpu: bool) -> Finding:
@@ -280,12 +270,12 @@ def _operator(node: str, use_gpu: bool) -> Finding:
     try:
         record = load_library(folder)
     except (FileNotFoundError, StaleLibraryError, RuntimeError, OSError) as error:
-        return Finding("operator", node, _short(error), build)
+        return Finding("operator", node, short(error), build)
     # A task without GPUs may see none although the node has some.
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
     if use_gpu and not hidden and not torch.cuda.is_available():
-        mend = "Install the NVIDIA driver that this torch's CUDA needs; `nvidia-smi` must work"
-        return Finding("operator", node, "torch sees no GPU", mend)
+        fix = "Install the NVIDIA driver that this torch's CUDA needs; `nvidia-smi` must work"
+        return Finding("operator", node, "torch sees no GPU", fix)
     if use_gpu and not record["cuda"]:
         return Finding("operator", node, "built without its CUDA kernels", build)
     kinds = "CPU and CUDA" if record["cuda"] else "CPU"
@@ -299,19 +289,19 @@ def _tracking(uri: str, node: str, driver: bool) -> Finding:
     if uri.startswith("sqlite:"):
         if driver:
             return Finding("tracking", node, "a sqlite file of this machine")
-        mend = (
+        fix = (
             "Start a server that all nodes reach (`mlflow server`, pipelines/README.md) and set"
             " MLFLOW_TRACKING_URI to it"
         )
-        return Finding("tracking", node, f"{shown} is a file of the driver's machine", mend)
+        return Finding("tracking", node, f"{shown} is a file of the driver's machine", fix)
     try:
         tracking.ping(uri)
     except PipelineError as error:
-        mend = (
+        fix = (
             "From that node, MLFLOW_TRACKING_URI must be reachable, with a user and password in"
             " ~/.mlflow/credentials where the server asks for them"
         )
-        return Finding("tracking", node, f"{shown}: {error}", mend)
+        return Finding("tracking", node, f"{shown}: {error}", fix)
     return Finding("tracking", node, f"{shown} answers")
 
 
@@ -319,96 +309,16 @@ def _data(node: str, name: str, place: str) -> Finding:
     from pipelines.data import images
 
     shown = images.public_url(place)
-    mend = "Every node must read it at this path or URL: mount it there, or use shards at a URL"
+    fix = "Every node must read it at this path or URL: mount it there, or use shards at a URL"
     try:
         if images.is_url(place):
             images.Store(place).read(images.INDEX)
         else:
             first = next((path for path in Path(place).rglob("*") if path.is_file()), None)
             if first is None:
-                return Finding(f"data {name}", node, f"no file in {shown}", mend)
+                return Finding(f"data {name}", node, f"no file in {shown}", fix)
             with first.open("rb") as file:
                 file.read(1)
     except (OSError, PipelineError) as error:
-        return Finding(f"data {name}", node, _short(error), mend)
+        return Finding(f"data {name}", node, short(error), fix)
     return Finding(f"data {name}", node, f"reads {shown}")
-
-
-class Mark:
-    """A file that the driver leaves in the storage, and that every other node must find there."""
-
-    def __init__(self, storage: str) -> None:
-        self.storage = storage
-        self.name = f".preflight-{uuid.uuid4().hex}"
-
-    def leave(self, node: str) -> Finding:
-        """Write it, from the driver."""
-        try:
-            if "://" not in self.storage:
-                Path(self.storage).mkdir(parents=True, exist_ok=True)
-            self._write(self.name)
-        except OSError as error:
-            return self._refused(node, error)
-        free = None if "://" in self.storage else shutil.disk_usage(self.storage).free
-        if free is not None and free < NEEDED_DISK:
-            mend = (
-                f"A run's checkpoints need {NEEDED_DISK / 2**20:.0f} MiB at the least: delete runs"
-                " that are finished, or set storage.path to another disk"
-            )
-            found = f"{self.storage} has {free / 2**20:.0f} MiB left"
-            return Finding("storage", node, found, mend)
-        return Finding("storage", node, f"writes {self._shown()}")
-
-    def find(self, node: str) -> Finding:
-        """Read the driver's and write another, from another node."""
-        try:
-            fs, folder = self._open()
-            if fs.get_file_info(f"{folder}/{self.name}").size != len(self.name):
-                mend = (
-                    "Set storage.path to a bucket (s3://...) or to a folder that all nodes mount"
-                    " at the same path"
-                )
-                found = f"{self._shown()} is another folder than the driver's"
-                return Finding("storage", node, found, mend)
-            own = f"{self.name}-{uuid.uuid4().hex}"
-            self._write(own)
-            fs.delete_file(f"{folder}/{own}")
-        except OSError as error:
-            return self._refused(node, error)
-        return Finding("storage", node, f"writes {self._shown()}")
-
-    def remove(self) -> None:
-        """Delete the driver's."""
-        try:
-            fs, folder = self._open()
-            fs.delete_file(f"{folder}/{self.name}")
-        except OSError:
-            pass  # that it can't be written is a finding already
-
-    def _open(self) -> tuple[Any, str]:
-        from pyarrow.fs import FileSystem
-
-        return FileSystem.from_uri(self.storage)
-
-    def _write(self, name: str) -> None:
-        fs, folder = self._open()
-        with fs.open_output_stream(f"{folder}/{name}") as file:
-            file.write(self.name.encode())
-
-    def _shown(self) -> str:
-        from pipelines.data import images
-
-        return images.public_url(self.storage)
-
-    def _refused(self, node: str, error: OSError) -> Finding:
-        mend = (
-            "Make storage.path writable there (free space, mount options, permissions; for a"
-            " bucket its credentials), or set it to another place"
-        )
-        return Finding("storage", node, f"{self._shown()} can't be written: {_short(error)}", mend)
-
-
-def _short(error: BaseException) -> str:
-    """The error's last line, without its end mark."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[-1].strip().rstrip(".")[:300]

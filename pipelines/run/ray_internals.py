@@ -1,16 +1,119 @@
-"""Torch's process group for a local Ray, with nothing that listens beyond loopback."""
+"""Everything that this project takes from Ray without Ray's promise to keep it.
+
+Each function or class names the private parts that it touches, and why. `tests/pipelines/run/
+test_ray_internals.py` holds each of them, so an upgrade of Ray shows what it broke.
+"""
 
 import importlib
+import json
+import os
+import re
 import socket
+from pathlib import Path
 from typing import Any
 
-from ray.train.torch import TorchConfig
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
+"""Ray Train's file of the checkpoints that it knows, in the folder of a run."""
+CHECKPOINT_PREFIX = "checkpoint_"
+"""How Ray Train's folders of checkpoints are called; the rest is the time, so they sort by it."""
+LOCAL_ENVIRONMENT = {
+    # Its process takes seconds of a small machine's start, and no cloud preempts this one.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # A worker's report waits for the controller's next look at it, every 2 s otherwise.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    # The node's agent collects what the dashboard would show, every 5 s otherwise.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+}
+"""Variables, without a promise of Ray, that a Ray of this driver's own reads."""
+LOOPBACK = {"_node_ip_address": "127.0.0.1"}
+"""Argument of `ray.init` that keeps a local Ray off the network."""
+
+
+def listed_checkpoints(text: str) -> set[str]:
+    """Names of the checkpoints in `CHECKPOINT_LIST`; cut short, it still gives some, or none."""
+    # Of the file's many keys, those of the names.
+    return set(re.findall(r'"checkpoint_dir_name": ?"([^"/]+)"', text))
+
+
+def is_whole_list(text: str) -> bool:
+    """Whether `CHECKPOINT_LIST` was written to its end."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def persist_checkpoint(
+    context: Any, checkpoint: "ray.train.Checkpoint", name: str
+) -> "ray.train.Checkpoint":
+    """Upload a checkpoint into the run's storage, as Ray itself does.
+
+    Touches `get_storage().persist_current_checkpoint` of the train context: an upload function of
+    our own gets the checkpoint before it is uploaded, and has no other way to.
+    """
+    uploaded: ray.train.Checkpoint = context.get_storage().persist_current_checkpoint(
+        checkpoint, name
+    )
+    return uploaded
+
+
+def stop_log_monitor() -> None:
+    """End the process that sends the workers' output to a driver that wants none.
+
+    Touches `ray._private.worker._global_node`; `ray.init` has no argument for it.
+    """
+    node: Any = ray._private.worker._global_node
+    node.kill_log_monitor()
+
+
+def raylet_errors(lines: int = 20) -> str:
+    """The last lines of this node's raylet.err, where Ray says why a process did not start; empty
+    where this process did not start the node. Touches `ray._private.worker._global_node`."""
+    node: Any = ray._private.worker._global_node
+    if node is None:  # a trial's own process
+        return ""
+    log = Path(node.get_logs_dir_path()) / "raylet.err"
+    found = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return "\n".join([f"{log}:", *found[-lines:]])
+
+
+class Trainer(TorchTrainer):
+    """Ray's, without what no run of ours needs.
+
+    Overrides `_register_sigint_handler`: the driver's signals stay ours, as Ray would end an
+    interrupted driver with code 0, which DVC takes for success. Overrides
+    `_create_default_callbacks`: our data don't come from Ray Data, whose manager is a process per
+    run.
+    """
+
+    unneeded: tuple[type, ...] = (DatasetsCallback,)
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+        return [one for one in callbacks if not isinstance(one, self.unneeded)]
+
+
+class LocalTrainer(Trainer):
+    """For a Ray that ends with this driver: nobody else waits for a dead controller's resources."""
+
+    unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
 
 
 class LoopbackTorchConfig(TorchConfig):
-    """Ray's, but the store through which the workers find each other listens on its address only.
+    """Ray's, but the store through which the workers find each other listens on loopback only.
 
-    Torch would bind it on every interface.
+    Torch would bind it on every interface. Touches `TorchConfig.backend_cls` and the `on_start` of
+    its class.
     """
 
     @property
@@ -25,7 +128,10 @@ class _LoopbackBackend(TorchConfig().backend_cls):  # type: ignore[misc]
 
 
 def bind_store_to_its_address() -> None:
-    """In this process, let torch's rendezvous store listen on the address it is named by."""
+    """In this process, let torch's rendezvous store listen on the address it is named by.
+
+    Replaces `torch.distributed.rendezvous.TCPStore`.
+    """
     rendezvous: Any = importlib.import_module("torch.distributed.rendezvous")
     original = rendezvous.TCPStore
 
@@ -35,3 +141,9 @@ def bind_store_to_its_address() -> None:
         return original(host_name=host_name, port=port, **options)
 
     rendezvous.TCPStore = store
+
+
+def prepare_local_environment() -> None:
+    """Set `LOCAL_ENVIRONMENT`, where the user has not."""
+    for name, value in LOCAL_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""How every training loop reports: metrics to MLflow, progress to the driver, checkpoints to Ray.
+"""The reporter of a Ray Train worker: to MLflow, to the driver, and to Ray's storage.
 
 Imports stay light: Ray Train's controller loads this module too.
 """
@@ -10,49 +10,21 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 import ray.train
 from ray.train import CheckpointUploadMode, UserCallback
 
 from pipelines.errors import PipelineError
-from pipelines.run import checkpoints as storage
+from pipelines.run import checkpoints
+from pipelines.run.ray_internals import persist_checkpoint
+from pipelines.train.reporter import readable
 
 UNDELIVERED = "undelivered_metrics.json"
-
-
-class Reporter(Protocol):
-    """What a training loop needs from whoever started it. All ranks call every method."""
-
-    rank: int
-    world_size: int
-
-    def checkpoint(self) -> AbstractContextManager[Path | None]:
-        """The folder of the last checkpoint, to resume from; None at a fresh start."""
-
-    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
-        """Work done so far of the whole stage, such as images of all workers."""
-
-    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Metrics within an epoch, by step."""
-
-    def stopping(self) -> bool:
-        """Whether the run is to end after its next checkpoint. Rank 0 knows, the others don't."""
-
-    def keep(self, folder: Path | None) -> None:
-        """A checkpoint without metrics, such as within an epoch; `folder` as in `save`."""
-
-    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
-        """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
-
-        The folder is the reporter's from then on: it is moved away, and uploaded while training
-        goes on. Where the storage can't be written, the run ends; the checkpoints before it are
-        whole.
-        """
 
 
 @dataclass(frozen=True)
@@ -94,7 +66,7 @@ class RayReporter:
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         # Not Ray's own choice: that may be a part of one.
-        found = storage.newest_complete(self._storage, self.tell)
+        found = checkpoints.newest_complete(self._storage, self.tell)
         if found is None:
             yield None
             return
@@ -122,7 +94,7 @@ class RayReporter:
         # Before the checkpoint: an epoch that is in it is never missing from the curves. What
         # MLflow does not have yet goes into the checkpoint, for whoever goes on from it.
         self.metrics(metrics, epoch)
-        self.tell(f"epoch {epoch + 1}: {_readable(metrics)}")
+        self.tell(f"epoch {epoch + 1}: {readable(metrics)}")
         self._report({**metrics, "epoch": epoch}, folder)
 
     def keep(self, folder: Path | None) -> None:
@@ -160,15 +132,15 @@ class RayReporter:
     def _upload(self, checkpoint: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
         folder = Path(checkpoint.path)
         try:
-            storage.seal(folder)
-            return self._context.get_storage().persist_current_checkpoint(checkpoint, name)
+            checkpoints.seal(folder)
+            return persist_checkpoint(self._context, checkpoint, name)
         except OSError as error:
-            message = (
-                f"a checkpoint can't be written to storage.path: {error}."
-                " Mend it and start the stage again: it goes on from the checkpoint before"
+            failure = PipelineError(
+                f"a checkpoint can't be written to storage.path: {error}",
+                "Make it writable and start the stage again: it resumes from the checkpoint before",
             )
-            ray.get(self._display.fail.remote(message))
-            raise PipelineError(message) from error
+            ray.get(self._display.fail.remote(str(failure)))
+            raise failure from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             self._uploaded.set()
@@ -181,46 +153,6 @@ class RayReporter:
             self._monitor.finish()
         if self._delivery:
             self._delivery.close(seconds=10)
-
-
-class LocalReporter:
-    """Reports without Ray and MLflow: lines on stdout, the last checkpoint in a folder."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self, folder: Path, quiet: bool = False) -> None:
-        self.folder, self.quiet = folder, quiet
-
-    @contextmanager
-    def checkpoint(self) -> Iterator[Path | None]:
-        yield self.folder if self.folder.exists() else None
-
-    def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
-        pass
-
-    def metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        pass
-
-    def stopping(self) -> bool:
-        return False
-
-    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
-        if not self.quiet:
-            print(f"epoch {epoch + 1}: {_readable(metrics)}", flush=True)
-        self.keep(folder)
-
-    def keep(self, folder: Path | None) -> None:
-        if folder:
-            aside = Path(tempfile.mkdtemp(dir=self.folder.parent))
-            shutil.copytree(folder, aside, dirs_exist_ok=True)
-            old = self.folder.with_name(self.folder.name + ".old")
-            if self.folder.exists():
-                self.folder.replace(old)
-            aside.replace(self.folder)
-            shutil.rmtree(old, ignore_errors=True)
-
-    def close(self) -> None:
-        pass
 
 
 def read_undelivered(folder: Path) -> list[dict[str, Any]]:
@@ -244,12 +176,10 @@ class Failures(UserCallback):
         for rank, error in sorted(worker_exceptions.items()):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
             if "DataLoader worker" in cause:
-                cause += "; if memory was short, lower data_workers or prefetch_factor"
+                cause += (
+                    "; if memory was short, lower loader.data_workers or loader.prefetch_factor"
+                )
             self.display.line.remote(f"worker {rank} failed: {cause}")
         self.display.line.remote(
-            "going on from the last checkpoint as soon as there are resources for the workers"
+            "training resumes from the last checkpoint as soon as there is room for the workers"
         )
-
-
-def _readable(metrics: Mapping[str, float]) -> str:
-    return "  ".join(f"{key} {value:.4g}" for key, value in metrics.items())

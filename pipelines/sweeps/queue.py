@@ -1,46 +1,26 @@
 """The trials of a sweep as Ray Tune asks for them: what is done, what must run, what is left."""
 
-import functools
 import json
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipelines.errors import PipelineError
-from pipelines.params import Params
-from pipelines.paths import SHARED
+from pipelines.run import tracking
+from pipelines.run.display import Progress
 from pipelines.run.identity import HeldError, RunState, hold
-from pipelines.run.stage import Stage
-from pipelines.sweeps.space import Choice, Point, Space, Trial, make_trial
-from pipelines.tasks.subjects import SUBJECTS
+from pipelines.run.session import storage_path
+from pipelines.run.stage import RUNS, StageRun
+from pipelines.run.tracking import RunRecord, Tracker
+from pipelines.sweeps.cost import cost_of
+from pipelines.sweeps.space import Space, Trial, make_trial
+from pipelines.sweeps.study import Study
+from pipelines.tasks import Result, task_of_stage
 
 if TYPE_CHECKING:
-    from pipelines.sweeps.tuning import Job
-
-
-@functools.cache
-def _cost(stage: str, params: str) -> tuple[int, float]:
-    from pipelines.commands.plan import flops, model_of
-
-    model, forward = model_of(Params.model_validate_json(params), stage)
-    return sum(p.numel() for p in model.parameters()), flops(model, forward) / 1e9
-
-
-def cost_of(trial: Trial) -> tuple[int, float]:
-    """Parameters of a trial's model, and GFLOPs of an image's forward pass (2 per multiply-add).
-
-    Raises:
-        PipelineError: the model can't be built.
-    """
-    section = trial.section.model_copy(update={"seed": 0})  # all seeds cost the same
-    params = trial.params.model_copy(update={trial.stage: section})
-    try:
-        return _cost(trial.stage, params.model_dump_json())
-    except PipelineError as error:
-        raise PipelineError(f"point {trial.label}: {error}") from error
+    from pipelines.sweeps.tuning import TrialJob
 
 
 @dataclass
@@ -69,25 +49,23 @@ class Trials:
         base: what all trials have in common.
     """
 
-    def __init__(self, stage: Stage, space: Space, trials: Sequence[Trial], base: Trial) -> None:
-        from pipelines.run.display import Progress
-
+    def __init__(self, stage: StageRun, space: Space, trials: Sequence[Trial], base: Trial) -> None:
         self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
         self.waiting = deque(trials)
         self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in trials}
-        self.subject = SUBJECTS[space.stage]
-        self.score = self.subject.score(base.params)
+        self.task = task_of_stage(space.stage)
+        self.score = self.task.epoch_score(base.params)
         """What points are chosen by: the accuracy that also chooses a run's best epoch."""
         search = space.search
         self.asha = search.asha if search else None
-        self.study = _Study(search, self.sweep) if search and search.method == "optuna" else None
+        self.study = Study(search, self.sweep) if search and search.method == "optuna" else None
         self.total = len(trials) + (search.trials if search and self.study else 0)
         self.retry = stage.state.attempt > 1
         self._spent_trials = self._spent_epochs = 0
         self._began = time.monotonic()
         self._progress = Progress("sweep")
 
-    def next(self) -> "Job | None":
+    def next(self) -> "TrialJob | None":
         """The next trial that must run, or whose epochs the scheduler must see again."""
         for trial in self._upcoming():
             outcome = self.outcomes.setdefault(trial.identity, Outcome(trial))
@@ -100,23 +78,18 @@ class Trials:
                 return job
         return None
 
-    def finished(self, key: str, result: Mapping[str, Any]) -> None:
+    def finished(self, key: str, result: Result) -> None:
         """A trial ended: log its summary, and free it."""
-        from pipelines.run.tracking import Tracker
-
         outcome = self.outcomes[key]
         tracker = Tracker(outcome.run_id)
-        kept = {k: v for k, v in result.items() if isinstance(v, int | float) and k != "epoch"}
         seconds = round(time.monotonic() - outcome.started, 1)
-        tracker.log_summary(kept | {"wall_time_s": seconds})
+        tracker.log_summary({**result.metrics, "wall_time_s": seconds})
         tracker.finish()
-        metric = self.subject.metric
-        self._end(outcome, "finished", f"{metric} {result[metric]:.1f}")
+        metric = self.task.metric
+        self._end(outcome, "finished", f"{metric} {result.metrics[metric]:.1f}")
 
     def stopped(self, key: str, epoch: int) -> None:
         """ASHA stopped a trial."""
-        from pipelines.run.tracking import Tracker
-
         outcome, reason = self.outcomes[key], f"stopped by ASHA after epoch {epoch + 1}"
         tracker = Tracker(outcome.run_id)
         tracker.set_tags({"stopped": reason})
@@ -124,9 +97,7 @@ class Trials:
         self._end(outcome, "stopped", reason)
 
     def failed(self, key: str, reason: str) -> None:
-        """A trial failed: keep the reason, and go on with the others."""
-        from pipelines.run.tracking import Tracker
-
+        """A trial failed: keep the reason, and continue with the others."""
         outcome = self.outcomes[key]
         tracker = Tracker(outcome.run_id)
         tracker.set_tags({"error": reason[:500]})
@@ -135,8 +106,6 @@ class Trials:
 
     def close(self) -> None:
         """Free what still runs, which only an interrupted sweep has."""
-        from pipelines.run.tracking import Tracker
-
         self._progress.close()
         for outcome in self.outcomes.values():
             if outcome.state == "running":
@@ -145,9 +114,7 @@ class Trials:
 
     def scores(self, run_id: str) -> list[tuple[int, float]]:
         """The score of each epoch of a run."""
-        from pipelines.run.tracking import metric_history
-
-        return metric_history(run_id).get(self.score, [])
+        return tracking.metric_history(run_id).get(self.score, [])
 
     def _upcoming(self) -> Iterator[Trial]:
         """Trials in order, while the budget lasts."""
@@ -155,7 +122,7 @@ class Trials:
         while self.waiting or (study and study.left > 0):
             hours = (time.monotonic() - self._began) / 3600
             if budget.max_hours and hours >= budget.max_hours:
-                return self._progress.line(f"sweep.max_hours={budget.max_hours} are over")
+                return self._progress.line(f"sweep.max_hours={budget.max_hours} have passed")
             if budget.max_trials and self._spent_trials >= budget.max_trials:
                 return self._progress.line(f"sweep.max_trials={budget.max_trials} have run")
             if self.waiting:
@@ -171,13 +138,13 @@ class Trials:
             yield trial
         return None
 
-    def _start(self, outcome: Outcome) -> "Job | None":
+    def _start(self, outcome: Outcome) -> "TrialJob | None":
         """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
         from pipelines.run import tracking
-        from pipelines.sweeps.tuning import Job
+        from pipelines.sweeps.tuning import TrialJob
 
         trial = outcome.trial
-        folder = SHARED / ".runs" / f"{trial.stage}-{trial.identity}"
+        folder = RUNS / f"{trial.stage}-{trial.identity}"
         outcome.locks.enter_context(hold(folder))
         state = RunState.load(folder)
         outcome.run_name = folder.name + (f"-{state.attempt}" if state.attempt > 1 else "")
@@ -197,7 +164,7 @@ class Trials:
                 epochs = [
                     {self.score: value, "epoch": step} for step, value in self.scores(before.run_id)
                 ]
-                return Job(trial.identity, {}, "", "", replay=epochs)
+                return TrialJob(trial.identity, {}, "", "", replay=epochs)
         else:
             self._count(trial)
         tracker = tracking.start_run(
@@ -220,15 +187,15 @@ class Trials:
         tracker.log_dict(resolved, "params.json")
         self._mark(before.tags if before else {}, outcome)
         outcome.state = "running"
-        return Job(trial.identity, resolved, outcome.run_name, tracker.run_id)
+        return TrialJob(trial.identity, resolved, outcome.run_name, tracker.run_id)
 
-    def _earlier(self, outcome: Outcome, before: Any, own: bool) -> str:
-        """How a trial ended before; empty if it must run, or go on."""
-        from pipelines.run import fit as launch
+    def _earlier(self, outcome: Outcome, before: RunRecord, own: bool) -> str:
+        """How a trial ended before; empty if it must run, or resume."""
+        from pipelines.run.fit import last_checkpoint
 
-        metric = self.subject.metric
+        metric = self.task.metric
         if before.status == "FINISHED" and f"final/{metric}" in before.metrics:
-            if launch.last_checkpoint(outcome.run_name, outcome.trial.params) is None:
+            if last_checkpoint(outcome.run_name, storage_path(outcome.trial.params)) is None:
                 return ""  # its weights are gone
             outcome.reused = True
             where = "this sweep, before it was interrupted" if own else f"run {before.name!r}"
@@ -250,8 +217,6 @@ class Trials:
 
     def _mark(self, tags: Mapping[str, str], outcome: Outcome) -> None:
         """Tag a run as one of this sweep's, by which the comparison finds it."""
-        from pipelines.run.tracking import Tracker
-
         tracker, trial = Tracker(outcome.run_id), outcome.trial
         sweeps = json.loads(tags.get("sweeps", "{}")) | {self.sweep: trial.label}
         order = list(self.outcomes).index(trial.identity)
@@ -280,46 +245,3 @@ class Trials:
             + (f": {reason}" if reason else "")
         )
         self._progress.update(done, self.total, "trials")
-
-
-class _Study:
-    """Optuna's TPE, fed with what this sweep's trials gave before it was interrupted."""
-
-    def __init__(self, search: Any, sweep_id: str) -> None:
-        import optuna
-
-        from pipelines.run import tracking
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.left = optuna, search.trials
-        earlier = tracking.sweep_trials(sweep_id)
-        # Points that are asked again take no random numbers: the same seed would draw them twice.
-        sampler = optuna.samplers.TPESampler(seed=search.seed + len(earlier))
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
-        self.distributions: dict[str, Any] = {
-            name: optuna.distributions.CategoricalDistribution(domain.values)
-            if isinstance(domain, Choice)
-            else optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
-            for name, domain in search.parameters.items()
-        }
-        for run in earlier:
-            self.study.enqueue_trial(json.loads(run.tags["point"]), skip_if_exists=True)
-        self._asked: Any = None
-        self._open: dict[str, Any] = {}
-
-    def ask(self) -> Point:
-        """The next point: first those that were asked before."""
-        self.left -= 1
-        self._asked = self.study.ask(self.distributions)
-        return dict(self._asked.params)
-
-    def name(self, identity: str) -> None:
-        """The trial of the last point."""
-        self._open[identity] = self._asked
-
-    def tell(self, identity: str, score: float | None) -> None:
-        """A trial's score; None: it failed."""
-        trial = self._open.pop(identity, None)
-        if trial is not None:
-            state = self.optuna.trial.TrialState
-            self.study.tell(trial, score, None if score is not None else state.FAIL)

@@ -1,4 +1,4 @@
-"""Spaces of a sweep: YAML in `pipelines/recipes/sweeps/`, validated before anything starts.
+"""Spaces of a sweep: YAML in `pipelines/recipes/sweeps/`, checked before anything starts.
 
 A point is a set of parameters by dotted name. A trial is a point with a seed: one run of a training
 stage, known by the identity that the stage would have with the same parameters.
@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 from pipelines.params import Params, ParamsError, Positive, Section, override, read_yaml
 from pipelines.paths import RECIPES
 from pipelines.run.identity import stage_identity
-from pipelines.tasks.subjects import SUBJECTS
+from pipelines.tasks import task_of_stage
 
 SPACES = RECIPES / "sweeps"
 NONE = "none"
@@ -65,7 +65,7 @@ class Choice(Section):
 
 class Asha(Section):
     """Stops the trials that are behind: at `grace_epochs`, and each `reduction_factor` times that,
-    only the best 1 in `reduction_factor` goes on."""
+    only the best 1 in `reduction_factor` continues."""
 
     grace_epochs: Positive
     reduction_factor: Annotated[int, Field(ge=2)]
@@ -145,7 +145,7 @@ def _short(value: Any) -> str:
 
 def space_names() -> list[str]:
     """Names that `sweep.space` can have."""
-    return [NONE, *sorted(path.stem for path in SPACES.glob("*.yaml"))]
+    return sorted(path.stem for path in SPACES.glob("*.yaml"))
 
 
 def load_space(name: str) -> Space:
@@ -155,7 +155,9 @@ def load_space(name: str) -> Space:
         ParamsError: unknown, empty, or not what the schema of a space allows.
     """
     if name not in space_names() or name == NONE:
-        raise ParamsError(f"sweep.space: {name!r} is unknown; choose one of {space_names()}")
+        raise ParamsError(
+            f"sweep.space: {name!r} is unknown", f"Choose one of {', '.join(space_names())}"
+        )
     where = f"pipelines/recipes/sweeps/{name}.yaml"
     try:
         space = Space.model_validate_json(json.dumps(read_yaml(SPACES / f"{name}.yaml")))
@@ -164,22 +166,26 @@ def load_space(name: str) -> Space:
         raise ParamsError(f"{where}:\n  " + "\n  ".join(lines)) from None
     if not (space.points or space.grid or space.search):
         raise ParamsError(f"{where} has no points, grid or search: the space is empty")
-    sections, seed = SUBJECTS[space.stage].sections, f"{space.stage}.seed"
+    _check_keys(space, where)
+    return space
+
+
+def _check_keys(space: Space, where: str) -> None:
+    task, seed = task_of_stage(space.stage), f"{space.stage}.seed"
     used = {name for point in space.points for name in point} | space.grid.keys()
     used |= set(space.search.parameters) if space.search else set()
     for key in sorted(used | space.fixed.keys()):
-        if key.split(".")[0] not in sections:
+        if key.split(".")[0] not in task.sections:
             raise ParamsError(
                 f"{where}: {key}: a trial is a run of {space.stage}; only parameters of"
-                f" {', '.join(sections)} can be set"
+                f" {', '.join(task.sections)} can be set"
             )
         if key == seed:
             raise ParamsError(f"{where}: {seed}: seeds are what sweep.seeds counts")
-    if space.search and space.search.asha and space.stage != "pretrain":
-        raise ParamsError(f"{where}: asha stops runs of pretrain only; leave it out")
+    if space.search and space.search.asha and not task.epochs_can_stop:
+        raise ParamsError(f"{where}: asha can't stop runs of {space.stage}", "Leave it out")
     for key in sorted(used & space.fixed.keys()):
         raise ParamsError(f"{where}: {key} is both fixed and varied")
-    return space
 
 
 def listed_points(space: Space) -> list[Point]:
@@ -212,7 +218,7 @@ def make_trial(params: Params, space: Space, point: Point, seed: int = 0) -> Tri
     return Trial(stage, point, resolved, stage_identity(stage, resolved))
 
 
-def plan(params: Params, space: Space) -> list[Trial]:
+def list_trials(params: Params, space: Space) -> list[Trial]:
     """All trials that are known before the first one starts, first all points with one seed.
 
     Raises:
@@ -224,23 +230,33 @@ def plan(params: Params, space: Space) -> list[Trial]:
     optuna = bool(search and search.method == "optuna")
     if optuna and params.sweep.seeds > 1:
         raise ParamsError(
-            f"sweep.space={name} searches with optuna, one run of each point: set sweep.seeds=1,"
-            " and compare its best point with others at several seeds"
+            f"sweep.space={name} searches with optuna, one run of each point",
+            "Set sweep.seeds=1, and compare its best point with others at several seeds",
         )
     trials = [make_trial(params, space, p, s) for s in range(params.sweep.seeds) for p in points]
     first = trials[: len(points)]
-    seen: dict[str, str] = {}
-    for trial in first:
-        if trial.identity in seen:
-            raise ParamsError(
-                f"sweep.space={name}: points {seen[trial.identity]} and {trial.label} have the same"
-                " parameters; remove one"
-            )
-        seen[trial.identity] = trial.label
+    _check_different(name, first)
     if space.reference is not None and space.reference not in points:
         raise ParamsError(f"sweep.space={name}: reference {label(space.reference)} is no point")
     corners = _corners(search) if search and optuna else []
-    known = first + [make_trial(params, space, point) for point in corners]
+    _check_budget(params, space, first + [make_trial(params, space, point) for point in corners])
+    return trials
+
+
+def _check_different(name: str, trials: Sequence[Trial]) -> None:
+    seen: dict[str, str] = {}
+    for trial in trials:
+        if trial.identity in seen:
+            raise ParamsError(
+                f"sweep.space={name}: points {seen[trial.identity]} and {trial.label} have the same"
+                " parameters",
+                "Remove one",
+            )
+        seen[trial.identity] = trial.label
+
+
+def _check_budget(params: Params, space: Space, known: Sequence[Trial]) -> None:
+    name, search = params.sweep.space, space.search
     epochs = min(trial.epochs for trial in known)
     if search and search.asha and search.asha.grace_epochs >= epochs:
         raise ParamsError(
@@ -250,9 +266,9 @@ def plan(params: Params, space: Space) -> list[Trial]:
     if 0 < params.sweep.max_epochs < epochs:
         raise ParamsError(
             f"sweep.max_epochs={params.sweep.max_epochs} is too small for one trial, which has"
-            f" {epochs} epochs; raise it, or 0 for no limit"
+            f" {epochs} epochs",
+            "Raise it, or set it to 0 for no limit",
         )
-    return trials
 
 
 def _corners(search: Search) -> Sequence[Point]:

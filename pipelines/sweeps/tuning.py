@@ -6,8 +6,7 @@ what was done. So an interrupted sweep is started again like a new one.
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +21,15 @@ from ray.tune.search import Searcher
 
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.run import fit as launch
-from pipelines.tasks.subjects import Subject
+from pipelines.run.fit import RunSpec, fit
+from pipelines.run.session import storage_path
+from pipelines.tasks import TASKS, Job, Result
 
 RESULT, FAILED = "result", "failed"
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialJob:
     """One trial for Tune; JSON can hold it.
 
     Attributes:
@@ -48,11 +48,11 @@ class Job:
 class Queue(Protocol):
     """Where trials come from; every method is called in the driver."""
 
-    def next(self) -> Job | None:
+    def next(self) -> TrialJob | None:
         """The next trial; None: there is no more."""
 
-    def finished(self, key: str, result: Mapping[str, Any]) -> None:
-        """A trial ended, with its `result.json`."""
+    def finished(self, key: str, result: Result) -> None:
+        """A trial ended."""
 
     def stopped(self, key: str, epoch: int) -> None:
         """The scheduler stopped a trial after an epoch (counted from 0)."""
@@ -92,7 +92,7 @@ class _Outcomes(tune.Callback):
         if FAILED in last:
             self.queue.failed(job["key"], last[FAILED])
         elif RESULT in last:
-            self.queue.finished(job["key"], last[RESULT])
+            self.queue.finished(job["key"], Result(**last[RESULT]))
         else:
             self.queue.stopped(job["key"], last["epoch"])
 
@@ -101,68 +101,70 @@ class _Outcomes(tune.Callback):
         self.queue.failed(json.loads(trial.config["job"])["key"], f"its driver died: {error}")
 
 
-def _trial(
-    config: dict[str, Any],
-    subject: Subject,
-    checked: dict[str, Any],
-    report_epochs: bool,
-) -> None:
-    job = Job(**json.loads(config["job"]))
-    if job.replay is not None:
-        for epoch in job.replay:
+@dataclass(frozen=True)
+class Tuning:
+    """What all trials of a sweep have in common."""
+
+    task: str
+    """Name of the task that they train."""
+    job: Job
+    """What the task's check gave."""
+    name: str
+    """Of the folder in `storage` for Tune's own notes."""
+    storage: str
+    local: bool
+    """The connected Ray is the sweep's own."""
+    concurrent: int
+    """Trials at the same time."""
+    metric: str
+    """Of an epoch; more is better."""
+    asha: tuple[int, int, int] | None = None
+    """Grace epochs, reduction factor and most epochs of asynchronous successive halving."""
+
+
+def _trial(config: dict[str, Any], tuning: Tuning) -> None:
+    trial = TrialJob(**json.loads(config["job"]))
+    if trial.replay is not None:
+        for epoch in trial.replay:
             tune.report(epoch)
         return
-    params = Params.model_validate_json(json.dumps(job.params))
+    task, report_epochs = TASKS[tuning.task], bool(tuning.asha)
+    params = Params.model_validate_json(json.dumps(trial.params))
     if report_epochs:  # ASHA counts reports: only those of whole epochs
         whole = params.storage.model_copy(update={"checkpoint_minutes": 0})
         params = params.model_copy(update={"storage": whole})
+    job = task.trial(tuning.job, params)
+    spec = RunSpec(
+        stage=task.stage,
+        name=trial.run_name,
+        mlflow_run_id=trial.mlflow_run_id,
+        scaling=params.scaling,
+        storage=storage_path(params),
+        data={task.dataset: job.dataset.place},
+        local=tuning.local,
+        trial=True,
+    )
     try:
-        checkpoint = launch.fit(
-            subject.loop(),
-            subject.config(params, checked),
-            params,
-            name=job.run_name,
-            mlflow_run_id=job.mlflow_run_id,
-            data={subject.dataset: checked["data"]["place"]},
-            trial=True,
-            callbacks=[TuneReportCallback()] if report_epochs else [],
-        )
+        callbacks = [TuneReportCallback()] if report_epochs else []
+        checkpoint = fit(task.loop, job, spec, callbacks)
     except PipelineError as error:
         tune.report({FAILED: str(error)})
         return
     with checkpoint.as_directory() as folder:
-        result = subject.result(Path(folder))
+        result = task.result(Path(folder))
     # ASHA compares a trial's last report too, so that has the same score as its last epoch's.
-    tune.report({**result["history"][-1], "epoch": len(result["history"]) - 1, RESULT: result})
+    last = {**result.history[-1], "epoch": len(result.history) - 1}
+    tune.report({**last, RESULT: asdict(result)})
 
 
-def run_trials(
-    queue: Queue,
-    subject: Subject,
-    checked: dict[str, Any],
-    *,
-    name: str,
-    storage: str,
-    concurrent: int,
-    metric: str,
-    asha: tuple[int, int, int] | None = None,
-) -> None:
-    """Run all trials of `queue`.
-
-    Args:
-        subject: what a trial trains.
-        checked: what `subject.check` gave.
-        name: of the folder in `storage` for Tune's own notes.
-        concurrent: trials at the same time.
-        metric: of an epoch; more is better.
-        asha: grace epochs, reduction factor and most epochs of asynchronous successive halving.
-    """
+def run_trials(queue: Queue, tuning: Tuning) -> None:
+    """Run all trials of `queue`."""
     scheduler: Any = FIFOScheduler()
-    if asha:
-        grace, factor, most = asha
+    if tuning.asha:
+        grace, factor, most = tuning.asha
         scheduler = ASHAScheduler(
             time_attr="training_iteration",
-            metric=metric,
+            metric=tuning.metric,
             mode="max",
             grace_period=grace,
             reduction_factor=factor,
@@ -171,20 +173,21 @@ def run_trials(
         )
     tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(
-                _trial, subject=subject, checked=checked, report_epochs=bool(asha)
-            ),
-            {"memory": 1},  # Tune refuses none at all; the Ray Train run's workers take the rest
+            tune.with_parameters(_trial, tuning=tuning),
+            {"memory": 1},  # Tune rejects none at all; the Ray Train run's workers take the rest
         ),
         tune_config=tune.TuneConfig(
             search_alg=_Source(queue),
             scheduler=scheduler,
             num_samples=-1,
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=tuning.concurrent,
             trial_dirname_creator=lambda trial: trial.trial_id,
-            reuse_actors=not asha,  # an actor whose trial was stopped still runs it
+            reuse_actors=not tuning.asha,  # an actor whose trial was stopped still runs it
         ),
         run_config=tune.RunConfig(
-            name=name, storage_path=storage, verbose=0, callbacks=[_Outcomes(queue)]
+            name=tuning.name,
+            storage_path=tuning.storage,
+            verbose=0,
+            callbacks=[_Outcomes(queue)],
         ),
     ).fit()

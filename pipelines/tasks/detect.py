@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pipelines.data.layout import LAYOUTS
 from pipelines.params import Params
 from pipelines.tasks.dense import DenseTask, tensors
 from pipelines.tasks.task import Forward, Picture, Prediction, Scene
@@ -57,7 +58,7 @@ class Detect(DenseTask):
     def score(self, what: Prediction, folder: Path) -> "Scores":
         from pipelines.results import scores
 
-        truth = Path(what.dataset.place) / "annotations/instances_val2017.json"
+        truth = Path(what.dataset.place) / LAYOUTS[self.dataset].annotations["val"]
         return scores.detection(truth, folder)
 
     def draw_samples(self, what: Prediction, folder: Path) -> "Figure":

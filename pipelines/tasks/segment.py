@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pipelines.data.layout import LAYOUTS
 from pipelines.params import Params
 from pipelines.tasks.dense import DenseTask, tensors
 from pipelines.tasks.task import Forward, Picture, Prediction, Scene
@@ -51,7 +52,7 @@ class Segment(DenseTask):
         masks.mkdir()
         for file in folder.glob("*.png"):
             file.replace(masks / file.name)
-        truth = Path(what.dataset.place) / "annotations/validation"
+        truth = Path(what.dataset.place) / LAYOUTS[self.dataset].annotations["val"]
         return scores.segmentation(truth, masks, what.classes)
 
     def draw_samples(self, what: Prediction, folder: Path) -> "Figure":

@@ -24,7 +24,8 @@ def training_stage(task: Task, about: str) -> Stage:
         _log_outputs(task, stage_run)
 
     def export(stage_run: StageRun, job: Job) -> bool:
-        from pipelines.run.fit import last_checkpoint, storage_path
+        from pipelines.run.fit import last_checkpoint
+        from pipelines.run.session import storage_path
 
         checkpoint = last_checkpoint(stage_run.run_name, storage_path(stage_run.params))
         if checkpoint is None:
@@ -46,7 +47,8 @@ def training_stage(task: Task, about: str) -> Stage:
 
 
 def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
-    from pipelines.run.fit import RunSpec, storage_path
+    from pipelines.run.fit import RunSpec
+    from pipelines.run.session import storage_path
 
     return RunSpec(
         stage=run.name,

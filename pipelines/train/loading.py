@@ -58,8 +58,8 @@ class Collate:
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
-    def __call__(self, batch: Batch) -> Any:
-        if batch.seed is None:
+    def __call__(self, batch: list[Any]) -> Any:
+        if not isinstance(batch, Batch) or batch.seed is None:
             return self.collate(batch)
         with isolated_random():
             seed_all(batch.seed)

@@ -13,10 +13,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from pipelines.data.checks import DataError, check_dataset
+from pipelines.data.checks import check_dataset
+from pipelines.data.errors import DataError
 from pipelines.data.demo import draw as demo
 from pipelines.data.demo.draw import sources
-from pipelines.data.manifest import data_digest, file_entry, write_json
+from pipelines.data.files import write_json
+from pipelines.data.manifest import data_digest, file_entry
 
 PARAMS = SimpleNamespace(
     seed=3,

@@ -20,9 +20,9 @@ from PIL import Image
 from pipelines import prepare
 from pipelines.data import dataset as places
 from pipelines.data import images
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 from pipelines.data.demo import draw as demo
-from pipelines.data.manifest import write_json
+from pipelines.data.files import write_json
 from pipelines.data.public import archives, verify
 from pipelines.mm.train import Job, build_config
 from pipelines.params import Params, load_params

@@ -18,7 +18,7 @@ from timm.utils import random_seed
 
 from pipelines.benchmarks.loader import measure
 from pipelines.data import images, pack
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 from pipelines.data.demo import draw as demo
 from pipelines.data.images import DataPlace
 from pipelines.data.public import verify

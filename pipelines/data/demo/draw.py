@@ -25,12 +25,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from pipelines.data import card
+from pipelines.data.demo import card
 from pipelines.data.demo.scenes import Mask, Scene, draw_scene, draw_single, tight_box
 from pipelines.data.demo.sources import NUM_DIGITS, digit_pool, photos
-from pipelines.data.manifest import FileEntry, file_entry, write_json, write_manifest
+from pipelines.data.files import write_json
+from pipelines.data.layout import DATASETS, LAYOUTS
+from pipelines.data.manifest import FileEntry, file_entry, write_manifest
 
-DATASETS = ("imagenet", "coco", "ade20k")
 SPLITS = ("train", "val")
 DIGIT_CLASSES = tuple(f"digit_{digit}" for digit in range(NUM_DIGITS))
 CLASSES = {
@@ -38,8 +39,6 @@ CLASSES = {
     "coco": DIGIT_CLASSES,
     "ade20k": (*DIGIT_CLASSES, "background"),
 }
-COCO_FOLDERS = {"train": "train2017", "val": "val2017"}
-ADE_FOLDERS = {"train": "training", "val": "validation"}
 CLUSTER_EVERY = 12  # one scene in this many holds a cluster (COCO: a crowd, ADE20K: ignored)
 _VAL_IDS = 1_000_000  # COCO ids are unique across the splits
 _IDS_PER_IMAGE = 100
@@ -162,7 +161,7 @@ def finish(
         extra = []
         if dataset == "coco":
             for split in SPLITS:
-                name = f"annotations/instances_{COCO_FOLDERS[split]}.json"
+                name = LAYOUTS["coco"].annotations[split]
                 write_json(folder / name, _coco_annotations(mine, split))
                 extra.append(name)
         write_json(folder / "sources.json", _sources(mine))
@@ -214,7 +213,7 @@ def _imagenet(shard: Shard, index: int, folder: Path) -> Record:
 def _coco(shard: Shard, index: int, folder: Path) -> Record:
     scene = _scene(shard, index)
     number = index + 1 + (_VAL_IDS if shard.split == "val" else 0)
-    name = f"{COCO_FOLDERS[shard.split]}/{number:012d}.jpg"
+    name = f"{LAYOUTS['coco'].images[shard.split]}/{number:012d}.jpg"
     entry = _write_jpeg(folder, name, scene.image)
     annotations = [
         _annotation(number, i, instance.label + 1, instance.mask)
@@ -231,13 +230,14 @@ def _coco(shard: Shard, index: int, folder: Path) -> Record:
 
 def _ade20k(shard: Shard, index: int, folder: Path) -> Record:
     scene = _scene(shard, index)
-    stem = f"{ADE_FOLDERS[shard.split]}/ADE_{shard.split}_{index + 1:08d}"
+    layout, stem = LAYOUTS["ade20k"], f"ADE_{shard.split}_{index + 1:08d}"
     label_map = np.full(scene.image.shape[:2], NUM_DIGITS + 1, dtype=np.uint8)
     if scene.cluster is not None:
         label_map[scene.cluster] = 0
     for instance in scene.instances:
         label_map[instance.mask] = instance.label + 1
-    image, labels = f"images/{stem}.jpg", f"annotations/{stem}.png"
+    image = f"{layout.images[shard.split]}/{stem}.jpg"
+    labels = f"{layout.annotations[shard.split]}/{stem}.png"
     files = {
         image: _write_jpeg(folder, image, scene.image),
         labels: _write(folder, labels, label_map, format="PNG"),

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipelines.data.checks import DataError
+from pipelines.data.errors import DataError
 
 NUM_DIGITS = 10
 HELD_OUT = 5  # one digit in HELD_OUT is for validation

@@ -1,4 +1,4 @@
-"""Data cards: for each data set a contact sheet (.png), its facts (.json) and both in prose (.md).
+"""Data cards of the demo: a contact sheet (.png), facts (.json) and both in prose (.md).
 
 The sheets of COCO and ADE20K are drawn from the files that training reads, not from memory.
 """
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from pipelines.data.checks import IMAGES
 from pipelines.data.demo.sources import DIGITS_CREDIT, PHOTOS
-from pipelines.data.manifest import ChunkEntry, write_json
+from pipelines.data.files import write_json
+from pipelines.data.layout import LAYOUTS
+from pipelines.data.sheet import INK, PAPER, Sheet, font, open_image
 
 if TYPE_CHECKING:
     from pipelines.data.demo.draw import Record
@@ -44,8 +45,7 @@ PALETTE = (
 BACKGROUND_COLOR = (58, 60, 66)
 CROWD_COLOR = (250, 250, 250)
 _COCO_SMALL, _COCO_MEDIUM = 32**2, 96**2
-_GAP, _HEADER, _ZOOM = 8, 44, 2
-_PAPER, _INK, _SOFT = (255, 255, 255), (32, 33, 36), (110, 114, 120)
+_ZOOM = 2
 _SHEETS = {"imagenet": (10, 16), "coco": (3, 4), "ade20k": (3, 3)}  # rows, columns
 
 
@@ -58,74 +58,6 @@ def write_card(root: Path, dataset: str, classes: Sequence[str], records: list[R
     sheet(root / dataset, records).save(folder / f"{dataset}.png")
     write_json(folder / f"{dataset}.json", facts, indent=1)
     (folder / f"{dataset}.md").write_text(_prose(dataset, facts), encoding="utf-8")
-
-
-def write_public_card(root: Path, dataset: str, manifest: dict[str, Any], place: str) -> None:
-    """Write `<root>/cards/<dataset>.{png,json,md}` of a data set that is read at `place`."""
-    folder, counts = root / "cards", manifest["counts"]
-    entries = [ChunkEntry.parse(line) for line in manifest["chunks"].values()]
-    facts = {
-        "dataset": dataset,
-        "classes": manifest["classes"],
-        "splits": {split: {"images": count} for split, count in counts.items()},
-        "files": sum(entry.files for entry in entries),
-        "bytes": sum(entry.bytes for entry in entries),
-        "skipped": manifest["skipped"],
-        "digest": manifest["digest"],
-    }
-    write_json(folder / f"{dataset}.json", facts, indent=1)
-    size, rows, columns = 144, 3, 8
-    title = f"{dataset}: {len(manifest['classes'])} classes"
-    sheet = _Sheet((rows, columns), (size, size), title, "validation images")
-    for i, image in enumerate(_public_samples(dataset, manifest, place, rows * columns)):
-        sheet.paste(*divmod(i, columns), ImageOps.fit(image, (size, size)))
-    sheet.image.save(folder / f"{dataset}.png")
-    skipped = "".join(f"| {name} | {why} |\n" for name, why in manifest["skipped"].items())
-    text = f"""# {dataset}
-
-![contact sheet]({dataset}.png)
-
-| | |
-|---|---:|
-| classes | {len(manifest["classes"])} |
-| training images | {counts["train"]} |
-| validation images | {counts["val"]} |
-| files | {facts["files"]} |
-| bytes | {facts["bytes"]} |
-| images left out | {len(manifest["skipped"])} |
-| digest | {manifest["digest"][:12]} |
-"""
-    if skipped:
-        text += f"\n| left out | because |\n|---|---|\n{skipped}"
-    (folder / f"{dataset}.md").write_text(text, encoding="utf-8")
-
-
-def _public_samples(
-    dataset: str, manifest: dict[str, Any], place: str, count: int
-) -> list[Image.Image]:
-    """Validation images spread over the data set."""
-    from pipelines.data.images import Images, is_shards  # with torch, which the demo's do not need
-
-    if is_shards(place):
-        images = Images(place, "val")
-        chosen = np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist()
-        return [image for image, _ in images.__getitems__(chosen)]
-    if dataset == "imagenet":
-        folders = [Path(place) / n for n in manifest["chunks"] if n.startswith("val/")]
-        step = max(1, len(folders) // count)
-        files = [_image_files(folder)[0] for folder in folders[::step][:count]]
-    else:
-        folder = {"coco": "val2017", "ade20k": "images/validation"}[dataset]
-        found = _image_files(Path(place) / folder)
-        files = found[:: max(1, len(found) // count)][:count]
-    return [_open(path) for path in files]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGES)
-
-
-# ---- facts -------------------------------------------------------------------------------------
 
 
 def _facts(dataset: str, classes: Sequence[str], records: list[Record]) -> dict[str, Any]:
@@ -231,31 +163,6 @@ Digits: {credit["name"]}; {credit["authors"]}; through {credit["package"]}, {cre
 """
 
 
-# ---- contact sheets ----------------------------------------------------------------------------
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size)
-
-
-class _Sheet:
-    """A grid of cells under a title; each cell is `width` x `height` with room for a caption."""
-
-    def __init__(self, grid: tuple[int, int], cell: tuple[int, int], title: str, note: str) -> None:
-        self.cell = cell
-        rows, columns = grid
-        width = columns * (cell[0] + _GAP) + _GAP
-        height = _HEADER + rows * (cell[1] + _GAP)
-        self.image = Image.new("RGB", (width, height), _PAPER)
-        self.draw = ImageDraw.Draw(self.image)
-        self.draw.text((_GAP, 12), title, _INK, _font(18))
-        self.draw.text((width - _GAP, 15), note, _SOFT, _font(14), anchor="ra")
-
-    def paste(self, row: int, column: int, image: Image.Image, shift: int = 0) -> None:
-        x = _GAP + column * (self.cell[0] + _GAP) + shift
-        self.image.paste(image, (x, _HEADER + row * (self.cell[1] + _GAP)))
-
-
 def _choose(records: list[Record], split: str, count: int) -> list[Record]:
     """Some records of a split: as many photographs as possible, and a cluster if there is one."""
     seen: Counter[str] = Counter()
@@ -282,38 +189,32 @@ def _examples(records: list[Record], count: int) -> list[Record]:
     return _choose(records, "train", count - len(val)) + val
 
 
-def _open(path: Path, zoom: int = 1) -> Image.Image:
-    with Image.open(path) as image:
-        rgb = image.convert("RGB")
-    return rgb.resize((rgb.width * zoom, rgb.height * zoom), Image.Resampling.LANCZOS)
-
-
 def _imagenet_sheet(folder: Path, records: list[Record]) -> Image.Image:
     rows, columns = _SHEETS["imagenet"]
     size = records[0].size
     val_columns = columns // 4
     note = f"left: train, last {val_columns} columns: val"
-    sheet = _Sheet((rows, columns), (size, size), TITLES["imagenet"], note)
+    sheet = Sheet((rows, columns), (size, size), TITLES["imagenet"], note)
     for label in range(rows):
         mine = [record for record in records if record.labels[0] == label]
         train = _choose(mine, "train", columns - val_columns)
         val = _choose(mine, "val", val_columns)
         for column, record in enumerate(train):
-            sheet.paste(label, column, _open(folder / record.image))
+            sheet.paste(label, column, open_image(folder / record.image))
         for column, record in enumerate(val, start=columns - val_columns):
-            sheet.paste(label, column, _open(folder / record.image))
+            sheet.paste(label, column, open_image(folder / record.image))
     return sheet.image
 
 
 def _tag(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: Any) -> None:
     """A small label with its bottom left corner at (x, y), kept inside the image."""
-    font = _font(13)
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    small = font(13)
+    left, top, right, bottom = draw.textbbox((0, 0), text, font=small)
     width, height = right - left + 6, bottom - top + 6
     y = max(y, height)
     draw.rectangle((x, y - height, x + width, y), fill=color)
     light = sum(c * w for c, w in zip(color, (0.3, 0.59, 0.11), strict=True)) < 150
-    draw.text((x + 3 - left, y - height + 3 - top), text, _PAPER if light else _INK, font)
+    draw.text((x + 3 - left, y - height + 3 - top), text, PAPER if light else INK, font)
 
 
 def _outline(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
@@ -332,7 +233,7 @@ def _outline(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:
 
 def _coco_picture(path: Path, annotations: list[dict[str, Any]], zoom: int) -> Image.Image:
     """The image with its masks tinted and outlined, its boxes, and crowds hatched."""
-    pixels = np.asarray(_open(path, zoom)).astype(np.float32)
+    pixels = np.asarray(open_image(path, zoom)).astype(np.float32)
     for annotation in annotations:
         code = annotation["segmentation"]
         if annotation["iscrowd"]:
@@ -366,7 +267,7 @@ def _coco_sheet(folder: Path, records: list[Record]) -> Image.Image:
     rows, columns = _SHEETS["coco"]
     size = records[0].size
     zoom = max(1, round(_ZOOM * 160 / size))
-    folders = {"train": "train2017", "val": "val2017"}
+    folders = LAYOUTS["coco"].images
     truth: dict[str, list[dict[str, Any]]] = {}
     for name in folders.values():
         content = json.loads((folder / f"annotations/instances_{name}.json").read_text())
@@ -375,7 +276,7 @@ def _coco_sheet(folder: Path, records: list[Record]) -> Image.Image:
             truth.setdefault(names[annotation["image_id"]], []).append(annotation)
     cell = (size * zoom, size * zoom)
     note = "two rows: train, last row: val; hatched: crowd"
-    sheet = _Sheet((rows, columns), cell, TITLES["coco"], note)
+    sheet = Sheet((rows, columns), cell, TITLES["coco"], note)
     for position, record in enumerate(_examples(records, rows * columns)):
         picture = _coco_picture(folder / record.image, truth.get(record.image, []), zoom)
         sheet.paste(position // columns, position % columns, picture)
@@ -389,18 +290,18 @@ def _ade_sheet(folder: Path, records: list[Record]) -> Image.Image:
     colors = np.array([(255, 255, 255), *PALETTE, BACKGROUND_COLOR], dtype=np.uint8)
     cell = (2 * size * zoom + 2, size * zoom)
     note = "two rows: train, last row: val; white: label 0, ignored"
-    sheet = _Sheet((rows, columns), cell, TITLES["ade20k"], note)
+    sheet = Sheet((rows, columns), cell, TITLES["ade20k"], note)
     for position, record in enumerate(_examples(records, rows * columns)):
         row, column = divmod(position, columns)
         name = record.image.replace("images/", "annotations/").replace(".jpg", ".png")
         with Image.open(folder / name) as labels:
             painted = Image.fromarray(colors[np.asarray(labels)])
-        sheet.paste(row, column, _open(folder / record.image, zoom))
+        sheet.paste(row, column, open_image(folder / record.image, zoom))
         painted = painted.resize((size * zoom, size * zoom), Image.Resampling.NEAREST)
         sheet.paste(row, column, painted, shift=size * zoom + 2)
     legend = ImageDraw.Draw(sheet.image)
     for digit, color in enumerate(PALETTE):
         x = 330 + 22 * digit
         legend.rectangle((x, 14, x + 18, 32), fill=color)
-        legend.text((x + 9, 23), str(digit), _PAPER, _font(13), anchor="mm")
+        legend.text((x + 9, 23), str(digit), PAPER, font(13), anchor="mm")
     return sheet.image

@@ -1,0 +1,117 @@
+"""Ray as a stage uses it: a local instance, or the cluster of `RAY_ADDRESS`."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from pipelines.errors import PipelineError
+from pipelines.params import Params
+from pipelines.paths import ROOT, SHARED
+from pipelines.run import preflight, tracking
+from pipelines.run.display import track
+from pipelines.run.ray_internals import LOOPBACK, prepare_local_environment, stop_log_monitor
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connected Ray."""
+
+    local: bool
+    """It is this driver's own, listens on loopback only, and ends with the driver."""
+
+
+@contextmanager
+def ray_session(trials: bool = False) -> Iterator[Session]:
+    """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
+
+    A Ray of our own leaves out what only takes time from training: on two cores each of its
+    processes is felt.
+
+    Args:
+        trials: `fit` is to run trials of a sweep in it.
+
+    Raises:
+        PipelineError: too little memory for a local Ray, or no cluster at the address.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address:
+        common |= {"address": address}
+    else:
+        preflight.check_memory()
+        environment |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+        prepare_local_environment()
+        common |= {
+            "address": "local",
+            # Ray Train asks it whether the controller of a trial still lives.
+            "include_dashboard": trials,
+            "dashboard_host": "127.0.0.1",
+            "object_store_memory": preflight.OBJECT_STORE,
+            **LOOPBACK,
+        }
+    try:
+        ray.init(runtime_env={"env_vars": environment}, **common)
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+        raise _unusable(address, error) from error
+    try:
+        if not address:
+            stop_log_monitor()
+        yield Session(local=not address)
+    finally:
+        ray.shutdown()
+
+
+def _unusable(address: str | None, error: Exception) -> PipelineError:
+    if not address:
+        fix = "See /tmp/ray/session_latest/logs"
+        return PipelineError(f"a local Ray can't be started: {error}", fix)
+    return PipelineError(
+        f"the cluster at RAY_ADDRESS={address} can't be used: {error}",
+        "Check that RAY_ADDRESS names a running cluster with this version of Ray, and that"
+        " ~/.ray/auth_token is the cluster's",
+    )
+
+
+def at_once(stage: str, params: Params, data: Mapping[str, str]) -> int:
+    """How many runs like this the cluster has room for; at least 1.
+
+    Raises:
+        PipelineError: a node lacks something, or there is no room for one.
+    """
+    scaling = params.scaling
+    needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
+    preflight.require(stage, scaling, needs)
+    places = (preflight.places_on(node["Resources"], scaling) for node in preflight.alive_nodes())
+    return sum(places) // scaling.num_workers
+
+
+def on_this_node() -> NodeAffinitySchedulingStrategy:
+    """Schedules a task on the driver's node, whose files it reads or writes."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def each(
+    function: Callable[..., Any],
+    arguments: Sequence[tuple[Any, ...]],
+    unit: str,
+    done: Callable[[Any], None],
+) -> None:
+    """Call `function` with each tuple of arguments, spread over the nodes, with progress.
+
+    `done` gets each result here as it comes. The first error ends it.
+    """
+    task = ray.remote(function).options(scheduling_strategy="SPREAD")
+    name = os.environ.get("DVC_STAGE") or function.__module__.rsplit(".", 1)[-1]
+    track([task.remote(*one) for one in arguments], name, unit, done)
+
+
+def storage_path(params: Params) -> str:
+    """`storage.path`, absolute if it is a folder."""
+    path = params.storage.path
+    return path if "://" in path else str((SHARED / path).resolve())
