@@ -1,180 +1,158 @@
 """Write one self-contained page and its Markdown twin: results, curves, pictures, lineage."""
 
-import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.commands.compare import verdict
-from pipelines.commands.summary import STAGES, duration, load_metrics, result_rows
-from pipelines.data import dataset as places
-from pipelines.data.images import DataPlace
+from pipelines.data.dataset import locate
+from pipelines.data.images import Dataset
+from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.params import Params, changed
 from pipelines.paths import ROOT
-from pipelines.run.stage import Stage, pipeline_name, run_stage
+from pipelines.results.page import Drawn, Page, StageRow, write_html, write_markdown
+from pipelines.results.tables import duration, load_metrics, result_rows
+from pipelines.run.stage import Stage, StageRun, pipeline_name, run_stage
+from pipelines.tasks import TASKS, Scene, Task
 
-PICTURES = {
-    "curves": ("Learning curves", "Loss and scores by epoch."),
-    "detections": (
-        "Detections",
-        "Validation images, spread evenly over the set: truth above, predictions below.",
-    ),
-    "segmentations": (
-        "Segmentations",
-        "Validation images, spread evenly over the set: image, truth, prediction.",
-    ),
-    "mistakes": ("Failures: classification", "The wrong answers that the classifier is surest of."),
-    "worst_detections": (
-        "Failures: detection",
-        "The validation images with most missed objects and false detections per object (at a"
-        " score and a mask IoU of 0.5): truth above, predictions below.",
-    ),
-    "worst_segmentations": (
-        "Failures: segmentation",
-        "The validation images with the lowest IoU over their own classes: image, truth,"
-        " prediction.",
-    ),
-    "confusion": (
-        "Confusion matrix",
-        "Counts on the validation images; shade is percent of a row.",
-    ),
-    "reliability": (
-        "Calibration",
-        "How often the classifier is right when it is so sure, and how many images it is so sure"
-        " of. Label smoothing, mixup and cutmix make a classifier less sure than it is right.",
-    ),
-    "attention": (
-        "Hadamard attention",
-        "Attention of the pretrained model's first ELSA layer around three query points,"
-        " averaged over heads.",
-    ),
-}
-STAGE_COMMANDS = {
-    "pretrain": "python -m pipelines.commands.evaluate --task classify --weights weights/pretrain",
-    "detect": "python -m pipelines.commands.evaluate --task detect --weights weights/detect",
-    "segment": "python -m pipelines.commands.evaluate --task segment --weights weights/segment",
-}
+Metrics = dict[str, dict[str, Any]]
+CURVES = Drawn("curves", "Learning curves", "Loss and scores by epoch.")
 
 
-def draw(name: str, root: str, data: dict[str, DataPlace], samples: int, target: str) -> None:
-    """Draw one of `PICTURES` from the stage outputs below `root` into the PNG `target`.
+def tasks_of(params: Params) -> list[Task]:
+    """The tasks of the pipeline, in the registry's order."""
+    return [task for task in TASKS.values() if task.name in params.tasks]
 
-    `data` has the places of the data sets.
+
+def check(params: Params) -> Metrics:
+    stages = ["prepare", "build_op", *(task.stage for task in tasks_of(params))]
+    return load_metrics(ROOT, stages)
+
+
+def draw(name: str, scene: Scene, stages: Sequence[str], target: str) -> bool:
+    """Draw a picture into the PNG `target`; whether there is one.
+
+    Args:
+        stages: the training stages that ran, for the curves.
     """
-    from pipelines.results import figures
+    from pipelines.results import plots
 
-    base, results = Path(root), Path(root) / "results"
-    coco, ade20k = Path(data["coco"].place), Path(data["ade20k"].place)
-    classes = json.loads((base / "data/ade20k/manifest.json").read_text())["classes"]
-    worst = name.startswith("worst_")
-    if name == "curves":
-        figure = figures.curves(
-            {
-                stage: figures.read_curves(base / "plots" / stage / "curves.csv")
-                for stage in ("pretrain", "detect", "segment")
-            }
-        )
-    elif name == "confusion":
-        figure = figures.confusion(base / "plots/pretrain/confusion.csv")
-    elif name == "reliability":
-        figure = figures.reliability(results / "pretrain/predictions.csv")
-    elif name == "mistakes":
-        images = data["imagenet"].images("val")
-        figure = figures.mistakes(images, results / "pretrain/predictions.csv", 2 * samples)
-    elif name.endswith("detections"):
-        figure = figures.detections(coco, results / "detect", samples, worst)
-    elif name.endswith("segmentations"):
-        figure = figures.segmentations(ade20k, results / "segment", classes, samples, worst)
+    if name == CURVES.name:
+        files = {stage: scene.root / "plots" / stage / "curves.csv" for stage in stages}
+        figure = plots.curves({stage: plots.read_curves(file) for stage, file in files.items()})
     else:
-        figure = figures.attention(base / "weights/pretrain", coco)
+        pictures = {one.name: one for task in TASKS.values() for one in task.pictures}
+        found = pictures[name].draw(scene)
+        if found is None:
+            return False
+        figure = found
     figure.savefig(target)
+    return True
 
 
-def check(params: Params) -> dict[str, dict[str, Any]]:
-    return load_metrics(STAGES)
+def run(stage: StageRun, metrics: Metrics) -> None:
+    from pipelines.run import tracking
+
+    reports = stage.output("reports")
+    (reports / "pictures").mkdir(parents=True)
+    tasks = tasks_of(stage.params)
+    pictures = _draw_all(stage, tasks, reports / "pictures")
+    page = _page(stage, tasks, metrics, pictures)
+    write_html(reports / "index.html", page, reports / "pictures", ROOT / "data/cards")
+    write_markdown(reports / "report.md", page)
+    stage.tracker.log_artifact(reports)
+    summary = {f"{row.stage}/{row.metric}": row.number for row in page.results}
+    tracking.end_pipeline(pipeline_name(stage.params), summary)
+    stage.write_metrics({"pictures": len(pictures)})
 
 
-def run(stage: Stage, metrics: dict[str, dict[str, Any]]) -> None:
+def _draw_all(stage: StageRun, tasks: Sequence[Task], folder: Path) -> list[Drawn]:
+    """The pictures that there are, drawn by Ray tasks."""
     import ray
 
-    from pipelines.run import tracking
     from pipelines.run.display import track
-    from pipelines.run.fit import on_this_node
+    from pipelines.run.session import on_this_node
 
-    names = [
-        name
-        for name in PICTURES
-        if name != "confusion" or (ROOT / "plots/pretrain/confusion.csv").exists()
-    ]
-    pictures = stage.output("reports") / "pictures"
-    pictures.mkdir(parents=True)
+    wanted = [CURVES]
+    wanted += [Drawn(p.name, p.title, p.caption) for task in tasks for p in task.pictures]
+    scene = Scene(ROOT, _datasets(stage.params), stage.section.samples)
+    stages = [task.stage for task in tasks]
     task = ray.remote(draw).options(scheduling_strategy=on_this_node())
-    data = {name: _place(stage.params, name) for name in ("imagenet", "coco", "ade20k")}
-    samples = stage.section.samples
-    track(
-        [
-            task.remote(name, str(ROOT), data, samples, str(pictures / f"{name}.png"))
-            for name in names
-        ],
-        "report",
-        "pictures",
-    )
-    context = _context(stage, metrics)
-    _write_html(stage.output("reports") / "index.html", context, pictures)
-    _write_markdown(stage.output("reports") / "report.md", context, names)
-    stage.tracker.log_artifact(stage.output("reports"))
-    summary = {f"{row['stage']}/{row['metric']}": row["number"] for row in context["results"]}
-    tracking.end_pipeline(pipeline_name(stage.params), summary)
-    stage.write_metrics({"pictures": len(names)})
+    waiting = [
+        task.remote(one.name, scene, stages, str(folder / f"{one.name}.png")) for one in wanted
+    ]
+    drawn = track(waiting, "report", "pictures")
+    return [one for one, there in zip(wanted, drawn, strict=True) if there]
 
 
-def _place(params: Params, name: str) -> DataPlace:
-    manifest = json.loads((ROOT / "data" / name / "manifest.json").read_text())
-    return DataPlace(places.locate(params, name), tuple(manifest.get("skipped", ())))
+def _datasets(params: Params) -> dict[str, Dataset]:
+    """The data sets that there are, whether a task of the pipeline uses them or not."""
+    found = {}
+    for name in (task.dataset for task in TASKS.values()):
+        manifest = read_manifest(ROOT / "data" / name / MANIFEST)
+        if manifest:
+            classes, skipped = tuple(manifest["classes"]), tuple(manifest.get("skipped", ()))
+            place = locate(params, name)
+            found[name] = Dataset(
+                name, place, classes, manifest["counts"], manifest["digest"], skipped
+            )
+    return found
 
 
-def _context(stage: Stage, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _page(
+    stage: StageRun, tasks: Sequence[Task], metrics: Metrics, pictures: Sequence[Drawn]
+) -> Page:
     from pipelines.run import tracking
 
-    lineage = []
-    for name in STAGES:
-        description = ROOT / "weights" / name / "model.json"
-        weights = json.loads(description.read_text()) if description.exists() else {}
-        upstream = weights.get("upstream")
-        lineage.append(
-            {
-                "stage": name,
-                "identity": metrics[name]["identity"],
-                "run": metrics[name]["mlflow_run_id"],
-                "weights": weights.get("sha256", "")[:12],
-                "upstream": _upstream(upstream) if upstream else "",
-            }
-        )
-    git = tracking.git_tags()
-    holdout = stage.params.pretrain.holdout
-    return {
-        "pipeline": pipeline_name(stage.params),
-        "recipe": stage.params.recipe,
-        "commit": git.get("mlflow.source.git.commit", "unknown")[:12],
-        "dirty": git.get("git_dirty") == "true",
-        "results": result_rows(metrics, stage.params),
-        "choice": (
-            f"The classifier is the best epoch on {holdout:.0%} of the training images held out."
-            if holdout
-            else "The classifier is the best epoch on these images, as is usual with ImageNet."
-        ),
-        "times": [_cost(name, metrics[name], stage.params) for name in STAGES],
-        "total": duration(sum(metrics[name]["wall_time_s"] for name in STAGES)),
-        "changed": changed(stage.params),
-        "lineage": lineage,
-        "ablation": _ablation(),
-        "commands": STAGE_COMMANDS,
-        "public": stage.params.prepare.source == "public",
-    }
+    params, git = stage.params, tracking.git_tags()
+    return Page(
+        pipeline=pipeline_name(params),
+        recipe=params.recipe,
+        commit=git.get("mlflow.source.git.commit", "unknown")[:12],
+        dirty=git.get("git_dirty") == "true",
+        public=params.prepare.source == "public",
+        results=result_rows([task.facts(params) for task in tasks], metrics),
+        choice=" ".join(filter(None, (task.choice(params) for task in tasks))),
+        stages=[_stage_row(name, metrics[name], params) for name in metrics],
+        total=duration(sum(values["wall_time_s"] for values in metrics.values())),
+        changed=changed(params),
+        ablation=_ablation(),
+        commands=[
+            f"elsa evaluate --task {task.name} --weights weights/{task.stage}" for task in tasks
+        ],
+        pictures=pictures,
+    )
+
+
+def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
+    description = ROOT / "weights" / name / "model.json"
+    weights = json.loads(description.read_text()) if description.exists() else {}
+    hours = metrics["wall_time_s"] / 3600 * params.scaling.num_workers
+    trained = "images_per_second" in metrics
+    return StageRow(
+        stage=name,
+        time=duration(metrics["wall_time_s"]),
+        rate=f"{metrics['images_per_second']:.0f}" if trained else "",
+        gpu_hours=f"{hours:.2f}" if trained and params.scaling.use_gpu else "",
+        energy=f"{metrics['energy_wh'] / 1000:.2f}" if "energy_wh" in metrics else "",
+        identity=metrics["identity"],
+        run=metrics["mlflow_run_id"],
+        weights=weights.get("sha256", "")[:12],
+        upstream=_upstream(weights["upstream"]) if weights.get("upstream") else "",
+    )
+
+
+def _upstream(upstream: dict[str, Any]) -> str:
+    scores = ", ".join(
+        f"{k} {v:.2f}" for k, v in upstream["metrics"].items() if isinstance(v, float)
+    )
+    return f"{upstream['sha256'][:12]} of run {upstream['mlflow_run_id'][:12]} ({scores})"
 
 
 def _ablation() -> dict[str, Any] | None:
     """What the last sweep in this workspace found; None where there was none."""
+    from pipelines.results.comparison import verdict
+
     comparison, summary = ROOT / "sweeps/comparison.json", ROOT / "metrics/sweep.json"
     if not (comparison.exists() and summary.exists()):
         return None
@@ -193,89 +171,7 @@ def _ablation() -> dict[str, Any] | None:
     return {"metric": found["metric"], "rows": rows, "sweep": sweep}
 
 
-def _cost(name: str, metrics: dict[str, Any], params: Params) -> dict[str, str]:
-    hours = metrics["wall_time_s"] / 3600 * params.scaling.num_workers
-    trained = "images_per_second" in metrics
-    return {
-        "stage": name,
-        "time": duration(metrics["wall_time_s"]),
-        "rate": f"{metrics['images_per_second']:.0f}" if trained else "",
-        "gpu_hours": f"{hours:.2f}" if trained and params.scaling.use_gpu else "",
-        "energy": f"{metrics['energy_wh'] / 1000:.2f}" if "energy_wh" in metrics else "",
-    }
-
-
-def _upstream(upstream: dict[str, Any]) -> str:
-    scores = ", ".join(
-        f"{k} {v:.2f}" for k, v in upstream["metrics"].items() if isinstance(v, float)
-    )
-    return f"{upstream['sha256'][:12]} of run {upstream['mlflow_run_id'][:12]} ({scores})"
-
-
-def _write_html(target: Path, context: dict[str, Any], pictures: Path) -> None:
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(ROOT / "pipelines"), autoescape=True)
-    drawn = [
-        {"title": title, "caption": caption, "data": _base64(pictures / f"{name}.png")}
-        for name, (title, caption) in PICTURES.items()
-        if (pictures / f"{name}.png").exists()
-    ]
-    cards = [
-        {"name": card.stem, "text": card.read_text(), "data": _base64(card.with_suffix(".png"))}
-        for card in sorted((ROOT / "data/cards").glob("*.md"))
-    ]
-    page = environment.get_template("report.html.jinja")
-    target.write_text(page.render(**context, pictures=drawn, cards=cards))
-
-
-def _write_markdown(target: Path, context: dict[str, Any], names: list[str]) -> None:
-    lines = [
-        f"# ELSA pipeline: {context['pipeline']}",
-        "",
-        f"Recipe `{context['recipe']}`, commit `{context['commit']}`"
-        + (" with uncommitted changes." if context["dirty"] else "."),
-        "",
-        "| task | metric | value |",
-        "|---|---|---:|",
-        *(f"| {row['task']} | {row['metric']} | {row['value']} |" for row in context["results"]),
-        "",
-        f"Percent, on the validation images. {context['choice']}",
-        "",
-        "| stage | wall time | images/s | identity | MLflow run | started from |",
-        "|---|---:|---:|---|---|---|",
-        *(
-            f"| {time['stage']} | {time['time']} | {time['rate']} | `{line['identity']}`"
-            f" | `{line['run']}` | {line['upstream']} |"
-            for time, line in zip(context["times"], context["lineage"], strict=True)
-        ),
-        "",
-        *_ablation_lines(context["ablation"]),
-        *(f"![{PICTURES[name][0]}](pictures/{name}.png)\n" for name in names),
-    ]
-    target.write_text("\n".join(lines))
-
-
-def _ablation_lines(ablation: dict[str, Any] | None) -> list[str]:
-    if ablation is None:
-        return []
-    sweep = ablation["sweep"]
-    return [
-        f"Sweep `{sweep['space']}` (MLflow run `{sweep['mlflow_run_id']}`), 95% intervals:",
-        "",
-        f"| point | runs | {ablation['metric']} | finding |",
-        "|---|---:|---:|---|",
-        *(
-            f"| {row['point']} | {row['runs']} | {row['score']} | {row['verdict']} |"
-            for row in ablation["rows"]
-        ),
-        "",
-    ]
-
-
-def _base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
-
+STAGE = Stage("report", __doc__ or "", run, check)
 
 if __name__ == "__main__":
-    run_stage("report", __doc__ or "", run, check)
+    run_stage(STAGE)

@@ -1,6 +1,5 @@
-"""Show whether training can run here, or on the cluster of RAY_ADDRESS, and what to mend."""
+"""Show whether training can run here, or on the cluster of RAY_ADDRESS, and what to fix."""
 
-import argparse
 import json
 import os
 import sys
@@ -10,9 +9,10 @@ from pathlib import Path
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params
 from pipelines.paths import ROOT
-from pipelines.run.preflight import Finding, Needs
+from pipelines.run.finding import Finding
+from pipelines.run.preflight import Needs
+from pipelines.tasks import TASKS
 
-DATASETS = ("imagenet", "coco", "ade20k")
 HERE = "this machine"
 LATER = "not yet: "
 """How a finding starts that is no failure: a stage that has not run makes it."""
@@ -26,45 +26,44 @@ def check_dvc_lock(root: Path = ROOT) -> Finding:
     except FileNotFoundError:
         return Finding("DVC lock", HERE, "free")
     except ValueError:
-        mend = "If no `dvc` is running, `rm .dvc/tmp/rwlock`"
-        return Finding("DVC lock", HERE, "a killed DVC left .dvc/tmp/rwlock half-written", mend)
+        fix = "If no `dvc` is running, `rm .dvc/tmp/rwlock`"
+        return Finding("DVC lock", HERE, "a killed DVC left .dvc/tmp/rwlock half-written", fix)
     return Finding("DVC lock", HERE, "readable")
 
 
 def check_params() -> tuple[Params | None, Finding]:
-    """The parameters, None if the schema refuses them."""
+    """The parameters, None if the schema rejects them."""
     try:
         params = load_params()
     except PipelineError as error:
-        return None, Finding("parameters", HERE, str(error), "Correct it in params.yaml")
+        return None, Finding("parameters", HERE, error.wrong, error.fix or "Fix it in params.yaml")
     return params, Finding("parameters", HERE, f"recipe {params.recipe}")
 
 
 def check_training(params: Params) -> list[Finding]:
     """The preflight of the training stages, of what is made already."""
-    from pipelines.data import dataset as places
-    from pipelines.run import fit as launch
-    from pipelines.run import preflight, tracking
+    from pipelines.data.dataset import locate
+    from pipelines.run import preflight, session, tracking
 
     data, later = {}, []
-    for name in DATASETS:
+    for name in (TASKS[task].dataset for task in params.tasks):
         if not (ROOT / "data" / name).is_dir():
             later.append(Finding(f"data {name}", HERE, f"{LATER}`dvc repro prepare` makes it"))
             continue
         try:
-            data[name] = places.locate(params, name)
+            data[name] = locate(params, name)
         except PipelineError as error:
             later.append(Finding(f"data {name}", HERE, f"{LATER}{error}"))
     op = (ROOT / "build/op").is_dir()
     if not op:
         later.append(Finding("operator", HERE, f"{LATER}`dvc repro build_op` makes it"))
     needs = Needs(
-        launch.storage_path(params), tracking.tracking_uri(), data, params.scaling.use_gpu, op
+        session.storage_path(params), tracking.tracking_uri(), data, params.scaling.use_gpu, op
     )
     if os.environ.get("RAY_ADDRESS"):
-        with launch.ray_session():
+        with session.ray_session():
             workers = preflight.check_workers(params.scaling, preflight.alive_nodes())
-            if workers.mend and params.scaling.wait_s:
+            if workers.fix and params.scaling.wait_s:
                 grows = f"; a stage waits scaling.wait_s={params.scaling.wait_s} s for more nodes"
                 workers = Finding(workers.check, workers.node, workers.found + grows)
             return [workers, *preflight.check_nodes(needs, params.scaling), *later]
@@ -76,6 +75,7 @@ def _without_ray(params: Params, needs: Needs) -> list[Finding]:
     import torch
 
     from pipelines.run import preflight
+    from pipelines.run.shared_storage import Mark
 
     resources = {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
     found = [
@@ -87,7 +87,7 @@ def _without_ray(params: Params, needs: Needs) -> list[Finding]:
         preflight.check_memory()
     except PipelineError as error:
         found.append(_failure("memory", error))
-    mark = preflight.Mark(needs.storage)
+    mark = Mark(needs.storage)
     found.append(mark.leave(HERE))
     mark.remove()
     return found + preflight.check_node(needs, HERE, preflight.versions())
@@ -106,9 +106,7 @@ def diagnose() -> list[Finding]:
 
 
 def _failure(check: str, error: PipelineError) -> Finding:
-    """An error's message says what is wrong first, then what to do."""
-    found, _, mend = str(error).partition(". ")
-    return Finding(check, HERE, found, mend or "Start it again, or look into its logs")
+    return Finding(check, HERE, error.wrong, error.fix or "Start it again, or look into its logs")
 
 
 def show(findings: Sequence[Finding]) -> None:
@@ -117,27 +115,19 @@ def show(findings: Sequence[Finding]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("", "check", "where", "found", "mend", title="Doctor")
+    table = Table("", "check", "where", "found", "fix", title="Doctor")
     for one in findings:
         mark = "[green]ok"
-        if one.mend:
+        if one.fix:
             mark = "[red]fails"
         elif one.found.startswith(LATER):
             mark = "[yellow]later"
-        table.add_row(mark, *(escape(text) for text in (one.check, one.node, one.found, one.mend)))
+        table.add_row(mark, *(escape(text) for text in (one.check, one.node, one.found, one.fix)))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
 
 
-def main() -> None:
-    argparse.ArgumentParser(
-        prog="python -m pipelines.commands.doctor",
-        description=f"{__doc__} Exit code 1 if something must be mended.",
-    ).parse_args()
+def show_diagnosis() -> bool:
+    """Print all findings; whether nothing must be fixed."""
     findings = diagnose()
     show(findings)
-    if any(one.mend for one in findings):
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()
+    return not any(one.fix for one in findings)

@@ -1,105 +1,154 @@
 """Evaluate a checkpoint, published or our own, on a validation set, without training."""
 
-import argparse
 import csv
 import json
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-from pipelines.data import dataset as places
+from ruamel.yaml import YAML, YAMLError
+
 from pipelines.data import images
 from pipelines.data.errors import DataError
+from pipelines.data.files import sha256_file
+from pipelines.data.images import Dataset
+from pipelines.data.layout import LAYOUTS
 from pipelines.data.manifest import MANIFEST, read_manifest
-from pipelines.data.public import verify
+from pipelines.data.weights import DESCRIPTION, weights_file
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params, parse_change, recipe_names
-from pipelines.paths import ROOT
+from pipelines.params import Params, compose, load_params, override, recipe_names
+from pipelines.paths import RECIPES, ROOT
+from pipelines.tasks import TASKS, Prediction, Task
+from pipelines.tasks.task import require_operator
 
-STAGES = {"classify": "pretrain", "detect": "detect", "segment": "segment"}
-DATASETS = {"classify": "imagenet", "detect": "coco", "segment": "ade20k"}
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pipelines.train.reporter import Reporter
+
 SHOWN_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks for."""
+
+    task: str
+    weights: str
+    """A published checkpoint, safetensors, or a folder such as weights/pretrain."""
+    recipe: str | None = None
+    """Whose model and settings to use; None takes params.yaml, or what fits the weights."""
+    ms_flip: bool = False
+    data: str | None = None
+    """A data set in its public layout; None takes the one that `prepare` verified."""
+    changes: tuple[str, ...] = ()
+    """Such as `detect=mask-rcnn_3x` or `scaling.num_workers=8`."""
+    out: str | None = None
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """What is evaluated on what."""
 
-    task: str
-    params: Params
-    state: dict[str, Any]
+    task: Task
+    what: Prediction
+    state: "dict[str, Tensor]"
     """State dict of the whole model."""
     sha256: str
     """Of the file with the weights."""
-    parameters: int
     upstream_run: str
     """MLflow run that made the weights; empty if it is not known."""
-    place: str
-    skipped: tuple[str, ...]
-    classes: tuple[str, ...]
-    ms_flip: bool
-
-    @property
-    def stage(self) -> str:
-        """The section of the parameters that the task belongs to."""
-        return STAGES[self.task]
+    parameters: int
+    """Of the whole model."""
 
 
-def choose_params(
-    task: str, weights: Path, recipe: str | None, changes: Mapping[str, Any]
-) -> Params:
+@dataclass(frozen=True)
+class EvaluationJob:
+    """What the workers get."""
+
+    task: str
+    what: Prediction
+    state: Any
+    """Reference of the state dict in Ray's object store."""
+
+
+def choose_params(task: Task, weights: Path, recipe: str | None, changes: list[str]) -> Params:
     """The parameters that the weights belong to: the recipe if given, else those of `params.yaml`
     if the weights fit their model, else the first recipe whose model they fit.
 
     Raises:
         PipelineError: none fits.
     """
+    described = _description(weights)
+    group = f"{described.get('method')}_{described.get('schedule')}"
+    given = any(change.startswith(f"{task.stage}=") for change in changes)
+    if (RECIPES / task.stage / f"{group}.yaml").is_file() and not given:
+        changes = [f"{task.stage}={group}", *changes]
     if recipe:
-        return load_params(recipe, changes=changes)
+        return compose([f"recipe={recipe}", *changes])
     faults = {}
-    for name in (None, *recipe_names()):
+    for name in ("params.yaml", *recipe_names()):
         try:
-            params = load_params(name, changes=changes)
+            params = _params_yaml(changes) if name == "params.yaml" else None
+            params = params or compose([f"recipe={name}", *changes])
         except PipelineError as error:
-            if name is None:
-                raise
             faults[name] = str(error)  # a change that is not for this recipe
             continue
         fault = _misfit(task, weights, params)
         if fault is None:
             return params
-        faults[name or "params.yaml"] = fault
+        faults[name] = fault
     shown = "\n".join(f"  {name}: {fault.splitlines()[0]}" for name, fault in faults.items())
     raise PipelineError(
-        f"{weights} fits the model of no recipe; name one with --recipe, and change it with -S"
-        f" model.<key>=<value>, to see all that differs. Tried:\n{shown}"
+        f"{weights} fits the model of no recipe. Tried:\n{shown}",
+        "Name one with --recipe, and change it with -S model.<key>=<value>, to see what differs",
     )
 
 
-def _misfit(task: str, weights: Path, params: Params) -> str | None:
+def _params_yaml(changes: list[str]) -> Params:
+    """`params.yaml` with the changes.
+
+    Raises:
+        PipelineError: a change that is not for it, such as one of a group.
+    """
+    values = {}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if "." not in key or not equals:
+            raise PipelineError(f"{change} is composed from a recipe")
+        try:
+            values[key] = YAML(typ="safe").load(value)
+        except YAMLError:
+            raise PipelineError(f"-S {change}: {value} is not YAML") from None
+    return override(load_params(), values, " ".join(changes))
+
+
+def _description(weights: Path) -> dict[str, Any]:
+    """What `model.json` beside the weights says of the model; empty without one."""
+    file = weights.parent / DESCRIPTION
+    found: dict[str, Any] = json.loads(file.read_text())["model"] if file.is_file() else {}
+    return found
+
+
+def _misfit(task: Task, weights: Path, params: Params) -> str | None:
     """Why the weights are not of the parameters' backbone; None if they are."""
     import timm
 
     import elsa
 
-    description = weights.parent / "model.json"
-    if description.is_file():
-        theirs = json.loads(description.read_text())["model"]
-        section = getattr(params, STAGES[task])
-        ours = params.model.model_dump(mode="json")
-        ours |= {key: getattr(section, key) for key in ("method", "schedule") if key in theirs}
-        differing = [key for key in ours if theirs.get(key) != ours[key]]
-        return f"model.json has another {', '.join(differing)}" if differing else None
-    kind = (
-        {"num_classes": params.pretrain.num_classes}
-        if task == "classify"
-        else {"features_only": True}
-    )
+    theirs = _description(weights)
+    if theirs:
+        ours = {key: value for key, value in task.model(params).items() if key in theirs}
+        differing = [key for key in ours if theirs[key] != ours[key]]
+        return f"{DESCRIPTION} has another {', '.join(differing)}" if differing else None
+    whole = task.name == "classify"
+    kind = {"num_classes": params.pretrain.num_classes} if whole else {"features_only": True}
     try:
         _load(timm.create_model(params.model.name, **params.model.overrides(), **kind), weights)
     except (elsa.CheckpointError, TypeError, ValueError, RuntimeError) as error:
@@ -116,7 +165,7 @@ def _load(model: Any, file: Path) -> None:
         model.load_state_dict(elsa.read_state_dict(file))
 
 
-def load_model(task: str, params: Params, classes: Sequence[str], place: str, file: Path) -> Any:
+def load_model(task: Task, what: Prediction, file: Path) -> Any:
     """The whole model with the weights of `file`.
 
     Raises:
@@ -124,35 +173,20 @@ def load_model(task: str, params: Params, classes: Sequence[str], place: str, fi
     """
     import elsa
 
-    if task == "classify":
-        from pipelines.train.models import build_model
-
-        model = build_model(params.model, params.pretrain.num_classes)
-    else:
-        from pipelines.mm import evaluation
-
-        model = evaluation.build_model(_job(task, params, classes, place))
+    model = task.evaluation_model(what)
     try:
-        if any(isinstance(part, elsa.ELSASwin) for part in model.modules()):
-            elsa.load_checkpoint(model, file)
-        else:
-            model.load_state_dict(elsa.read_state_dict(file))
+        _load(model, file)
     except (elsa.CheckpointError, RuntimeError) as error:
-        hint = "" if task == "classify" else " Method and schedule are --method and --schedule."
+        group = f"-S {task.stage}=<group> chooses another method and schedule"
+        fix = group if (RECIPES / task.stage).is_dir() else ""
         raise PipelineError(
-            f"{error}\nThe model is that of recipe {params.recipe}.{hint}"
+            f"{error}\nThe model is that of recipe {what.params.recipe}", fix
         ) from None
     return model
 
 
-def _job(task: str, params: Params, classes: Sequence[str], place: str) -> Any:
-    from pipelines.mm.train import Job
-
-    return Job(task, params, place, tuple(classes), None)
-
-
-def find_data(task: str, params: Params, given: str | None) -> dict[str, Any]:
-    """`place`, `skipped` and `classes` of the validation images.
+def find_data(task: Task, params: Params, given: str | None) -> Dataset:
+    """The data set with the validation images.
 
     Args:
         given: a folder in the public layout, or shards; only its validation part is read, and
@@ -161,163 +195,122 @@ def find_data(task: str, params: Params, given: str | None) -> dict[str, Any]:
     Raises:
         DataError: what is missing or does not fit.
     """
-    name, num_classes = DATASETS[task], getattr(params, STAGES[task]).num_classes
     if given is None:
-        return places.check(params, name, num_classes)
+        return task.find_dataset(params)
+    name, num_classes = task.dataset, task.section(params).num_classes
+    layout = LAYOUTS[name]
     place = given.rstrip("/") if images.is_url(given) else str(Path(given).expanduser().resolve())
-    if images.is_url(place) and task != "classify":
+    if images.is_url(place) and layout.annotations:
         raise DataError(f"--data {given}: only ImageNet's shards can be at a URL")
-    needed = {"classify": "val", "detect": "val2017", "segment": "images/validation"}[task]
-    if task == "classify" and images.is_shards(place):
+    if not layout.annotations and images.is_shards(place):
         classes = images.ShardSet(place).classes
-    elif not (Path(place) / needed).is_dir():
-        raise DataError(f"--data {given}: there is no folder {needed} in it")
+    elif not (Path(place) / layout.images["val"]).is_dir():
+        raise DataError(f"--data {given}: there is no folder {layout.images['val']} in it")
     elif (manifest := read_manifest(Path(place) / MANIFEST)) and manifest["dataset"] == name:
         classes = manifest["classes"]  # the demo's
     else:
-        classes = verify.class_names(Path(place), name, splits=("val",))
+        from pipelines.data.public.chunks import class_names
+
+        classes = class_names(Path(place), name, splits=("val",))
     if len(classes) != num_classes:
         raise DataError(
-            f"--data {given} has {len(classes)} classes, but {STAGES[task]}.num_classes is"
-            f" {num_classes}; use -S {STAGES[task]}.num_classes={len(classes)}"
+            f"--data {given} has {len(classes)} classes, but {task.stage}.num_classes is"
+            f" {num_classes}",
+            f"Use -S {task.stage}.num_classes={len(classes)}",
         )
-    return {"place": place, "skipped": (), "classes": classes}
+    return Dataset(name, place, tuple(classes), {}, "")
 
 
-def evaluate_per_worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs; rank 0 hands predictions over."""
+def predict(job: EvaluationJob, device: "torch.device", reporter: "Reporter") -> None:
+    """What each worker runs; rank 0 hands the predictions over."""
     import ray
-    from ray.train.torch import get_device
 
-    from pipelines.run.reporter import RayReporter
-
-    reporter, what = RayReporter(config["reporting"]), config["evaluation"]
-    state = ray.get(config["state"])
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "predictions"
-            folder.mkdir()
-            if what["task"] == "classify":
-                _predict_classes(what, state, get_device(), reporter, folder)
-            else:
-                from pipelines.mm.evaluation import predict
-
-                job = _job(what["task"], what["params"], what["classes"], what["place"])
-                predict(job, state, what["ms_flip"], folder, reporter)
-            reporter.keep(folder if reporter.rank == 0 else None)
-    finally:
-        reporter.close()
-
-
-def _predict_classes(
-    what: dict[str, Any], state: Any, device: Any, reporter: Any, folder: Path
-) -> None:
-    import numpy as np
-
-    from pipelines.train.evaluation import predict
-    from pipelines.train.models import build_model
-
-    p = what["params"].pretrain
-    model = build_model(what["params"].model, p.num_classes)
-    model.load_state_dict(state)
-    data = images.DataPlace(what["place"], what["skipped"])
-    found = predict(p, model, data, device, reporter)
-    if found is not None:
-        np.savez(folder / "predictions.npz", **cast("dict[str, Any]", found))
+    state = ray.get(job.state)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "predictions"
+        folder.mkdir()
+        TASKS[job.task].predict(job.what, state, device, reporter, folder)
+        reporter.keep(folder if reporter.rank == 0 else None)
 
 
 def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
     """Evaluate on Ray, record it in MLflow, write the folder `out`; the metrics in percent."""
     import ray
 
-    from pipelines.run import checkpoints as storage
-    from pipelines.run import fit as launch
-    from pipelines.run import tracking
-    from pipelines.run.stage import pipeline_name
+    from pipelines.run import checkpoints
+    from pipelines.run.fit import RunSpec, fit, forget
+    from pipelines.run.session import ray_session, storage_path
 
-    params, what = evaluation.params, vars(evaluation) | {}
-    state = what.pop("state")
-    with launch.ray_session():
-        tags = {
-            "stage": "evaluate",
-            "task": evaluation.task,
-            "recipe": params.recipe,
-            "weights": evaluation.sha256,
-            "upstream_run_id": evaluation.upstream_run,
-            "data": images.public_url(evaluation.place),
-            **tracking.git_tags(),
-        }
-        tracker = tracking.start_run("evaluate", pipeline_name(params), tags)
-        sections = params.model_dump(mode="json", include={"model", evaluation.stage})
-        tracker.log_params(sections)
-        try:
-            checkpoint = launch.fit(
-                evaluate_per_worker,
-                {"evaluation": what, "state": ray.put(state)},
-                params,
-                name=f"evaluate-{evaluation.task}-{time.time_ns():x}",
-                mlflow_run_id=tracker.run_id,
-                data={DATASETS[evaluation.task]: evaluation.place},
-            )
-            with tempfile.TemporaryDirectory(dir=_parent(out)) as scratch:
-                staged = Path(scratch) / out.name
-                checkpoint.to_directory(str(staged))
-                launch.forget(checkpoint)
-                (staged / storage.SEAL).unlink()
-                metrics = write_results(evaluation, staged, tracker.run_id)
-                tracker.log_summary(metrics)
-                for file in sorted(staged.iterdir()):
-                    if file.suffix in (".csv", ".png", ".json") and file.stat().st_size < 2**24:
-                        tracker.log_artifact(file)
-                shutil.rmtree(out, ignore_errors=True)
-                staged.replace(out)
-        except BaseException as error:
-            tracker.fail(error)
-            raise
-        tracker.finish()
+    task, what = evaluation.task, evaluation.what
+    with ray_session() as session, _tracked(evaluation) as tracker:
+        spec = RunSpec(
+            stage="evaluate",
+            name=f"evaluate-{task.name}-{time.time_ns():x}",
+            mlflow_run_id=tracker.run_id,
+            scaling=what.params.scaling,
+            storage=storage_path(what.params),
+            data={task.dataset: what.dataset.place},
+            local=session.local,
+        )
+        job = EvaluationJob(task.name, what, ray.put(evaluation.state))
+        checkpoint = fit(predict, job, spec)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+            staged = Path(scratch) / out.name
+            checkpoint.to_directory(str(staged))
+            forget(checkpoint)
+            (staged / checkpoints.SEAL).unlink()
+            metrics = write_results(evaluation, staged, tracker.run_id)
+            tracker.log_summary(metrics)
+            for file in sorted(staged.iterdir()):
+                if file.suffix in (".csv", ".png", ".json") and file.stat().st_size < 2**24:
+                    tracker.log_artifact(file)
+            shutil.rmtree(out, ignore_errors=True)
+            staged.replace(out)
     return metrics
 
 
-def _parent(out: Path) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out.parent
+@contextmanager
+def _tracked(evaluation: Evaluation) -> Iterator[Any]:
+    """An MLflow run of the evaluation, which ends as the block does."""
+    from pipelines.run import tracking
+    from pipelines.run.stage import pipeline_name
+
+    task, params = evaluation.task, evaluation.what.params
+    tags = {
+        "stage": "evaluate",
+        "task": task.name,
+        "recipe": params.recipe,
+        "weights": evaluation.sha256,
+        "upstream_run_id": evaluation.upstream_run,
+        "data": images.public_url(evaluation.what.dataset.place),
+        **tracking.git_tags(),
+    }
+    tracker = tracking.start_run("evaluate", pipeline_name(params), tags)
+    tracker.log_params(params.model_dump(mode="json", include={"model", task.stage}))
+    try:
+        yield tracker
+    except BaseException as error:
+        tracker.fail(error)
+        raise
+    tracker.finish()
 
 
 def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str, float]:
     """Score the predictions in `folder` and write the tables and pictures beside them."""
-    from pipelines.results import figures, scores
+    from pipelines.results import scores
 
-    place, classes, params = Path(evaluation.place), evaluation.classes, evaluation.params
-    count = params.report.samples
-    if evaluation.task == "classify":
-        import numpy as np
-
-        data = images.DataPlace(evaluation.place, evaluation.skipped).images("val")
-        with np.load(folder / "predictions.npz", allow_pickle=False) as file:
-            predictions = dict(file)
-        found = scores.classification(predictions, classes)
-        scores.write_predictions(folder / "predictions.csv", predictions, classes)
-        (folder / "predictions.npz").unlink()
-        figure = figures.mistakes(data, folder / "predictions.csv", 2 * count)
-    elif evaluation.task == "detect":
-        found = scores.detection(place / "annotations/instances_val2017.json", folder)
-        figure = figures.detections(place, folder, count)
-    else:
-        masks = folder / "masks"
-        masks.mkdir()
-        for file in folder.glob("*.png"):
-            file.replace(masks / file.name)
-        found = scores.segmentation(place / "annotations/validation", masks, classes)
-        figure = figures.segmentations(place, masks, classes, count)
-    figure.savefig(folder / "samples.png")
-    suffix = "_ms_flip" if evaluation.ms_flip else ""
+    task, what = evaluation.task, evaluation.what
+    found = task.score(what, folder)
+    task.draw_samples(what, folder).savefig(folder / "samples.png")
+    suffix = "_ms_flip" if what.ms_flip else ""
     metrics = {f"{name}{suffix}": value for name, value in found.metrics.items()}
     scores.write_tables(folder, found)
     summary = {
         **{name: round(value, 4) for name, value in metrics.items()},
-        "task": evaluation.task,
-        "recipe": params.recipe,
-        "model": params.model.model_dump(mode="json"),
+        "task": task.name,
+        "recipe": what.params.recipe,
+        "model": what.params.model.model_dump(mode="json"),
         "parameters": evaluation.parameters,
         "weights_sha256": evaluation.sha256,
         "mlflow_run_id": run_id,
@@ -331,13 +324,11 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    from pipelines.commands.summary import published_beside
+    from pipelines.results.tables import published_beside
 
-    console = Console()
-    published = published_beside(metrics, evaluation.stage, evaluation.params)
-    table = Table(
-        "metric", title=f"{evaluation.params.model.name}, recipe {evaluation.params.recipe}"
-    )
+    console, task, params = Console(), evaluation.task, evaluation.what.params
+    published = published_beside(metrics, task.facts(params))
+    table = Table("metric", title=f"{params.model.name}, recipe {params.recipe}")
     table.add_column("value", justify="right")
     if published:
         table.add_column("published")
@@ -347,98 +338,53 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
         table.add_row(*row, *([published.get(name, "")] if published else []))
     console.print(table)
     with (out / "per_class.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    key = next(k for k in rows[0] if k in ("top1", "bbox_mAP", "IoU"))
-    rows = sorted((r for r in rows if r.get(key)), key=lambda row: float(row[key]))
-    worst = ", ".join(f"{r['class']} {float(r[key]):.1f}" for r in rows[:SHOWN_CLASSES])
-    console.print(f"Lowest {key}: {worst}", highlight=False)
+        rows = [row for row in csv.DictReader(file) if row.get(task.class_score)]
+    rows.sort(key=lambda row: float(row[task.class_score]))
+    worst = ", ".join(
+        f"{row['class']} {float(row[task.class_score]):.1f}" for row in rows[:SHOWN_CLASSES]
+    )
+    console.print(f"Lowest {task.class_score}: {worst}", highlight=False)
     console.print(f"Written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
-def prepare(arguments: argparse.Namespace) -> Evaluation:
-    """Check everything that can be checked before Ray starts."""
-    from pipelines.build_op import check_library
-    from pipelines.run.identity import content_digest, weights_file
+def prepare(options: Options) -> Evaluation:
+    """Check everything that can be checked before Ray starts.
 
-    task = arguments.task
-    if arguments.ms_flip and task != "segment":
-        raise PipelineError("--ms-flip: only segmentation has test-time augmentation here")
-    if task == "classify" and (arguments.method or arguments.schedule):
-        raise PipelineError("--method and --schedule are of detection and segmentation")
-    changes = dict(parse_change(text) for text in arguments.set)
-    changes |= {
-        f"{STAGES[task]}.{key}": value
-        for key, value in (("method", arguments.method), ("schedule", arguments.schedule))
-        if value
-    }
-    check_library()
-    file = weights_file(arguments.weights, Path.cwd())
-    description = file.parent / "model.json"
+    Raises:
+        PipelineError: what does not fit.
+    """
+    task = TASKS[options.task]
+    if options.ms_flip and not task.has_ms_flip:
+        able = ", ".join(one.name for one in TASKS.values() if one.has_ms_flip)
+        raise PipelineError(f"--ms-flip: only {able} has test-time augmentation")
+    require_operator()
+    file = weights_file(options.weights, Path.cwd())
+    description = file.parent / DESCRIPTION
     upstream = json.loads(description.read_text()) if description.is_file() else {}
-    params = choose_params(task, file, arguments.recipe, changes)
-    data = find_data(task, params, arguments.data)
-    model = load_model(task, params, data["classes"], data["place"], file)
+    params = choose_params(task, file, options.recipe, list(options.changes))
+    what = Prediction(params, find_data(task, params, options.data), options.ms_flip)
+    model = load_model(task, what, file)
     return Evaluation(
-        task=task,
-        params=params,
-        state={name: value.contiguous() for name, value in model.state_dict().items()},
-        sha256=content_digest(file),
-        parameters=sum(p.numel() for p in model.parameters()),
-        upstream_run=upstream.get("mlflow_run_id", ""),
-        place=data["place"],
-        skipped=tuple(data["skipped"]),
-        classes=tuple(data["classes"]),
-        ms_flip=arguments.ms_flip,
+        task,
+        what,
+        {name: value.contiguous() for name, value in model.state_dict().items()},
+        sha256_file(file),
+        upstream.get("mlflow_run_id", ""),
+        sum(p.numel() for p in model.parameters()),
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.commands.evaluate",
-        description=f"{__doc__} Prints the scores beside the published ones, and writes scores of"
-        " each class, confusions, predictions in the public formats and pictures to a folder.",
-    )
-    parser.add_argument("--task", required=True, choices=STAGES)
-    parser.add_argument(
-        "--weights",
-        required=True,
-        help="a published checkpoint, safetensors, or a folder such as weights/pretrain",
-    )
-    parser.add_argument(
-        "--recipe",
-        choices=recipe_names(),
-        help="whose model and settings to use; by default params.yaml, or what fits the weights",
-    )
-    parser.add_argument("--method", help="of detection: mask-rcnn or cascade-mask-rcnn")
-    parser.add_argument("--schedule", help="1x, 3x or 160k: whose config to use")
-    parser.add_argument("--ms-flip", action="store_true", help="several scales, and mirrored")
-    parser.add_argument(
-        "--data",
-        help="a data set in its public layout, of which only the validation part is needed;"
-        " by default the one that `dvc repro prepare` verified",
-    )
-    parser.add_argument(
-        "-S",
-        dest="set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="change a parameter, such as -S scaling.num_workers=8 (repeatable)",
-    )
-    parser.add_argument("--out", help="folder to write; by default evaluations/<task>-<weights>")
-    arguments = parser.parse_args()
-    try:
-        evaluation = prepare(arguments)
-        how = "-ms-flip" if evaluation.ms_flip else ""
-        default = ROOT / "evaluations" / f"{evaluation.task}{how}-{evaluation.sha256[:12]}"
-        out = Path(arguments.out).resolve() if arguments.out else default
-        if arguments.out and out.exists() and not (out / "metrics.json").is_file():
-            raise PipelineError(f"--out {out} exists and holds no evaluation; name another folder")
-        metrics = run(evaluation, out)
-    except PipelineError as error:
-        sys.exit(f"error: evaluate: {error}")
+def evaluate(options: Options) -> None:
+    """Evaluate, and print and write the scores.
+
+    Raises:
+        PipelineError: what does not fit, or failed.
+    """
+    evaluation = prepare(options)
+    how = "-ms-flip" if options.ms_flip else ""
+    default = ROOT / "evaluations" / f"{options.task}{how}-{evaluation.sha256[:12]}"
+    out = Path(options.out).resolve() if options.out else default
+    if options.out and out.exists() and not (out / "metrics.json").is_file():
+        raise PipelineError(f"--out {out} exists and holds no evaluation", "Name another folder")
+    metrics = run(evaluation, out)
     show(evaluation, metrics, out)
-
-
-if __name__ == "__main__":
-    main()

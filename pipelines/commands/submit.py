@@ -5,13 +5,13 @@ RAY_ADDRESS set, so that its stages use the cluster. To resume what was stopped 
 the same command again: a run goes on from its last checkpoint.
 """
 
-import argparse
 import asyncio
 import logging
 import os
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 ADDRESS = "http://127.0.0.1:8265"
-PROGRAM = "python -m pipelines.commands.submit"
+PROGRAM = "elsa submit"
 
 
 def connect(address: str | None) -> "JobSubmissionClient":
     """A client of the head's dashboard, with the token of RAY_AUTH_TOKEN(_PATH) or ~/.ray.
 
     Raises:
-        PipelineError: nothing answers there, or it refuses the token.
+        PipelineError: nothing answers there, or it rejects the token.
     """
     given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
     if given or (Path.home() / ".ray/auth_token").is_file():
@@ -45,13 +45,15 @@ def connect(address: str | None) -> "JobSubmissionClient":
         return JobSubmissionClient(address)
     except AuthenticationError:
         raise PipelineError(
-            f"the cluster at {address} refuses this token: copy its token to ~/.ray/auth_token"
-            " (mode 600), or name the file in RAY_AUTH_TOKEN_PATH"
+            f"the cluster at {address} rejects this token",
+            "Copy its token to ~/.ray/auth_token (mode 600), or name the file in"
+            " RAY_AUTH_TOKEN_PATH",
         ) from None
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise PipelineError(
-            f"no Ray dashboard to submit to at {address}: {_last_line(error)}. On the head it is"
-            f" {ADDRESS}; from elsewhere open a tunnel to it first (`ray dashboard cluster.yaml`)"
+            f"no Ray dashboard to submit to at {address}: {_last_line(error)}",
+            f"On the head it is {ADDRESS}; from elsewhere open a tunnel to it first (`ray"
+            " dashboard cluster.yaml`)",
         ) from error
 
 
@@ -71,11 +73,11 @@ def follow(client: "JobSubmissionClient", job: str) -> int:
     try:
         asyncio.run(tail())
     except KeyboardInterrupt:
-        print(f"\ndetached; {job} goes on. To {again}\nTo end it: {PROGRAM} --stop {job}")
+        print(f"\ndetached; {job} keeps running. To {again}\nTo end it: {PROGRAM} --stop {job}")
         return 130
     except Exception as error:  # a lost tunnel has a class of its own in each library
         raise PipelineError(
-            f"lost sight of {job}: {_last_line(error)}. It goes on; to {again}"
+            f"lost the connection to {job}: {_last_line(error)}", f"It keeps running; to {again}"
         ) from error
     status = _ended(client, job)
     print(f"{job} {status.lower()}")
@@ -125,38 +127,32 @@ def _last_line(error: BaseException) -> str:
     return (lines[-1] if lines else type(error).__name__).rstrip(".")[:300]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM,
-        description=__doc__,
-        epilog=f"{PROGRAM} -- dvc exp run -S recipe=elsa_swin_tiny",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--address", help=f"the head's dashboard (default: RAY_API_SERVER_ADDRESS, else {ADDRESS})"
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--logs", metavar="JOB", help="follow a job from its start")
-    what.add_argument("--stop", metavar="JOB", help="end a job")
-    what.add_argument("--list", action="store_true", help="list jobs")
-    what.add_argument("--detach", action="store_true", help="submit and return at once")
-    parser.add_argument("command", nargs="*", help="after --, what to run")
-    arguments = parser.parse_args()
-    other = arguments.logs or arguments.stop or arguments.list
-    if bool(arguments.command) == bool(other):
-        parser.error("give a command after --, or one of --logs, --stop, --list")
-    try:
-        client = connect(arguments.address)
-        sys.exit(_run(client, arguments))
-    except PipelineError as error:
-        sys.exit(f"error: {error}")
+@dataclass(frozen=True)
+class Request:
+    """What to do with jobs: submit one, follow or stop one, or list all."""
+
+    address: str | None = None
+    command: tuple[str, ...] = ()
+    logs: str | None = None
+    stop: str | None = None
+    list: bool = False
+    detach: bool = False
 
 
-def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
+def handle(request: Request) -> int:
+    """Do what is asked for; the exit code.
+
+    Raises:
+        PipelineError: the cluster can't be reached or rejects the token, or has no such job.
+    """
+    return _run(connect(request.address), request)
+
+
+def _run(client: "JobSubmissionClient", arguments: Request) -> int:
     if arguments.list:
         list_jobs(client)
         return 0
-    job = arguments.logs or arguments.stop
+    job = arguments.logs or arguments.stop or ""
     if job and job not in [one.submission_id for one in client.list_jobs()]:
         raise PipelineError(f"no job {job} on this cluster; see {PROGRAM} --list")
     if arguments.stop:
@@ -164,7 +160,7 @@ def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
         return 0
     if not job:
         try:
-            job = client.submit_job(entrypoint=entrypoint(arguments.command))
+            job = client.submit_job(entrypoint=entrypoint(list(arguments.command)))
         except RuntimeError as error:
             raise PipelineError(
                 f"the head took no job: {_last_line(error)}. Its dashboard agent must run, on a"
@@ -175,7 +171,3 @@ def _run(client: "JobSubmissionClient", arguments: argparse.Namespace) -> int:
         if arguments.detach:
             return 0
     return follow(client, job)
-
-
-if __name__ == "__main__":
-    main()

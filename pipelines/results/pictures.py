@@ -200,11 +200,11 @@ def reliability(predictions: Path) -> Figure:
     return figure
 
 
-def attention(weights: Path, data: Path, count: int = 3) -> Figure:
+def attention(weights: Path, data: Path, count: int = 3) -> Figure | None:
     """What the first ELSA layer of the pretrained model looks at, on detection scenes.
 
     The first column marks three query points, the others show the attention over each point's
-    window, averaged over heads and scaled to its largest value.
+    window, averaged over heads and scaled to its largest value. None for a model without ELSA.
     """
     import torch
     from torchvision.transforms.functional import normalize, to_tensor
@@ -213,12 +213,15 @@ def attention(weights: Path, data: Path, count: int = 3) -> Figure:
     from pipelines.train.models import load_classifier
 
     model = load_classifier(weights).eval()
-    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, ELSA))
+    found = next(((n, m) for n, m in model.named_modules() if isinstance(m, ELSA)), None)
+    if found is None:
+        return None
+    name, layer = found
     seen: list[torch.Tensor] = []
     handle = layer.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
     files = _spread(sorted((data / COCO.images["val"]).glob("*.jpg")), count)
     figure, axes = plt.subplots(count, 4, figsize=(9, 2.3 * count), squeeze=False)
-    config = model.pretrained_cfg
+    config: Any = model.pretrained_cfg
     for row, file in enumerate(files):
         image = Image.open(file).convert("RGB")
         pixels = np.asarray(image)

@@ -42,10 +42,15 @@ class Comparison:
         return self.ours - self.published.value
 
     @property
-    def within(self) -> bool:
-        """Whether the difference, of either sign, is within the tolerance."""
+    def reached(self) -> bool:
+        """Whether ours is better than the published one, or less by no more than the tolerance."""
         # Rounded first: in binary 82.6 - 82.7 is not quite -0.1.
-        return abs(round(self.difference, 4)) <= self.published.tolerance
+        return round(self.difference, 4) >= -self.published.tolerance
+
+    @property
+    def verdict(self) -> str:
+        """`reached`, or that it is not."""
+        return "reached" if self.reached else f"not within {self.published.tolerance}"
 
 
 @cache

@@ -78,6 +78,13 @@ class Classify(Task):
     def epoch_score(self, params: Params) -> str:
         return "holdout_top1" if params.pretrain.holdout else "val_top1"
 
+    def choice(self, params: Params) -> str:
+        holdout = params.pretrain.holdout
+        if holdout:
+            share = f"{holdout:.0%} of the training images held out"
+            return f"The classifier is the best epoch on {share}."
+        return "The classifier is the best epoch on these images, as is usual with ImageNet."
+
     def step_model(self, params: Params) -> "tuple[nn.Module, Forward]":
         import torch
 

@@ -18,6 +18,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
 from pipelines.results.outputs import Result
+from pipelines.results.tables import TaskFacts
 from pipelines.train.job import Job
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ class Task(ABC):
         """Classes of the public data set: results on others are compared with nothing."""
         return LAYOUTS[self.dataset].classes
 
+    def facts(self, params: Params) -> TaskFacts:
+        """What tables of results need to know."""
+        public = not params.model.overrides()
+        public = public and self.section(params).num_classes == self.public_classes
+        return TaskFacts(
+            self.name,
+            self.stage,
+            self.title,
+            self.reported,
+            params.model.name if public else "",
+            self.published_as(params),
+        )
+
     @abstractmethod
     def check(self, params: Params) -> Job:
         """Look at everything that a training needs, before anything starts.
@@ -177,6 +191,10 @@ class Task(ABC):
     def upstream(self, job: Job) -> WeightsDescription | None:
         """The description of the weights that a training starts from, if a stage made them."""
         return None
+
+    def choice(self, params: Params) -> str:
+        """A sentence on how the reported weights were chosen; empty if they are the last ones."""
+        return ""
 
     def published_as(self, params: Params) -> dict[str, str]:
         """Which published rows of the model belong to these parameters, beside the task."""

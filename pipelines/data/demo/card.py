@@ -214,7 +214,7 @@ def _tag(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, color: Any) -
     y = max(y, height)
     draw.rectangle((x, y - height, x + width, y), fill=color)
     light = sum(c * w for c, w in zip(color, (0.3, 0.59, 0.11), strict=True)) < 150
-    draw.text((x + 3 - left, y - height + 3 - top), text, PAPER if light else INK, font)
+    draw.text((x + 3 - left, y - height + 3 - top), text, PAPER if light else INK, small)
 
 
 def _outline(mask: NDArray[np.bool_], width: int) -> NDArray[np.bool_]:

@@ -33,12 +33,12 @@ def sweep_trials(sweep_id: str) -> list[RunRecord]:
     return sorted(found, key=lambda run: run.tags.get("trial", ""))
 
 
-def comparison_path(sweep_id: str, metric: str) -> str:
+def comparison_path(sweep_id: str, metric: str, loss: str) -> str:
     """Address of charts of a sweep's trials, below that of MLflow's user interface.
 
     They show the mean of `final/<metric>` of each point, the same by the number of parameters, and
-    the loss by step. The view is kept where the interface keeps one that a user shares: in a tag of
-    the experiment.
+    the metric `loss` by step. The view is kept where the interface keeps one that a user shares:
+    in a tag of the experiment.
     """
     client = MlflowClient(tracking_uri())
     experiment, score = experiment_of(client), f"final/{metric}"
@@ -59,16 +59,13 @@ def comparison_path(sweep_id: str, metric: str) -> str:
         "compareRunCharts": [
             {"uuid": "score", "type": "BAR", "metricKey": score, **chart},
             {"uuid": "parameters", "type": "SCATTER", **axes, **chart},
-            *(
-                {
-                    "uuid": key,
-                    "type": "LINE",
-                    "metricKey": key,
-                    "selectedMetricKeys": [key],
-                    **chart,
-                }
-                for key in ("step/loss", "train/loss")  # of the loops for timm and mmengine
-            ),
+            {
+                "uuid": loss,
+                "type": "LINE",
+                "metricKey": loss,
+                "selectedMetricKeys": [loss],
+                **chart,
+            },
         ],
     }
     key = f"sweep-{sweep_id[:8]}"

@@ -1,0 +1,198 @@
+"""`elsa`: every command for people. Stages are started by DVC, as `python -m pipelines.<stage>`.
+
+Each command imports what it needs when it is called, so that `elsa --help` is quick.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.errors import PipelineError
+from pipelines.paths import ROOT
+
+
+class _Commands(click.Group):
+    """Shows a user's error as one message, with exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PipelineError as error:
+            sys.exit(f"error: {ctx.invoked_subcommand}: {error}")
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """ELSA vision transformers as an experiment pipeline. `dvc repro` runs it."""
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+def compose(overrides: tuple[str, ...]) -> None:
+    """Write params.yaml from recipes.
+
+    As in: elsa compose recipe=smoke detect=mask-rcnn_1x pretrain.lr=1e-3
+    """
+    from pipelines.commands.compose import write_params
+
+    write_params(overrides)
+
+
+@main.command()
+@click.argument("overrides", nargs=-1)
+def params(overrides: tuple[str, ...]) -> None:
+    """Show parameters as JSON.
+
+    Those of params.yaml, or of overrides as `elsa compose` takes them.
+    """
+    from pipelines.commands.compose import show_params
+
+    print(show_params(overrides))
+
+
+@main.command()
+def doctor() -> None:
+    """Check what training needs, and how to fix it.
+
+    On this machine, or on every node of the cluster of RAY_ADDRESS. The exit code is 1 if something
+    must be fixed.
+    """
+    from pipelines.commands.doctor import show_diagnosis
+
+    if not show_diagnosis():
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("overrides", nargs=-1, required=True)
+@click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="Of all nodes.")
+@click.option("--gpu", default="h100", show_default=True, help="Kind: h100, h200, a100, ...")
+@click.option(
+    "--utilisation",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=0.3,
+    show_default=True,
+    help="Share of the peak; an assumption. `pretrain` reports it as mfu, in percent.",
+)
+@click.option(
+    "--measured",
+    multiple=True,
+    metavar="STAGE=RATE",
+    help="Images/s of one GPU in pretrain, detect or segment (repeatable).",
+)
+def plan(
+    overrides: tuple[str, ...], gpus: int, gpu: str, utilisation: float, measured: tuple[str, ...]
+) -> None:
+    """Estimate hours and memory on GPUs.
+
+    As in: elsa plan recipe=elsa_swin_tiny --gpus 8
+    """
+    from pipelines.commands.plan import Machine, parse_measured, show_plan
+    from pipelines.train.cost import PEAK_FLOPS
+
+    if gpu not in PEAK_FLOPS:
+        raise click.BadParameter(f"choose one of {', '.join(PEAK_FLOPS)}", param_hint="--gpu")
+    show_plan(overrides, Machine(gpus, gpu, utilisation, parse_measured(measured)))
+
+
+@main.command()
+@click.option("--task", required=True, type=click.Choice(["classify", "detect", "segment"]))
+@click.option(
+    "--weights", required=True, help="A published checkpoint, safetensors, or weights/<stage>."
+)
+@click.option("--recipe", help="Whose model to use; default: params.yaml, or what fits.")
+@click.option("--ms-flip", is_flag=True, help="Several scales, and mirrored (segment).")
+@click.option("--data", help="A data set in its public layout; default: the prepared one.")
+@click.option(
+    "-S", "changes", multiple=True, metavar="KEY=VALUE", help="As for `dvc exp run` (repeatable)."
+)
+@click.option("--out", help="Folder to write; default: evaluations/<task>-<weights>.")
+def evaluate(**options: Any) -> None:
+    """Evaluate a checkpoint without training."""
+    from pipelines.commands.evaluate import Options
+    from pipelines.commands.evaluate import evaluate as run
+
+    run(Options(**options))
+
+
+@main.command()
+@click.argument("runs", nargs=-1)
+@click.option("--sweep", metavar="SPACE", help="All trials of its last sweep.")
+@click.option("--metric", help="Default: that of the runs' task.")
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "comparison")
+@click.option("--url", is_flag=True, help="Only print what to open in `make ui`.")
+def compare(
+    runs: tuple[str, ...], sweep: str | None, metric: str | None, out: Path, url: bool
+) -> None:
+    """Compare runs, or a sweep's trials.
+
+    RUNS are ids of MLflow runs. Runs that differ in their seed only are one row: mean, 95%
+    interval, and difference to the first.
+    """
+    if not url and bool(runs) == bool(sweep):
+        raise click.UsageError("give ids of MLflow runs, or --sweep SPACE")
+    from pipelines.commands.compare import compare_runs, pages
+
+    if url:
+        print(pages())
+    else:
+        compare_runs(runs, sweep, metric, out)
+
+
+@main.command()
+def results() -> None:
+    """Show scores and times of the last run."""
+    from pipelines.commands.results import show_results
+
+    show_results()
+
+
+@main.command()
+@click.argument("target")
+@click.option("--shard-mb", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--resize", type=click.IntRange(0), default=0, help="Shorter side; 0: as it is.")
+def pack(target: str, shard_mb: int, resize: int) -> None:
+    """Pack verified ImageNet into tar shards.
+
+    TARGET is a folder, or an fsspec URL such as s3://bucket/imagenet. Keys of an object store come
+    from the environment (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY).
+    """
+    from pipelines.commands.pack import pack_imagenet
+
+    pack_imagenet(target, shard_mb, resize)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@click.option("--address", help="The head's dashboard; default: RAY_API_SERVER_ADDRESS.")
+@click.option("--logs", metavar="JOB", help="Follow a job from its start.")
+@click.option("--stop", metavar="JOB", help="End a job.")
+@click.option("--list", "list_", is_flag=True, help="List jobs.")
+@click.option("--detach", is_flag=True, help="Submit and return at once.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def submit(
+    address: str | None,
+    logs: str | None,
+    stop: str | None,
+    list_: bool,
+    detach: bool,
+    command: tuple[str, ...],
+) -> None:
+    """Run a command on a cluster's head.
+
+    As in: elsa submit -- dvc exp run -S recipe=elsa_swin_tiny. The job outlives this terminal. To
+    resume what was stopped or failed, submit the same command again.
+    """
+    from pipelines.commands.submit import Request, handle
+
+    if [bool(command), bool(logs), bool(stop), list_].count(True) != 1:
+        raise click.UsageError("give a command after --, or one of --logs, --stop, --list")
+    sys.exit(handle(Request(address, command, logs, stop, list_, detach)))
+
+
+if __name__ == "__main__":
+    main(prog_name="elsa")
