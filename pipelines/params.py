@@ -53,6 +53,7 @@ __all__ = [
     "load_params",
     "nested",
     "override",
+    "parse_change",
     "read_yaml",
     "recipe_names",
 ]
@@ -149,6 +150,21 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Dotted key and value of `section.key=value`, the value as YAML has it.
+
+    Raises:
+        ParamsError: not of that form.
+    """
+    key, equals, value = text.partition("=")
+    try:
+        if not equals or "." not in key:
+            raise ValueError
+        return key, YAML(typ="safe").load(value)
+    except (ValueError, YAMLError):
+        raise ParamsError(f"{text} is not of the form section.key=value") from None
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:

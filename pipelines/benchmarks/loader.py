@@ -18,10 +18,10 @@ import torch
 from timm.data import create_loader
 from timm.utils import random_seed
 
-from pipelines.data import dataset as places
 from pipelines.data import images
+from pipelines.data.dataset import locate
 from pipelines.errors import PipelineError
-from pipelines.params import Pretrain, load_params
+from pipelines.params import Pretrain, compose, load_params
 from pipelines.train.loading import Part
 
 WARM_UP = 0.2
@@ -83,20 +83,21 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0, help="loader processes (default 0)")
     arguments = parser.parse_args()
     try:
-        params = load_params(arguments.recipe)
+        recipe = arguments.recipe
+        params = compose([f"recipe={recipe}"]) if recipe else load_params()
         section = params.pretrain
         print(
             f"{section.img_size} px, aa={section.aa or 'none'}, {section.interpolation};"
             f" {os.cpu_count()} cores here; a GPU needs {arguments.need:g} images/s"
         )
-        for place in arguments.places or [places.locate(params, "imagenet")]:
+        for place in arguments.places or [locate(params, "imagenet")]:
             result = measure(place, section, arguments.workers, arguments.images)
             rate = result["images_per_second"]
             per_core = rate / max(1, arguments.workers)
             print(
                 f"{images.public_url(place)}: {rate:.0f} images/s with {arguments.workers} workers,"
                 f" {per_core:.0f} per core; a GPU needs {math.ceil(arguments.need / per_core)}"
-                " cores for its workers (pretrain.data_workers)"
+                " cores for its workers (loader.data_workers)"
             )
     except PipelineError as error:
         sys.exit(f"error: {error}")

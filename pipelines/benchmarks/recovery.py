@@ -4,19 +4,17 @@
 
 Each training stage runs on a local Ray, on the prepared data, with a checkpoint every ten steps,
 far more often than a recipe has them. `blocks` is how long training stands still for one: its
-state is gathered and written to the local disk; digests and upload go on beside the next steps.
+state is gathered and written to the local disk; digests and upload happen beside the next steps.
 `share` is that time at the recipe's `storage.checkpoint_minutes`. A worker is then killed with
 SIGKILL after a checkpoint, again and again, and `to a new step` is the time until a step is done
 that was not done before. Last the run is asked to stop, as by Ctrl-C.
 """
 
-import argparse
 import json
 import os
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -24,56 +22,41 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import dataset as places
+from pipelines.benchmarks.common import (
+    STAGES,
+    Noted,
+    markdown,
+    params_of,
+    parser_of,
+    scratch_tracking,
+    spec_of,
+    training,
+)
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params, parse_change
+from pipelines.params import Params
+from pipelines.tasks import task_of_stage
 
-STAGES = {"pretrain": "imagenet", "detect": "coco", "segment": "ade20k"}
 
-
-def observed(config: dict[str, Any]) -> None:
+def observed(noted: Noted, device: Any, reporter: Any) -> None:
     """A stage's training loop that also notes, in a file, when steps and checkpoints are done."""
-    from pipelines.run.reporter import RayReporter
+    kind = type(reporter)
+    report_progress, report = kind.progress, kind._report
 
-    report_progress, report = RayReporter.progress, RayReporter._report
-
-    def note(reporter: Any, kind: str, done: int) -> None:
+    def note(what: str, done: int) -> None:
         if reporter.rank == 0:
-            with Path(config["notes"]).open("a") as file:
-                file.write(json.dumps([kind, time.time(), done, os.getpid()]) + "\n")
+            with Path(noted.notes).open("a") as file:
+                file.write(json.dumps([what, time.time(), done, os.getpid()]) + "\n")
 
     def progress(self: Any, done: int, *args: Any, **kwargs: Any) -> None:
         report_progress(self, done, *args, **kwargs)
-        note(self, "step", done)
+        note("step", done)
 
     def reported(self: Any, *args: Any) -> None:
         report(self, *args)
-        note(self, "checkpoint", 0)
+        note("checkpoint", 0)
 
-    RayReporter.progress = progress  # type: ignore[method-assign]
-    RayReporter._report = reported  # type: ignore[method-assign,assignment]
-    config["loop"](config)
-
-
-def loop_of(stage: str, params: Params) -> tuple[dict[str, Any], dict[str, str]]:
-    """The configuration of a stage's loop, and its data.
-
-    Raises:
-        PipelineError, DataError: no data are prepared.
-    """
-    name = STAGES[stage]
-    found = places.check(params, name, getattr(params, stage).num_classes)
-    data = {name: found["place"]}
-    if stage == "pretrain":
-        from pipelines.data.images import DataPlace
-        from pipelines.pretrain import train_loop_per_worker
-
-        place = DataPlace(found["place"], found["skipped"])
-        return {"loop": train_loop_per_worker, "params": params, "data": place}, data
-    from pipelines.mm import train
-
-    job = train.Job(stage, params, found["place"], tuple(found["classes"]), weights=None)
-    return {"loop": train.train_loop_per_worker, "job": job}, data
+    kind.progress, kind._report = progress, reported
+    task_of_stage(noted.job.stage).loop(noted.job, device, reporter)
 
 
 def read(notes: Path) -> list[tuple[str, float, int, int]]:
@@ -108,32 +91,24 @@ def measure(
     stage: str, params: Params, kills: int, minutes: float, scratch: Path
 ) -> dict[str, str]:
     """One row of the table, of a run with so many kills; `minutes` is a recipe's interval."""
-    from pipelines.run import checkpoints as storage
-    from pipelines.run import fit as launch
-    from pipelines.run import tracking
+    from pipelines.run import checkpoints, tracking
+    from pipelines.run.fit import fit
 
     notes, finished = scratch / f"{stage}.jsonl", threading.Event()
-    config, data = loop_of(stage, params)
+    job = training(stage, params)
     tracker = tracking.start_run(stage, "benchmark", {})
     watcher = threading.Thread(target=kill, args=(notes, kills, finished))
     watcher.start()
     try:
-        launch.fit(
-            observed,
-            config | {"notes": str(notes)},
-            params,
-            name=f"{stage}-recovery",
-            mlflow_run_id=tracker.run_id,
-            data=data,
-            stops=True,
-        )
+        spec = spec_of(job, f"{stage}-recovery", tracker.run_id, stops=True)
+        fit(observed, Noted(job, str(notes)), spec)
         raise PipelineError(f"{stage} ended before {kills} kills; raise {stage}.epochs")
     except KeyboardInterrupt:  # as it was asked to
         pass
     finally:
         finished.set()
         watcher.join()
-    newest = storage.newest_complete(str(scratch / f"{stage}-recovery"))
+    newest = checkpoints.newest_complete(str(scratch / f"{stage}-recovery"))
     assert newest is not None
     with newest.as_directory() as folder:
         size = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
@@ -141,6 +116,7 @@ def measure(
 
 
 def row(notes: list[tuple[str, float, int, int]], minutes: float) -> dict[str, str]:
+    """The figures of a run from its notes."""
     plain, across = list[float](), list[float]()
     for before, between, after in triples(notes):
         if before[0] == after[0] == "step" and before[3] == after[3]:
@@ -166,38 +142,27 @@ def row(notes: list[tuple[str, float, int, int]], minutes: float) -> dict[str, s
 
 
 def triples(notes: list[Any]) -> Iterator[tuple[Any, Any, Any]]:
+    """Each note with the two after it."""
     return zip(notes, notes[1:], notes[2:], strict=False)
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """The rows, which have the same keys, as a table."""
-    lines = [rows[0], *(row.values() for row in rows)]
-    head, *body = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([head, f"|---|{'---:|' * (len(rows[0]) - 1)}", *body])
-
-
 def main() -> None:
-    from pipelines.run import fit as launch
+    from pipelines.run.session import ray_session
 
-    description, _, _ = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.benchmarks.recovery", description=description
-    )
+    parser = parser_of("recovery", __doc__)
     parser.add_argument("--kills", type=int, default=3, help="of each stage; default %(default)s")
-    parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch / 'mlflow.db'}"
-        changes = dict(parse_change(text) for text in arguments.set)
-        often: dict[str, Any] = {"storage.checkpoint_minutes": 1e-9, "storage.path": folder}
+    with scratch_tracking() as scratch:
+        often = {
+            "storage.checkpoint_minutes": 1e-9,
+            "storage.path": str(scratch),
+            "scaling.max_failures": arguments.kills,
+        }
         try:
-            recipe = load_params(changes=changes)
-            params = load_params(
-                changes=changes | often | {"scaling.max_failures": arguments.kills}
-            )
-            with launch.ray_session():
+            recipe = params_of(arguments.set, {})
+            params = params_of(arguments.set, often)
+            with ray_session():
                 minutes = recipe.storage.checkpoint_minutes
                 for stage in STAGES:
                     print(f"{stage}: {arguments.kills} kills", flush=True)

@@ -6,62 +6,60 @@ One worker, and then several with as many images each per step, train two epochs
 the prepared data; the second epoch counts. `efficiency` is the images/s of several workers over
 those of one times their number. `all-reduce` is the time of a step from the first gradients' to
 the last's (DDP's log), `exposed` the part of it that the backward pass does not hide.
-`pipelines.commands.plan` estimates the same for GPUs and their links.
+`elsa plan` estimates the same for GPUs and their links.
 """
 
-import argparse
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.benchmarks.recovery import STAGES, loop_of, markdown
+from pipelines.benchmarks.common import (
+    STAGES,
+    Noted,
+    markdown,
+    params_of,
+    parser_of,
+    scratch_tracking,
+    spec_of,
+    training,
+)
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params, parse_change
+from pipelines.params import Params
+from pipelines.tasks import task_of_stage
 
 
-def noted(config: dict[str, Any]) -> None:
+def noted(given: Noted, device: Any, reporter: Any) -> None:
     """A stage's training loop that also writes the metrics of each epoch to a file."""
-    from pipelines.run.reporter import RayReporter
-
-    save = RayReporter.save
+    kind = type(reporter)
+    save = kind.save
 
     def saved(self: Any, metrics: Any, epoch: int, folder: Path | None) -> None:
         save(self, metrics, epoch, folder)
         if self.rank == 0:
-            with Path(config["notes"]).open("a") as file:
+            with Path(given.notes).open("a") as file:
                 file.write(json.dumps(dict(metrics)) + "\n")
 
-    RayReporter.save = saved  # type: ignore[method-assign]
-    config["loop"](config)
+    kind.save = saved
+    task_of_stage(given.job.stage).loop(given.job, device, reporter)
 
 
 def measure(stage: str, params: Params, scratch: Path) -> dict[str, float]:
     """Metrics of the last epoch of a stage."""
-    from pipelines.run import fit as launch
     from pipelines.run import tracking
+    from pipelines.run.fit import fit
 
-    name = f"{stage}-{params.scaling.num_workers}"
-    config, data = loop_of(stage, params)
+    name, job = f"{stage}-{params.scaling.num_workers}", training(stage, params)
     tracker = tracking.start_run(stage, "benchmark", {})
-    launch.fit(
-        noted,
-        config | {"notes": str(scratch / name)},
-        params,
-        name=f"{name}-scaling",
-        mlflow_run_id=tracker.run_id,
-        data=data,
-    )
-    return json.loads((scratch / name).read_text().splitlines()[-1])
+    notes = scratch / name
+    fit(noted, Noted(job, str(notes)), spec_of(job, f"{name}-scaling", tracker.run_id))
+    metrics: dict[str, float] = json.loads(notes.read_text().splitlines()[-1])
+    return metrics
 
 
 def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str, str]:
     """One row of the table."""
-    from pipelines.commands.plan import model_of
-
-    model, _ = model_of(recipe, stage)
+    model, _ = task_of_stage(stage).step_model(recipe)
     gradients = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     each = getattr(recipe, stage).batch_size // recipe.scaling.num_workers
     found = []
@@ -87,25 +85,18 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
 
 
 def main() -> None:
-    from pipelines.run import fit as launch
+    from pipelines.run.session import ray_session
 
-    description, _, _ = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.benchmarks.scaling", description=description
-    )
+    parser = parser_of("scaling", __doc__)
     parser.add_argument("--workers", type=int, default=2, help="default %(default)s")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch / 'mlflow.db'}"
-        changes = dict(parse_change(text) for text in arguments.set)
+    with scratch_tracking() as scratch:
         try:
             if arguments.workers < 2:
                 raise PipelineError("--workers must be 2 or more")
-            recipe = load_params(changes=changes | {"storage.path": folder})
-            with launch.ray_session():
+            recipe = params_of(arguments.set, {"storage.path": str(scratch)})
+            with ray_session():
                 rows = [
                     compare(stage, recipe, arguments.workers, scratch) for stage in arguments.stages
                 ]

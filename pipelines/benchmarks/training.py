@@ -13,7 +13,6 @@ the processor time of all that runs beside it (Ray's processes, the worker's oth
 percent of one core. With a core to spare only the first is lost.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,15 +22,15 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from pipelines.data import dataset as places
-from pipelines.data.images import DataPlace
+from pipelines.benchmarks.common import params_of, parser_of, scratch_tracking, spec_of, training
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params, parse_change
+from pipelines.tasks import Job
 
 WAYS = ("bare", "Ray Train", "full")
 
@@ -56,6 +55,9 @@ class Timed:
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
         yield None
+
+    def tell(self, line: str) -> None:
+        self._report("tell", line)
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         self._report("progress", done, total, unit, note)
@@ -88,17 +90,28 @@ def processor_seconds_beside() -> float:
     return seconds
 
 
-def train(params: Params, data: DataPlace, target: str, reporter: Any = None) -> None:
+@dataclass(frozen=True)
+class Measured:
+    """A training whose speed is written to a file."""
+
+    job: Job
+    target: str
+    full: bool
+    """Its reports go on to Ray, MLflow and the display."""
+
+
+def train(job: Job, target: str, reporter: Any = None) -> None:
     """Train, and write images/s and the two shares to the file `target`."""
     import torch
 
     from pipelines.train.classify import Classifier
 
+    params = job.params
     torch.set_num_threads(params.scaling.cpus_per_worker)
     torch.set_flush_denormal(True)
     device = torch.device("cuda" if params.scaling.use_gpu else "cpu")
     timed = Timed(reporter)
-    classifier = Classifier(params, data, device, timed)
+    classifier = Classifier(job, device, timed)
     classifier.fit()
     images = classifier.steps * params.pretrain.batch_size * (len(timed.ends) - 1)
     seconds, reporting, beside = (b - a for a, b in zip(timed.ends[0], timed.ends[-1], strict=True))
@@ -106,80 +119,58 @@ def train(params: Params, data: DataPlace, target: str, reporter: Any = None) ->
     Path(target).write_text(json.dumps(measured))
 
 
-def loop_per_worker(config: dict[str, Any]) -> None:
+def loop(measured: Measured, device: Any, reporter: Any) -> None:
     """What the Ray Train worker runs."""
-    from pipelines.run.reporter import RayReporter
-
-    reporter = RayReporter(config["reporting"]) if config["full"] else None
-    train(config["params"], config["data"], config["target"], reporter)
-    if reporter:
-        reporter.close()
-        return
-    import ray
-
-    from pipelines.run import checkpoints as storage
-
-    with tempfile.TemporaryDirectory() as empty:
-        storage.seal(Path(empty))
-        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(empty))
+    train(measured.job, measured.target, reporter if measured.full else None)
+    if not measured.full:  # a run must end with a checkpoint
+        with tempfile.TemporaryDirectory() as empty:
+            reporter.keep(Path(empty))
 
 
-def measure(way: str, params: Params, data: DataPlace, scratch: Path) -> list[float]:
+def measure(way: str, job: Job, scratch: Path) -> list[float]:
     """Images/s of one way, percent of its time in reports, and processor time beside it in percent
     of one core; files go below `scratch`."""
-    from pipelines.run import fit as launch
     from pipelines.run import tracking
+    from pipelines.run.fit import fit, worker_environment
+    from pipelines.run.session import ray_session
 
     target = str(scratch / "rate.json")
-    os.environ.update(launch.worker_environment())
+    os.environ.update(worker_environment())
     if way == "bare":
-        process = multiprocessing.get_context("spawn").Process(
-            target=train, args=(params, data, target)
-        )
+        process = multiprocessing.get_context("spawn").Process(target=train, args=(job, target))
         process.start()
         process.join()
         if process.exitcode:
             raise PipelineError(f"the bare loop ended with code {process.exitcode}")
     else:
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{scratch / 'mlflow.db'}"
-        with launch.ray_session():
-            tracker = tracking.start_run("benchmark", "benchmark", {})
-            launch.fit(
-                loop_per_worker,
-                {"params": params, "data": data, "target": target, "full": way == "full"},
-                params,
-                name=f"benchmark-{time.time_ns():x}",
-                mlflow_run_id=tracker.run_id,
-                data={"imagenet": data.place},
-            )
-    return json.loads(Path(target).read_text())
+        with ray_session():
+            run_id = tracking.start_run("benchmark", "benchmark", {}).run_id
+            spec = spec_of(job, f"benchmark-{time.time_ns():x}", run_id)
+            fit(loop, Measured(job, target, way == "full"), spec)
+    found: list[float] = json.loads(Path(target).read_text())
+    return found
 
 
 def main() -> None:
-    description, _, _ = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m pipelines.benchmarks.training", description=description
-    )
+    parser = parser_of("training", __doc__)
     parser.add_argument("--epochs", type=int, default=4, help="of each run; default %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default %(default)s")
-    parser.add_argument("-S", dest="set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     runs: dict[str, list[list[float]]] = {way: [] for way in WAYS}
-    with tempfile.TemporaryDirectory() as scratch:
-        changes = dict(parse_change(text) for text in arguments.set) | {
+    with scratch_tracking() as scratch:
+        more = {
             "pretrain.epochs": arguments.epochs,
             "scaling.num_workers": 1,
-            "storage.path": scratch,
+            "storage.path": str(scratch),
         }
         try:
             if arguments.epochs < 2:
                 raise PipelineError("--epochs must be 2 or more: the first is a warm-up")
-            params = load_params(changes=changes)
-            found = places.check(params, "imagenet", params.pretrain.num_classes)
-            data = DataPlace(found["place"], found["skipped"])
+            params = params_of(arguments.set, more)
+            job = training("pretrain", params)
             for _ in range(arguments.rounds):
                 for way in WAYS:
-                    runs[way].append(measure(way, params, data, Path(scratch)))
+                    runs[way].append(measure(way, job, scratch))
                     print(f"{way}: {runs[way][-1][0]:.1f} img/s", flush=True)
         except PipelineError as error:
             sys.exit(f"error: {error}")

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ruamel.yaml import YAML, YAMLError
-
 from pipelines.data import images
 from pipelines.data.errors import DataError
 from pipelines.data.files import sha256_file
@@ -21,7 +19,7 @@ from pipelines.data.layout import LAYOUTS
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.weights import DESCRIPTION, weights_file
 from pipelines.errors import PipelineError
-from pipelines.params import Params, compose, load_params, override, recipe_names
+from pipelines.params import Params, compose, load_params, override, parse_change, recipe_names
 from pipelines.paths import RECIPES, ROOT
 from pipelines.tasks import TASKS, Prediction, Task
 from pipelines.tasks.task import require_operator
@@ -117,16 +115,7 @@ def _params_yaml(changes: list[str]) -> Params:
     Raises:
         PipelineError: a change that is not for it, such as one of a group.
     """
-    values = {}
-    for change in changes:
-        key, equals, value = change.partition("=")
-        if "." not in key or not equals:
-            raise PipelineError(f"{change} is composed from a recipe")
-        try:
-            values[key] = YAML(typ="safe").load(value)
-        except YAMLError:
-            raise PipelineError(f"-S {change}: {value} is not YAML") from None
-    return override(load_params(), values, " ".join(changes))
+    return override(load_params(), dict(map(parse_change, changes)), " ".join(changes))
 
 
 def _description(weights: Path) -> dict[str, Any]:
