@@ -10,7 +10,6 @@ import timm
 import torch
 from mmengine.registry import DefaultScope, init_default_scope
 from mmengine.runner import Runner
-from pipelines.train.reporter import LocalReporter
 from safetensors.torch import load_file, save_file
 
 import elsa
@@ -24,6 +23,7 @@ from pipelines.mm.loading import epoch_seed
 from pipelines.mm.train import train
 from pipelines.params import compose
 from pipelines.train.job import Job
+from pipelines.train.reporter import LocalReporter
 
 DATASETS = {"detect": "coco", "segment": "ade20k"}
 CPU = torch.device("cpu")

@@ -7,91 +7,25 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import (
     DATA_SAMPLERS,
-    MODELS,
     PARAM_SCHEDULERS,
     DefaultScope,
-    init_default_scope,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import elsa
 from pipelines.errors import PipelineError
-from pipelines.mm.hooks import HISTORY, WEIGHTS
-from pipelines.mm.train import Job, build_config, train
-from pipelines.params import load_params
-from pipelines.run.reporter import LocalReporter
+from pipelines.mm.checkpoint import HISTORY
+from pipelines.mm.config import build_config
+from pipelines.mm.hooks import WEIGHTS
+from pipelines.mm.train import train
+from pipelines.train.reporter import LocalReporter
 
-DATASETS = {"detect": "coco", "segment": "ade20k"}
-VARIANTS = [
-    ("detect", "mask-rcnn", "1x"),
-    ("detect", "cascade-mask-rcnn", "3x"),
-    ("segment", "upernet", "160k"),
-]
-ON_CPU = {"num_workers": 1, "use_gpu": False}
-MICRO = {"name": "elsa_swin_micro", "depths": [1, 1, 1, 1]}
-SMALL = {
-    "detect": {"num_classes": 10, "img_size": 64, "epochs": 1},
-    "segment": {"num_classes": 11, "img_size": 64, "crop_size": 64, "epochs": 1, "epoch_iters": 2},
-}
-SHORT = {"batch_size": 4, "warmup_iters": 1, "val_interval": 1, "data_workers": 0}
+from .full_size import CPU, MICRO, SHORT, SMALL, VARIANTS, build_model
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """For tensors this small, threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def make_job(tiny_data, tmp_path):
-    """A job of the recipe with overrides, as `dvc exp run -S` sets them, on the tiny data."""
-
-    def make(stage, recipe="elsa_swin_tiny", model=MICRO, scaling=ON_CPU, **overrides):
-        path = tmp_path / "params.yaml"
-        sections = {"model": model, "scaling": scaling, stage: overrides}
-        path.write_text(json.dumps({"recipe": recipe, **sections}))  # YAML takes JSON
-        data = tiny_data / DATASETS[stage]
-        classes = json.loads((data / "manifest.json").read_text())["classes"]
-        return Job(stage, load_params(path=path), str(data), tuple(classes), None)
-
-    return make
-
-
-def small_config(*args):
-    """`build_config` with narrow heads and few boxes: the real ones take minutes on a CPU."""
-    config = build_config(*args)
-    model = config.model
-    if "decode_head" in model:
-        model.decode_head.channels = model.auxiliary_head.channels = 32
-        return config
-    heads, stages = model.roi_head.bbox_head, model.train_cfg.rcnn
-    for head in heads if isinstance(heads, list) else [heads]:
-        head.fc_out_channels = 16
-        if "conv_out_channels" in head:
-            head.conv_out_channels = 16
-    for stage in stages if isinstance(stages, list) else [stages]:
-        stage.sampler.num = 8
-    model.train_cfg.rpn_proposal.max_per_img = model.test_cfg.rpn.max_per_img = 16
-    return config
-
-
-@pytest.fixture
-def small_heads(monkeypatch):
-    monkeypatch.setattr("pipelines.mm.train.build_config", small_config)
-
-
-def build_model(job, tmp_path):
-    config = small_config(job, tmp_path, 1)
-    DefaultScope._instance_dict.clear()
-    init_default_scope(config.default_scope)
-    return MODELS.build(config.model)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(
-    ("stage", "method", "schedule", "recipe", "model"),
+    ("stage", "group", "recipe", "model"),
     [
         (*VARIANTS[0], "elsa_swin_tiny", MICRO),
         (*VARIANTS[1], "elsa_swin_small", MICRO),
@@ -103,20 +37,19 @@ def build_model(job, tmp_path):
     ],
 )
 def test_trains_and_evaluates_at_small_size(
-    stage, method, schedule, recipe, model, make_job, small_heads, tmp_path
+    stage, group, recipe, model, make_job, small_heads, tmp_path
 ):
     job = make_job(
         stage,
         recipe,
+        group,
         model,
-        method=method,
-        schedule=schedule,
         accumulate=2,
         with_cp=True,
         **SMALL[stage] | SHORT,
     )
     DefaultScope._instance_dict.clear()
-    train(job, LocalReporter(tmp_path / "run", quiet=True))
+    train(job, CPU, LocalReporter(tmp_path / "run", quiet=True))
     [row] = json.loads((tmp_path / "run" / HISTORY).read_text())
     assert row["loss"] > 0
     assert {"bbox_mAP", "segm_mAP"} <= row.keys()
@@ -141,10 +74,10 @@ def test_training_by_steps_resumes_exactly(make_job, small_heads, tmp_path):
     job = make_job("segment", **options)
     DefaultScope._instance_dict.clear()
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(job, LocalReporter(straight, quiet=True))
+    train(job, CPU, LocalReporter(straight, quiet=True))
     with pytest.raises(StoppedError):
-        train(job, StoppingReporter(resumed, quiet=True))
-    train(job, LocalReporter(resumed, quiet=True))
+        train(job, CPU, StoppingReporter(resumed, quiet=True))
+    train(job, CPU, LocalReporter(resumed, quiet=True))
     expected, found = load_file(straight / WEIGHTS), load_file(resumed / WEIGHTS)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     rows = json.loads((resumed / HISTORY).read_text())
@@ -175,13 +108,12 @@ SHIPPED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("stage", "method", "schedule"), [*VARIANTS, ("detect", "mask-rcnn", "3x")]
-)
-def test_schedules_are_those_of_mmdet_and_mmseg(stage, method, schedule, make_job, tmp_path):
+@pytest.mark.parametrize(("stage", "group"), [*VARIANTS, ("detect", "mask-rcnn_3x")])
+def test_schedules_are_those_of_mmdet_and_mmseg(stage, group, make_job, tmp_path):
+    schedule = group.rpartition("_")[2]
     (tmp_path / "shipped.py").write_text(f'_base_ = "{SHIPPED[schedule]}"')
     shipped = Config.fromfile(tmp_path / "shipped.py", import_custom_modules=False)
-    job = make_job(stage, method=method, schedule=schedule)
+    job = make_job(stage, group=group)
     config = build_config(job, tmp_path, 1)
 
     def plain(schedulers):
@@ -234,17 +166,17 @@ def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
 
 
 def test_one_image_per_pass_is_too_few_for_batch_norm(make_job, tmp_path):
-    with pytest.raises(PipelineError, match=r"lower segment\.accumulate=16"):
+    with pytest.raises(PipelineError, match=r"Lower segment\.accumulate=16"):
         build_config(make_job("segment", accumulate=16), tmp_path, 1)
     on_gpus = make_job("segment", accumulate=8, scaling={"num_workers": 2, "use_gpu": True})
     assert build_config(on_gpus, tmp_path, 2).train_dataloader.batch_size == 1
 
 
-@pytest.mark.parametrize(("stage", "method", "schedule"), VARIANTS)
-def test_norms_and_position_tables_are_not_decayed(stage, method, schedule, make_job, tmp_path):
+@pytest.mark.parametrize(("stage", "group"), VARIANTS)
+def test_norms_and_position_tables_are_not_decayed(stage, group, make_job, tmp_path):
     from mmengine.optim import build_optim_wrapper
 
-    job = make_job(stage, method=method, schedule=schedule)
+    job = make_job(stage, group=group)
     with torch.device("meta"):
         model = build_model(job, tmp_path)
     config = build_config(job, tmp_path, 1)
@@ -262,7 +194,7 @@ def test_norms_and_position_tables_are_not_decayed(stage, method, schedule, make
 
 def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
     on_gpu = {"num_workers": 8, "use_gpu": True}
-    cascade = make_job("detect", method="cascade-mask-rcnn", schedule="1x", scaling=on_gpu)
+    cascade = make_job("detect", group="cascade-mask-rcnn_1x", scaling=on_gpu)
     config = build_config(cascade, tmp_path, 8)
     for head in config.model.roi_head.bbox_head:
         assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
@@ -333,120 +265,3 @@ def test_boxes_are_pooled_in_float32_whatever_the_features():
     torch.testing.assert_close(pooled, expected, rtol=0, atol=0)
     pooled.sum().backward()
     assert maps[0].grad.dtype == torch.bfloat16
-
-
-PUBLISHED = {
-    "name": "elsa_swin_tiny",
-    "embed_dim": 16,
-    "depths": [1, 1, 1, 2],
-    "num_heads": [2, 2, 4, 4],
-    "kernel_size": 3,
-    "group_width": 2,
-}
-
-
-def as_published(state_dict):
-    """A whole model of ours in the layout of the authors' files, by its description."""
-    inside, published = "backbone.model.model.", {}
-    for name, value in state_dict.items():
-        if name.endswith("num_batches_tracked"):
-            continue  # files of old versions lack it
-        name = name.replace(inside, "backbone.")
-        stage, _, rest = name.removeprefix("backbone.layers.").partition(".")
-        if rest.startswith("downsample."):  # merging closes a stage there, opens one here
-            name = f"backbone.layers.{int(stage) - 1}.{rest}"
-        elif "backbone.layers.3." in name and ".attn." in name:
-            name = name.replace(".qkv.", ".pre_proj.").replace(".attn.proj.", ".attn.post_proj.")
-            if ".pre_proj." in name:
-                q, k, v = value.chunk(3)
-                value = torch.cat((v, q, k))
-            elif name.endswith("relative_position_bias_table"):
-                name = name.replace("relative_position_bias_table", "rb")
-                value = value.t().flip(1)
-        published[name] = value.clone()
-    for block in range(2):
-        published[f"backbone.layers.3.blocks.{block}.attn.relative_id"] = torch.zeros(2401).long()
-    published["backbone.layers.3.blocks.1.attn.attn_mask"] = torch.zeros(4, 49, 49)
-    return published
-
-
-def randomise(model):
-    generator = torch.Generator().manual_seed(0)
-    for value in model.state_dict().values():
-        if value.is_floating_point():
-            value.copy_(torch.rand(value.shape, generator=generator) * 0.1 + 0.01)
-
-
-@torch.no_grad()
-def predictions(model, image):
-    """All tensors that the heads give."""
-    if hasattr(model, "decode_head"):
-        features = model.extract_feat(image)
-        return [model.decode_head(features), model.auxiliary_head(features)]
-    features = model.extract_feat(image)
-    boxes = torch.tensor([[0.0, 3.0, 5.0, 60.0, 66.0], [0.0, 20.0, 8.0, 90.0, 40.0]])
-    scores, deltas = model.rpn_head(features)
-    found = [*scores, *deltas]
-    stages = (
-        [(0,), (1,), (2,)] if isinstance(model.roi_head.bbox_head, torch.nn.ModuleList) else [()]
-    )
-    for stage in stages:
-        box = model.roi_head._bbox_forward(*stage, features, boxes)
-        mask = model.roi_head._mask_forward(*stage, features, boxes)
-        found += [box["cls_score"], box["bbox_pred"], mask["mask_preds"]]
-    return found
-
-
-@pytest.mark.parametrize(("stage", "method", "schedule"), VARIANTS)
-def test_published_detectors_and_segmentors_load_whole(stage, method, schedule, make_job, tmp_path):
-    job = make_job(stage, model=PUBLISHED, method=method, schedule=schedule)
-    source, model = (build_model(job, tmp_path).eval() for _ in range(2))
-    randomise(source)
-    weights = as_published(source.state_dict())
-    torch.save({"meta": {"epoch": 12}, "state_dict": weights}, tmp_path / "published.pth")
-    report = elsa.load_checkpoint(model, tmp_path / "published.pth")
-    assert all(name.endswith("num_batches_tracked") for name in report.kept)
-    assert sorted(report.dropped) == [
-        "backbone.layers.3.blocks.0.attn.relative_id",
-        "backbone.layers.3.blocks.1.attn.attn_mask",
-        "backbone.layers.3.blocks.1.attn.relative_id",
-    ]
-    image = torch.rand(1, 3, 90, 100)
-    torch.testing.assert_close(
-        predictions(model, image), predictions(source, image), rtol=0, atol=0
-    )
-
-    save_file(source.state_dict(), tmp_path / "ours.safetensors")
-    randomise_again = build_model(job, tmp_path)
-    assert elsa.load_checkpoint(randomise_again, tmp_path / "ours.safetensors") == elsa.LoadReport()
-    torch.testing.assert_close(randomise_again.state_dict(), source.state_dict())
-    # The backbone alone takes the same file.
-    backbone = build_model(job, tmp_path).backbone
-    elsa.load_checkpoint(backbone, tmp_path / "published.pth")
-    torch.testing.assert_close(backbone.state_dict(), source.backbone.state_dict())
-
-
-def test_a_segmentor_refuses_what_is_not_all_of_it(make_job, tmp_path):
-    model = build_model(make_job("segment", model=PUBLISHED), tmp_path)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    weights = as_published(model.state_dict())
-    del weights["decode_head.bottleneck.conv.weight"], weights["backbone.norm2.bias"]
-    weights["decode_head.conv_seg.weight"] = torch.zeros(3, 32, 1, 1)
-    weights["decode_head.extra"] = torch.zeros(2)
-    torch.save({"state_dict": weights}, tmp_path / "file.pth")
-    with pytest.raises(elsa.CheckpointError) as error:
-        elsa.load_checkpoint(model, tmp_path / "file.pth")
-    for part in (
-        "does not fit EncoderDecoder (4 of",
-        "missing key decode_head.bottleneck.conv.weight (32, 256, 3, 3)",
-        "missing key backbone.norm2.bias (64,)",
-        "decode_head.conv_seg.weight is (3, 32, 1, 1) in the file, (150, 32, 1, 1) in the model",
-        "unknown key decode_head.extra (2,)",
-    ):
-        assert part in str(error.value)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
-
-    classifier = elsa.ELSASwin(embed_dim=16, depths=(1, 1, 1, 2), num_heads=(2, 2, 4, 4))
-    save_file(classifier.state_dict(), tmp_path / "classifier.safetensors")
-    with pytest.raises(elsa.CheckpointError, match=r"pass model\.backbone"):
-        elsa.load_checkpoint(model, tmp_path / "classifier.safetensors")

@@ -1,0 +1,41 @@
+"""Fixtures of the full-size configs."""
+
+import json
+
+import pytest
+import torch
+
+from pipelines.data.images import Dataset
+from pipelines.params import compose, flatten, override
+from pipelines.train.job import Job
+
+from .full_size import DATASETS, MICRO, ON_CPU, small_config
+
+
+@pytest.fixture
+def one_thread():
+    """For tensors this small, threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def make_job(tiny_data):
+    """A job of the recipe with overrides, as `dvc exp run -S` composes them, on the tiny data."""
+
+    def make(stage, recipe="elsa_swin_tiny", group=None, model=MICRO, scaling=ON_CPU, **values):
+        params = compose([f"recipe={recipe}", *([f"{stage}={group}"] if group else [])])
+        sections = {"model": model, "scaling": scaling, stage: values}
+        params = override(params, flatten(sections | {"loader": {"data_workers": 0}}), "test")
+        name = DATASETS[stage]
+        classes = json.loads((tiny_data / name / "manifest.json").read_text())["classes"]
+        return Job(stage, params, Dataset(name, str(tiny_data / name), tuple(classes), {}, ""))
+
+    return make
+
+
+@pytest.fixture
+def small_heads(monkeypatch):
+    monkeypatch.setattr("pipelines.mm.train.build_config", small_config)
