@@ -100,8 +100,8 @@ def _set_optimizer(config: Config, job: Job) -> None:
         decay.milestones = list(milestones)
     elif milestones:
         raise PipelineError(
-            f"{job.stage}.milestones={list(milestones)}: the schedule {section.schedule} has no"
-            " steps; leave them empty"
+            f"{job.stage}.milestones={list(milestones)}: schedule {section.schedule} has no steps",
+            "Leave them empty",
         )
     if not section.warmup_iters:
         config.param_scheduler = [decay]
@@ -150,7 +150,8 @@ def _set_model(model: ConfigDict, job: Job) -> None:
         if part.get("class_weight") and len(part.class_weight) != section.num_classes:
             raise PipelineError(
                 f"{job.stage}.schedule={section.schedule} weighs {len(part.class_weight)} classes,"
-                f" but {job.stage}.num_classes is {section.num_classes}; use another schedule"
+                f" but {job.stage}.num_classes is {section.num_classes}",
+                "Use another schedule",
             )
         if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
             part.type = "BN"  # synchronised, it has no CPU kernel
@@ -168,7 +169,10 @@ def _channels(backbone: dict[str, Any]) -> list[int]:
 
 def _set_data(config: Config, job: Job, workers: int) -> None:
     section, given = job.section, job.params.loader
-    loader: dict[str, Any] = {"num_workers": given.data_workers, "pin_memory": given.pin_memory}
+    loader: dict[str, Any] = {
+        "num_workers": given.data_workers,
+        "pin_memory": given.pin_memory and job.params.scaling.use_gpu,
+    }
     if given.data_workers:
         loader["persistent_workers"] = given.persistent_workers
         loader["prefetch_factor"] = given.prefetch_factor
@@ -183,9 +187,9 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         and "BN" in config.model.decode_head.norm_cfg.type
     ):
         raise PipelineError(
-            f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one: lower"
-            f" {job.stage}.accumulate={section.accumulate} or raise"
-            f" {job.stage}.batch_size={section.batch_size}"
+            f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one",
+            f"Lower {job.stage}.accumulate={section.accumulate} or raise"
+            f" {job.stage}.batch_size={section.batch_size}",
         )
     if isinstance(section, Segment) and section.epoch_iters:
         samples = section.epoch_iters * section.batch_size // workers

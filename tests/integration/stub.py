@@ -1,4 +1,4 @@
-"""Stands in for what stages compute, in a copy of the checkout: only which stages compute is tested.
+"""Stands in for what stages compute, in a copy of the checkout: tested is only which compute.
 
 What decides that is real: DVC, dvc.yaml, the identities, the outputs in DVC's cache, checkpoints.
 `computed.log` gets a line for each stage that computes.

@@ -6,6 +6,7 @@ import resource
 import signal
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipelines.errors import PipelineError
-from pipelines.params import load_params
-from pipelines.run import checkpoints as storage
-from pipelines.run import fit as launch
-from pipelines.run import preflight, tracking
-from pipelines.run.reporter import RayReporter
+from pipelines.params import compose
+from pipelines.run import checkpoints, preflight, tracking
+from pipelines.run.finding import Finding
+from pipelines.run.fit import RunSpec, worker_environment
+from pipelines.run.fit import fit as run_fit
+from pipelines.run.session import ray_session, storage_path
 
 
 class Numbers(Dataset):
@@ -43,10 +45,15 @@ def pages_taken() -> list[int]:
     return taken
 
 
-def loop(config: dict) -> None:
-    """Notes that it started, keeps a checkpoint, then fails as `config` says."""
-    reporter = RayReporter(config["reporting"])
-    scratch = Path(config["scratch"])
+@dataclass(frozen=True)
+class Job:
+    scratch: str
+    fails: str
+
+
+def loop(job: Job, device, reporter) -> None:
+    """Notes that it started, keeps a checkpoint, then fails as the job says."""
+    scratch = Path(job.scratch)
     with (scratch / "starts").open("a") as file:
         file.write("started\n")
     folder = scratch / "checkpoint"
@@ -54,22 +61,22 @@ def loop(config: dict) -> None:
     (folder / "state").write_text("small")
     reporter.keep(folder)
     try:
-        if config["fails"] == "nothing":
+        if job.fails == "nothing":
             (scratch / "pages").write_text(json.dumps(pages_taken()))
             return
-        if config["fails"] == "deaf":
+        if job.fails == "deaf":
             time.sleep(600)
-        if config["fails"] == "loader":
+        if job.fails == "loader":
             if (scratch / "starts").read_text() == "started\n":
                 list(DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn"))
             return
-        if config["fails"] == "nan":
-            raise PipelineError("the loss is nan at step 7; lower pretrain.lr")
+        if job.fails == "nan":
+            raise PipelineError("the loss is nan at step 7", "Lower pretrain.lr")
         (folder / "state").write_text("large" * 10_000)
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
         reporter.keep(folder)  # the storage takes no more
-    finally:
         reporter.close()
+    finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
@@ -80,30 +87,34 @@ def fit(tmp_path: Path, monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     # The loop has no model, and a clean clone no compiled operator.
-    loads = preflight.Finding("operator", "here", "is not needed")
+    loads = Finding("operator", "here", "is not needed")
     monkeypatch.setattr(preflight, "_operator", lambda node, use_gpu: loads)
-    changes = {"storage.path": str(tmp_path / "storage"), "scaling.num_workers": 1}
-    params = load_params("smoke", changes=changes)
+    params = compose(
+        ["recipe=smoke", f"storage.path={tmp_path / 'storage'}", "scaling.num_workers=1"]
+    )
     assert params.scaling.max_failures == 3
 
-    def run(fails: str) -> None:
-        scratch = tmp_path / fails
-        scratch.mkdir()
-        launch.fit(
-            loop,
-            {"scratch": str(scratch), "fails": fails},
-            params,
-            name=f"{fails}-1",
-            mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
-            data={},
-            stops=True,
-        )
+    with ray_session() as session:
 
-    with launch.ray_session():
+        def run(fails: str) -> None:
+            scratch = tmp_path / fails
+            scratch.mkdir()
+            spec = RunSpec(
+                stage="pretrain",
+                name=f"{fails}-1",
+                mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
+                scaling=params.scaling,
+                storage=storage_path(params),
+                data={},
+                local=session.local,
+                stops=True,
+            )
+            run_fit(loop, Job(str(scratch), fails), spec)
+
         yield run
 
 
-@pytest.mark.skipif(not launch.worker_environment(), reason="needs glibc 2.35")
+@pytest.mark.skipif(not worker_environment(), reason="needs glibc 2.35")
 def test_a_worker_keeps_the_memory_of_a_step_for_the_next(fit, tmp_path: Path) -> None:
     fit("nothing")
     taken = json.loads((tmp_path / "nothing/pages").read_text())
@@ -112,7 +123,7 @@ def test_a_worker_keeps_the_memory_of_a_step_for_the_next(fit, tmp_path: Path) -
 
 def assert_small_is_kept(tmp_path: Path, fails: str) -> None:
     assert (tmp_path / fails / "starts").read_text() == "started\n"
-    kept = storage.newest_complete(str(tmp_path / "storage" / f"{fails}-1"))
+    kept = checkpoints.newest_complete(str(tmp_path / "storage" / f"{fails}-1"))
     assert kept is not None
     with kept.as_directory() as folder:
         assert (Path(folder) / "state").read_text() == "small"
@@ -128,18 +139,18 @@ def test_a_failure_that_would_repeat_is_told_once(fit, tmp_path: Path) -> None:
         assert_small_is_kept(tmp_path, fails)
 
 
-def test_a_run_goes_on_after_a_loader_process_was_killed(fit, tmp_path: Path, capsys) -> None:
+def test_a_run_resumes_after_a_loader_process_was_killed(fit, tmp_path: Path, capsys) -> None:
     fit("loader")
     assert (tmp_path / "loader/starts").read_text() == "started\nstarted\n"
     told = capsys.readouterr().err
     assert "worker 0 failed: DataLoader worker" in told
-    assert "lower data_workers or prefetch_factor" in told
-    assert "going on from the last checkpoint" in told
+    assert "lower loader.data_workers or loader.prefetch_factor" in told
+    assert "training resumes from the last checkpoint" in told
 
 
 def test_a_second_interrupt_ends_a_run_that_does_not_stop(fit, tmp_path: Path, capsys) -> None:
     def interrupt() -> None:
-        while storage.newest_complete(str(tmp_path / "storage/deaf-1")) is None:
+        while checkpoints.newest_complete(str(tmp_path / "storage/deaf-1")) is None:
             time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(2)  # the display shows what it is asked to

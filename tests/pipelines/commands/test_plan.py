@@ -7,20 +7,23 @@ import pytest
 
 from pipelines.commands import plan
 from pipelines.errors import PipelineError
-from pipelines.params import Params, load_params
+from pipelines.params import Params, compose
 from pipelines.paths import ROOT
+from pipelines.tasks import TASKS
 from pipelines.train.cost import PEAK_FLOPS
 
 
 def smoke(**pretrain) -> Params:
-    values = load_params("smoke").model_dump()
+    values = compose(["recipe=smoke"]).model_dump()
     values["pretrain"] |= pretrain
     return Params.model_validate(values)
 
 
 def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "training_images", lambda params, stage: 3600)
-    rows, scaling = plan.plan(smoke(cooldown_epochs=2), 2, "h100", 0.5, {"pretrain": 10.0})
+    monkeypatch.setattr(plan, "training_images", lambda params, task: 3600)
+    rows, scaling = plan.plan(
+        smoke(cooldown_epochs=2), plan.Machine(2, "h100", 0.5, {"pretrain": 10.0})
+    )
     assert scaling[0]["stage"] == "pretrain"
     assert scaling[0]["ms/step"] == "800"  # 8 images at 10 images/s
     pretrain, detect, segment = rows
@@ -43,26 +46,29 @@ def test_efficiency_follows_from_the_bytes_of_a_ring() -> None:
 
 
 def test_memory_grows_with_the_batch_and_falls_with_checkpointing() -> None:
-    model, forward = plan.model_of(smoke(), "pretrain")
+    model, forward = TASKS["classify"].step_model(smoke())
     one, some, more, most = (
         plan.memory(model, forward, n, ema=False, half=True) for n in (1, 128, 256, 512)
     )
     # Weights, gradients and Adam's two moments are the least.
     assert one > 4 * 4 * sum(p.numel() for p in model.parameters()) / 2**30
     assert most - more == pytest.approx(2 * (more - some), rel=0.05)
-    checkpointed, forward = plan.model_of(smoke(grad_checkpointing=True), "pretrain")
+    checkpointed, forward = TASKS["classify"].step_model(smoke(grad_checkpointing=True))
     assert plan.memory(checkpointed, forward, 512, ema=False, half=True) < 0.8 * most
 
 
 def test_images_are_those_of_the_public_set_or_those_prepared(monkeypatch, tmp_path) -> None:
-    assert plan.training_images(smoke(num_classes=1000, holdout=0.0), "pretrain") == 1_281_167
+    assert (
+        plan.training_images(smoke(num_classes=1000, holdout=0.0), TASKS["classify"]) == 1_281_167
+    )
     monkeypatch.setattr(plan, "ROOT", tmp_path)
     with pytest.raises(PipelineError, match="no images in data/coco to count"):
-        plan.training_images(smoke(), "detect")
+        plan.training_images(smoke(), TASKS["detect"])
 
 
-def test_gpus_that_do_not_divide_the_batch_are_refused_with_the_key() -> None:
-    command = [sys.executable, "-m", "pipelines.commands.plan", "demo", "--gpus", "7"]
+def test_gpus_that_do_not_divide_the_batch_are_rejected_with_the_key() -> None:
+    command = [sys.executable, "-m", "pipelines.cli", "plan", "recipe=demo", "--gpus", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "--gpus 7: pretrain.batch_size=64 is the global batch" in done.stderr
+    assert "pretrain.batch_size=64 is the global batch" in done.stderr
+    assert "scaling.num_workers=7" in done.stderr

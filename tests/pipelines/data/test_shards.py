@@ -18,16 +18,17 @@ from timm.utils import random_seed
 
 from pipelines.benchmarks.loader import measure
 from pipelines.data import images, pack
-from pipelines.data.errors import DataError
 from pipelines.data.demo import draw as demo
-from pipelines.data.images import DataPlace
+from pipelines.data.errors import DataError
+from pipelines.data.images import Dataset
 from pipelines.data.public import verify
-from pipelines.params import Model, load_params
-from pipelines.run.reporter import LocalReporter
+from pipelines.params import Model, compose
 from pipelines.train.classify import Classifier
+from pipelines.train.job import Job
 from pipelines.train.loading import Part
+from pipelines.train.reporter import LocalReporter
 
-SETTINGS = load_params("demo").prepare
+SETTINGS = compose().prepare
 CONTENT = SETTINGS.model_copy(update={"check": "content"})
 
 
@@ -156,7 +157,7 @@ def test_every_worker_count_sees_each_image_once(root: Path) -> None:
 
 def test_training_on_shards_is_training_on_the_folder(root: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # more only get in each other's way here
-    params = load_params("smoke")
+    params = compose(["recipe=smoke"])
     short = {"epochs": 1, "warmup_epochs": 0, "holdout": 0.1, "img_size": 32}
     section = params.pretrain.model_copy(update=short)
     model = Model(name="resnet10t")
@@ -164,13 +165,14 @@ def test_training_on_shards_is_training_on_the_folder(root: Path, tmp_path: Path
     scores = []
     for name in ("folder", "shards"):
         reporter = LocalReporter(tmp_path / name, quiet=True)
-        Classifier(params, DataPlace(str(root / name)), torch.device("cpu"), reporter).fit()
+        data = Dataset("imagenet", str(root / name), tuple("0123456789"), {}, "")
+        Classifier(Job("pretrain", params, data), torch.device("cpu"), reporter).fit()
         result = json.loads((tmp_path / name / "result.json").read_text())
         scores.append([result["loss"], *[row["train_loss"] for row in result["history"]]])
     assert scores[0] == scores[1]
 
 
-def test_a_killed_packing_goes_on_and_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
+def test_a_killed_packing_resumes_and_gives_the_same_bytes(root: Path, tmp_path: Path) -> None:
     manifest, written = manifest_of(root / "folder", root), []
 
     def dying(function: Any, arguments: Any, unit: str, done: Any) -> None:
@@ -289,6 +291,6 @@ def test_a_lost_connection_is_tried_again(bucket: str, monkeypatch: Any) -> None
 
 def test_the_loader_benchmark_reads_each_kind(root: Path) -> None:
     for name in ("folder", "shards"):
-        result = measure(str(root / name), load_params("smoke").pretrain, workers=0, count=40)
+        result = measure(str(root / name), compose(["recipe=smoke"]).pretrain, workers=0, count=40)
         assert result["images"] == 40
         assert result["images_per_second"] > 0

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from when its storage is not as Ray left it."""
+"""Which checkpoint a run resumes from when its storage is not as Ray left it."""
 
 import json
 import shutil
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.run import checkpoints as storage
+from pipelines.run import checkpoints
+from pipelines.run.ray_internals import CHECKPOINT_LIST
 
 NAMES = [f"checkpoint_2026-01-0{day}" for day in (1, 2, 3)]
 
@@ -18,15 +19,15 @@ def run(tmp_path: Path) -> Path:
         (tmp_path / name / "inner").mkdir(parents=True)
         (tmp_path / name / "state.pt").write_text(f"state of {name}")
         (tmp_path / name / "inner/image.png").write_text("pixels")
-        storage.seal(tmp_path / name)
+        checkpoints.seal(tmp_path / name)
     results = [{"checkpoint_dir_name": name} for name in NAMES[1:]]
     listed = {"checkpoint_results": results, "latest_checkpoint_result": results[-1]}
-    (tmp_path / storage.LIST).write_text(json.dumps(listed))
+    (tmp_path / CHECKPOINT_LIST).write_text(json.dumps(listed))
     return tmp_path
 
 
 def newest(run: Path) -> str | None:
-    found = storage.newest_complete(str(run))
+    found = checkpoints.newest_complete(str(run))
     return Path(found.path).name if found else None
 
 
@@ -43,11 +44,11 @@ def lose(folder: Path) -> None:
 
 
 def unseal(folder: Path) -> None:
-    (folder / storage.SEAL).unlink()
+    (folder / checkpoints.SEAL).unlink()
 
 
 def half_seal(folder: Path) -> None:
-    (folder / storage.SEAL).write_text('{"state.pt": "ab')
+    (folder / checkpoints.SEAL).write_text('{"state.pt": "ab')
 
 
 def delete(folder: Path) -> None:
@@ -56,10 +57,10 @@ def delete(folder: Path) -> None:
 
 def test_a_whole_run_keeps_what_ray_lists(run: Path) -> None:
     said: list[str] = []
-    storage.mend(str(run), said.append)
+    checkpoints.repair(str(run), said.append)
     assert newest(run) == NAMES[2]
     assert present(run) == NAMES[1:]  # the first would never be deleted
-    assert (run / storage.LIST).is_file()
+    assert (run / CHECKPOINT_LIST).is_file()
     assert not said
 
 
@@ -68,9 +69,9 @@ def test_the_newest_whole_one_is_used(run: Path, damage) -> None:
     damage(run / NAMES[2])
     assert newest(run) == NAMES[1]
     said: list[str] = []
-    storage.mend(str(run), said.append)
+    checkpoints.repair(str(run), said.append)
     assert present(run) == [NAMES[1]]
-    assert not (run / storage.LIST).exists()  # with it Ray would refuse to start
+    assert not (run / CHECKPOINT_LIST).exists()  # with it Ray would not start
     assert said[0].startswith(NAMES[2])
     assert newest(run) == NAMES[1]
 
@@ -78,24 +79,24 @@ def test_the_newest_whole_one_is_used(run: Path, damage) -> None:
 def test_one_that_the_list_lacks_is_used_if_it_is_the_newest(run: Path) -> None:
     """A worker that dies right after its report leaves one."""
     shutil.copytree(run / NAMES[2], run / "checkpoint_2026-01-09")
-    storage.mend(str(run), print)
+    checkpoints.repair(str(run), print)
     assert newest(run) == "checkpoint_2026-01-09"
     assert present(run) == [*NAMES[1:], "checkpoint_2026-01-09"]
 
 
 def test_a_list_that_is_cut_short_begins_anew(run: Path) -> None:
-    text = (run / storage.LIST).read_text()
-    (run / storage.LIST).write_text(text[: len(text) // 2])
-    storage.mend(str(run), print)
+    text = (run / CHECKPOINT_LIST).read_text()
+    (run / CHECKPOINT_LIST).write_text(text[: len(text) // 2])
+    checkpoints.repair(str(run), print)
     assert newest(run) == NAMES[2]
-    assert not (run / storage.LIST).exists()
+    assert not (run / CHECKPOINT_LIST).exists()
 
 
 def test_none_left_or_none_yet(run: Path, tmp_path: Path) -> None:
     for name in NAMES:
         cut(run / name)
-    storage.mend(str(run), print)
+    checkpoints.repair(str(run), print)
     assert newest(run) is None
     assert present(run) == []
-    storage.mend(str(tmp_path / "new"), print)
+    checkpoints.repair(str(tmp_path / "new"), print)
     assert newest(tmp_path / "new") is None

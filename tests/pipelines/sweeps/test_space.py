@@ -1,15 +1,10 @@
-"""Spaces are refused before anything starts; comparisons count as statistics says."""
+"""A space that does not fit is rejected before anything starts."""
 
 import hashlib
-import json
-from types import SimpleNamespace
 
 import pytest
-from scipy import stats
 
-from pipelines.commands import compare
-from pipelines.errors import PipelineError
-from pipelines.params import ParamsError, load_params, override
+from pipelines.params import ParamsError, compose, override
 from pipelines.sweeps import space as spaces
 
 HEAD = "about: a test\n"
@@ -28,7 +23,7 @@ def identities(monkeypatch):
 
 def params_for(space: str, recipe: str = "demo", **sweep):
     values = {f"sweep.{key}": value for key, value in {"space": space, **sweep}.items()}
-    return override(load_params(recipe), values, "test")
+    return override(compose([f"recipe={recipe}"]), values, "test")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +50,7 @@ def params_for(space: str, recipe: str = "demo", **sweep):
         ("points: [{model.lam: 1}, {model.lam: 1}]", {}, "lam=1 and lam=1 have the same"),
         ("{points: [{model.lam: 1}], reference: {model.lam: 0}}", {}, "lam=0 is no point"),
         ("points: [{model.lam: 1}]", {"max_epochs": 8}, "too small for one trial, which has 9"),
-        (OPTUNA, {"seeds": 2}, "set sweep.seeds=1"),
+        (OPTUNA, {"seeds": 2}, "Set sweep.seeds=1"),
         (OPTUNA.replace("[0, 2]", "[0, -2]"), {"seeds": 1}, r"point gamma=-2:\n.*greater than"),
         (
             OPTUNA.replace("seed: 0", "seed: 0, asha: {grace_epochs: 9, reduction_factor: 2}"),
@@ -65,17 +60,17 @@ def params_for(space: str, recipe: str = "demo", **sweep):
         (OPTUNA.replace("values: [0, 2]", "low: 2, high: 1"), {}, "low must be below high"),
     ],
 )
-def test_a_bad_space_is_refused_with_what_is_wrong(text, sweep, message, tmp_path, monkeypatch):
+def test_a_bad_space_is_rejected_with_what_is_wrong(text, sweep, message, tmp_path, monkeypatch):
     monkeypatch.setattr(spaces, "SPACES", tmp_path)
     # A flow mapping can't follow a block key: the head goes inside it.
     whole = "{about: a test, " + text[1:] if text.startswith("{") else HEAD + text
     (tmp_path / "bad.yaml").write_text(whole)
     with pytest.raises(ParamsError, match=f"(?s){message}"):
-        spaces.plan(params_for("bad", **sweep), spaces.load_space("bad"))
+        spaces.list_trials(params_for("bad", **sweep), spaces.load_space("bad"))
 
 
 def test_an_unknown_space_is_told_with_those_that_exist():
-    with pytest.raises(ParamsError, match=r"'ghosts' is unknown; choose one of .*ghost_head"):
+    with pytest.raises(ParamsError, match=r"'ghosts' is unknown. Choose one of .*ghost_head"):
         spaces.load_space("ghosts")
 
 
@@ -87,7 +82,7 @@ def test_an_unknown_space_is_told_with_those_that_exist():
 def test_the_spaces_that_come_with_it_are_valid(name, recipe):
     seeds = 1 if name == "optimisation" else 3
     space = spaces.load_space(name)
-    trials = spaces.plan(params_for(name, recipe, seeds=seeds), space)
+    trials = spaces.list_trials(params_for(name, recipe, seeds=seeds), space)
     points = {trial.label for trial in trials}
     assert len(trials) == seeds * len(points)
     assert [t.seed for t in trials] == sorted(t.seed for t in trials)  # all points, seed by seed
@@ -100,84 +95,12 @@ def test_random_points_are_the_same_each_time(tmp_path, monkeypatch):
     text = f"search: {{method: random, trials: 4, seed: 1, parameters: {domain}}}"
     (tmp_path / "draw.yaml").write_text(HEAD + text)
     once, again = (
-        [t.params.pretrain.lr for t in spaces.plan(params_for("draw"), spaces.load_space("draw"))]
+        [
+            t.params.pretrain.lr
+            for t in spaces.list_trials(params_for("draw"), spaces.load_space("draw"))
+        ]
         for _ in range(2)
     )
     assert once == again
     assert len(set(once)) == 4
     assert all(1e-4 <= lr <= 1e-2 for lr in once)
-
-
-def record(run_id: str, seed: int, top1: float, lam: int) -> SimpleNamespace:
-    return SimpleNamespace(
-        run_id=run_id,
-        name=run_id,
-        params={"model.lam": str(lam), "pretrain.seed": str(seed), "pretrain.lr": "0.1"},
-        metrics={"final/top1": top1, "final/parameters": 1e6},
-    )
-
-
-def test_seeds_pair_where_they_are_the_same():
-    ours, theirs = {0: 60.0, 1: 70.0, 2: 80.0}, {0: 59.0, 1: 68.0, 2: 79.0}
-    runs = [record(f"a{s}", s, v, 1) for s, v in theirs.items()]
-    runs += [record(f"b{s}", s, v, 0) for s, v in ours.items()]
-    result = compare.compare(runs)
-    assert result["reference"] == "lam=1"
-    row = result["rows"][1]
-    paired = stats.ttest_rel(list(ours.values()), list(theirs.values())).confidence_interval(0.95)
-    assert row["difference"] == pytest.approx((paired.low + paired.high) / 2)
-    assert row["difference_ci95"] == pytest.approx((paired.high - paired.low) / 2)
-    assert row["paired_seeds"] == 3
-    alone = stats.ttest_1samp(list(ours.values()), 0).confidence_interval(0.95)
-    assert row["ci95"] == pytest.approx((alone.high - alone.low) / 2)
-    assert compare.verdict(row, "lam=1").endswith("no difference shown")  # 1.3 +- 1.4
-    table = compare.markdown(result)
-    assert "| lam=0 | 3 | 70.0 | 24.8 | +1.3 | 1.4 | 1.00 |" in table
-
-
-def test_other_seeds_are_not_paired_and_one_seed_has_no_interval():
-    ours, theirs = {0: 60.0, 1: 70.0, 2: 80.0}, {3: 10.0, 4: 12.0, 5: 11.0}
-    mean, half, paired = compare.difference(ours, theirs)
-    test = stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False)
-    low, high = test.confidence_interval(0.95)
-    assert (mean, half, paired) == (pytest.approx(59), pytest.approx((high - low) / 2), 0)
-    assert compare.difference({0: 1.0}, {0: 2.0}) == (-1.0, None, 0)
-    assert compare.interval([3.0]) == (3.0, None)
-
-
-def test_runs_that_share_no_metric_are_not_compared():
-    runs = [record("a", 0, 1.0, 0), record("b", 0, 1.0, 1)]
-    runs[1].metrics = {"final/mIoU": 40.0}
-    with pytest.raises(PipelineError, match="share none of the metrics"):
-        compare.compare(runs)
-    with pytest.raises(PipelineError, match="no finished runs"):
-        compare.compare([])
-
-
-def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
-    from pipelines.run import tracking
-    from pipelines.sweeps.queue import _Study
-
-    search = spaces.Search(
-        method="optuna",
-        trials=5,
-        seed=0,
-        parameters={
-            "pretrain.lr": spaces.Range(low=1e-5, high=1e-2, log=True),
-            "model.operator": spaces.Choice(values=["elsa", "window"]),
-        },
-    )
-    earlier = []
-    monkeypatch.setattr(tracking, "sweep_trials", lambda sweep_id: earlier)
-    study, points = _Study(search, "sweep"), []
-    for score in (10.0, None, 30.0):  # the second failed
-        points.append(study.ask())
-        study.name(str(score))
-        study.tell(str(score), score)
-    assert len({point["pretrain.lr"] for point in points}) == 3
-    earlier += [SimpleNamespace(tags={"point": json.dumps(point)}) for point in points]
-    again = _Study(search, "sweep")
-    assert [again.ask() for _ in points] == points
-    rates = {point["pretrain.lr"] for point in points}
-    rates |= {again.ask()["pretrain.lr"] for _ in range(again.left)}
-    assert len(rates) == 5  # what follows is new

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from pipelines.train.reporter import LocalReporter
 from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import multiprocessing
@@ -28,6 +27,7 @@ from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
 from pipelines.train.evaluation import amp_dtype, predict
 from pipelines.train.job import Job
 from pipelines.train.loading import MicroBatchSampler, Part, make_loader
+from pipelines.train.reporter import LocalReporter
 
 CPU = torch.device("cpu")
 DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipelines.train.reporter import LocalReporter
 from timm.data import ImageDataset, Mixup, create_loader
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
@@ -17,6 +16,7 @@ from pipelines.data.images import Dataset
 from pipelines.params import Params, compose
 from pipelines.train.classify import Classifier
 from pipelines.train.job import Job
+from pipelines.train.reporter import LocalReporter
 
 PUBLISHED = {
     "epochs": 300,
