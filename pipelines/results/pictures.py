@@ -18,7 +18,7 @@ from pipelines.data.layout import LAYOUTS
 from pipelines.results.plots import COLORS
 from pipelines.results.scores import calibration, worst_detections, worst_segmentations
 
-COCO, ADE20K = LAYOUTS["coco"], LAYOUTS["ade20k"]
+COCO_LAYOUT, ADE20K_LAYOUT = LAYOUTS["coco"], LAYOUTS["ade20k"]
 SHOWN_SCORE = 0.5
 """Detections below are not drawn."""
 
@@ -55,7 +55,7 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
     """
     from pycocotools.coco import COCO
 
-    truth_file = data / COCO.annotations["val"]
+    truth_file = data / COCO_LAYOUT.annotations["val"]
     truth = COCO(str(truth_file))
     predicted = defaultdict(list)
     for item in json.loads((results / "coco.segm.json").read_text()):
@@ -73,7 +73,7 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
     figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 4.7), squeeze=False)
     for column, image in enumerate(images):
         pixels = np.asarray(
-            Image.open(data / COCO.images["val"] / image["file_name"]).convert("RGB")
+            Image.open(data / COCO_LAYOUT.images["val"] / image["file_name"]).convert("RGB")
         )
         annotations = truth.loadAnns(truth.getAnnIds(imgIds=image["id"]))
         for axis, items in (
@@ -128,7 +128,7 @@ def segmentations(
         chosen = _spread(sorted(folder.glob("*.png")), count)
     figure, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.8), squeeze=False)
     for column, file in enumerate(chosen):
-        image = Image.open(data / ADE20K.images["val"] / f"{file.stem}.jpg").convert("RGB")
+        image = Image.open(data / ADE20K_LAYOUT.images["val"] / f"{file.stem}.jpg").convert("RGB")
         _plain(axes[0][column], np.asarray(image))
         predicted = np.asarray(Image.open(results / file.name))
         for axis, labels in (
@@ -219,7 +219,7 @@ def attention(weights: Path, data: Path, count: int = 3) -> Figure | None:
     name, layer = found
     seen: list[torch.Tensor] = []
     handle = layer.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
-    files = _spread(sorted((data / COCO.images["val"]).glob("*.jpg")), count)
+    files = _spread(sorted((data / COCO_LAYOUT.images["val"]).glob("*.jpg")), count)
     figure, axes = plt.subplots(count, 4, figsize=(9, 2.3 * count), squeeze=False)
     config: Any = model.pretrained_cfg
     for row, file in enumerate(files):

@@ -91,7 +91,7 @@ def test_missing_files(copy_demo: Callable[[str], Path]) -> None:
 def test_file_that_nobody_made(copy_demo: Callable[[str], Path]) -> None:
     root = copy_demo("imagenet")
     source = next((root / "train/digit_0").iterdir())
-    shutil.copy_demo(source, root / "train/digit_1/extra.JPEG")
+    shutil.copy(source, root / "train/digit_1/extra.JPEG")
     fails(root, "imagenet", "train/digit_1/extra.JPEG", "not in manifest.json")
 
 
@@ -106,7 +106,7 @@ def test_truncated_image(copy_demo: Callable[[str], Path], kind: str) -> None:
 def test_replaced_image(copy_demo: Callable[[str], Path]) -> None:
     root = copy_demo("imagenet")
     one, other = sorted((root / "val/digit_2").iterdir())[:2]
-    shutil.copy_demo(one, other)
+    shutil.copy(one, other)
     fails(root, "imagenet", "1 file(s) differs", other.name)
 
 
@@ -200,7 +200,7 @@ def test_ade20k_faults(copy_demo: Callable[[str], Path]) -> None:
     path = root / "annotations/validation/ADE_val_00000002.png"
     good = np.asarray(Image.open(path))
 
-    bad = good.copy_demo()
+    bad = good.copy()
     bad[3, 4] = 12
     Image.fromarray(bad).save(path)
     fails(root, "ade20k", path.name, "label 12", "11")

@@ -282,7 +282,7 @@ def test_faulty_label_maps(copy_public: Callable[[str], Path], tmp_path: Path) -
     path.unlink()
     rejected(tmp_path, "ade20k", root, "no counterpart", path.stem)
     (root / "classes.txt").unlink()
-    shutil.copy_public(min((root / "annotations/validation").iterdir()), path)
+    shutil.copy(min((root / "annotations/validation").iterdir()), path)
     rejected(tmp_path, "ade20k", root, "write the names of the classes into it")
 
 

@@ -1,5 +1,6 @@
 """What makes a run another run, what does not, and that only one process holds it."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -8,100 +9,172 @@ from pathlib import Path
 import pytest
 
 from pipelines.errors import PipelineError
-from pipelines.params import load_params
+from pipelines.params import Params, compose, override
 from pipelines.paths import ROOT
-from pipelines.run.identity import HeldError, content_digest, hold, stage_identity
+from pipelines.run.code import closure
+from pipelines.run.identity import (
+    HeldError,
+    RunState,
+    content_digest,
+    hold,
+    stage_definition,
+    stage_identity,
+    stage_inputs,
+    unfinished_runs,
+)
 
 STAGES = """
 stages:
   pretrain:
-    params: [scaling, model, pretrain]
-    deps: [code, data, "recipes/${recipe}.yaml"]
+    meta: {code: [pipelines.train], code_of_models: {elsa_volo: elsa.volo}}
+    params: [tasks, scaling.num_workers, model, pretrain]
+    deps: [pipelines/train.py, pipelines/configs, data]
 """
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text(STAGES)
-    (tmp_path / "code/__pycache__").mkdir(parents=True)
-    (tmp_path / "code/train.py").write_text("x = 1\n")
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/manifest.json").write_text('{"digest": "a"}')
+    for name, text in {
+        "pipelines/train.py": "x = 1\n",
+        "pipelines/configs/a.yaml": "a: 1\n",
+        "elsa/volo.py": "y = 1\n",
+        "data/manifest.json": '{"digest": "a"}',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     return tmp_path
 
 
-def with_params(section: str, **values):
-    params = load_params("demo")
-    return params.model_copy(update={section: getattr(params, section).model_copy(update=values)})
+def identity(root: Path, *changes: str) -> str:
+    return stage_identity("pretrain", params(*changes), root)
+
+
+def params(*changes: str) -> Params:
+    values = dict(change.split("=") for change in changes)
+    return override(compose(), {k: json.loads(v) for k, v in values.items()}, "test")
 
 
 def test_same_inputs_have_the_same_identity_wherever_they_are(root: Path, tmp_path_factory) -> None:
     copy = tmp_path_factory.mktemp("copy") / "root"
     shutil.copytree(root, copy)
-    params = load_params("demo")
-    assert stage_identity("pretrain", params, root) == stage_identity("pretrain", params, copy)
+    assert identity(root) == identity(copy)
 
 
 @pytest.mark.parametrize(
-    ("section", "values"),
-    [("pretrain", {"lr": 0.1}), ("model", {"kernel_size": 3}), ("scaling", {"num_workers": 1})],
+    "change", ["pretrain.lr=0.1", "model.kernel_size=3", "scaling.num_workers=1"]
 )
-def test_a_parameter_of_the_stage_changes_it(root: Path, section, values) -> None:
-    before = stage_identity("pretrain", load_params("demo"), root)
-    assert stage_identity("pretrain", with_params(section, **values), root) != before
+def test_a_parameter_of_the_stage_changes_it(root: Path, change: str) -> None:
+    assert identity(root, change) != identity(root)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("detect.lr=0.1", "scaling.max_failures=9", 'storage.path="elsewhere"'),
+        *("loader.data_workers=3", "loader.pin_memory=false", "storage.checkpoint_minutes=1"),
+        *('tasks=["classify"]', "pretrain.lr=0.002"),  # the same number, written otherwise
+    ],
+)
+def test_what_does_not_change_the_result_does_not(root: Path, change: str) -> None:
+    assert identity(root, change) == identity(root)
 
 
 def test_given_weights_count_by_what_they_are(root: Path) -> None:
-    def identity(weights: str) -> str:
-        return stage_identity("pretrain", with_params("pretrain", weights=weights), root)
+    def with_weights(name: str) -> str:
+        return identity(root, f'pretrain.weights="{name}"')
 
     for name, content in (("a.pth", "one"), ("b.pth", "one"), ("c.pth", "other")):
         (root / name).write_text(content)
-    assert identity("a.pth") == identity("b.pth") != identity("c.pth")
+    assert with_weights("a.pth") == with_weights("b.pth") != with_weights("c.pth")
     with pytest.raises(PipelineError, match=r"weights d\.pth: there is no such file"):
-        identity("d.pth")
+        with_weights("d.pth")
 
 
-@pytest.mark.parametrize(
-    ("section", "values"),
-    [("detect", {"lr": 0.1}), ("scaling", {"max_failures": 9}), ("storage", {"path": "elsewhere"})],
-)
-def test_other_stages_and_the_place_of_the_run_do_not(root: Path, section, values) -> None:
-    before = stage_identity("pretrain", load_params("demo"), root)
-    assert stage_identity("pretrain", with_params(section, **values), root) == before
+def test_code_configs_and_data_change_it_and_what_does_nothing_does_not(root: Path) -> None:
+    seen = {identity(root)}
+    (root / "pipelines/train.py").write_text("# why\nx = 1\n")
+    (root / "pipelines/configs/a.yaml").write_text("# why\na:   1\n")
+    (root / "pipelines/configs/README.md").write_text("reworded\n")
+    (root / "pipelines/configs/__pycache__").mkdir()
+    (root / "pipelines/configs/__pycache__/a.pyc").write_bytes(b"cache")
+    assert identity(root) in seen
+    for name, text in (
+        ("pipelines/train.py", "x = 2\n"),
+        ("pipelines/configs/a.yaml", "a: 2\n"),
+        ("data/manifest.json", '{"digest": "b"}'),
+    ):
+        (root / name).write_text(text)
+        assert identity(root) not in seen
+        seen.add(identity(root))
 
 
-def test_code_and_data_change_it_and_caches_do_not(root: Path) -> None:
-    def identity() -> str:
-        return stage_identity("pretrain", load_params("demo"), root)
-
-    first = identity()
-    (root / "code/__pycache__/train.pyc").write_bytes(b"cache")
-    assert identity() == first
-    (root / "code/train.py").write_text("x = 2\n")
-    second = identity()
-    assert second != first
-    (root / "data/manifest.json").write_text('{"digest": "b"}')
-    assert identity() not in (first, second)
-
-
-def test_documentation_beside_the_code_does_not_change_it(root: Path) -> None:
-    before = stage_identity("pretrain", load_params("demo"), root)
-    (root / "code/README.md").write_text("reworded\n")
-    assert stage_identity("pretrain", load_params("demo"), root) == before
+def test_code_of_a_model_counts_for_that_model(root: Path) -> None:
+    swin, volo = identity(root), identity(root, 'model.name="elsa_volo_d1"')
+    (root / "elsa/volo.py").write_text("y = 2\n")
+    assert identity(root) == swin
+    assert identity(root, 'model.name="elsa_volo_d1"') != volo
 
 
 def test_missing_input_is_named(root: Path) -> None:
     shutil.rmtree(root / "data")
-    with pytest.raises(PipelineError, match=r"data: missing.*dvc repro"):
-        stage_identity("pretrain", load_params("demo"), root)
+    with pytest.raises(PipelineError, match=r"data is missing.*dvc repro"):
+        identity(root)
 
 
-def test_renaming_a_file_changes_a_folders_digest(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("1")
-    before = content_digest(tmp_path)
-    (tmp_path / "a").rename(tmp_path / "b")
-    assert content_digest(tmp_path) != before
+def test_outputs_count_by_what_they_are_not_by_who_made_them(tmp_path: Path) -> None:
+    """Weights by model and tensors, an operator by sources and flags."""
+    weights, op = tmp_path / "weights", tmp_path / "op"
+    weights.mkdir()
+    op.mkdir()
+    record = {"source_sha256": "a", "flags": [], "link_flags": [], "library_sha256": "x"}
+    digests = []
+    for run, tensors, source, library in (
+        ("run 1", "one", "a", "x"),
+        ("run 2", "one", "a", "y"),
+        ("run 2", "two", "b", "y"),
+    ):
+        described = {"model": {"name": "m"}, "mlflow_run_id": run}
+        (weights / "model.json").write_text(json.dumps(described))
+        (weights / "model.safetensors").write_text(tensors)
+        (op / "build.json").write_text(
+            json.dumps(record | {"source_sha256": source, "library_sha256": library})
+        )
+        digests.append((content_digest(weights), content_digest(op)))
+    assert digests[0] == digests[1]
+    assert digests[1][0] != digests[2][0]
+    assert digests[1][1] != digests[2][1]
+
+
+def test_an_unfinished_run_is_told_apart_by_its_inputs(root: Path, tmp_path: Path) -> None:
+    from dataclasses import asdict
+
+    before = stage_inputs("pretrain", params("pretrain.seed=1"), root)
+    folder = tmp_path / f"pretrain-{before.identity}"
+    state = RunState(mlflow_run_id="a", inputs=asdict(before))
+    state.save(folder)
+    (root / "pipelines/train.py").write_text("x = 2\n")
+    [(name, differing)] = unfinished_runs(stage_inputs("pretrain", params(), root), tmp_path)
+    assert name == folder.name
+    assert differing == ["pretrain.seed (1 there, 0 here)", "pipelines/train.py"]
+    state.metrics = "{}"
+    state.save(folder)
+    assert unfinished_runs(stage_inputs("pretrain", params(), root), tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "stage", ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "report"]
+)
+def test_the_deps_of_dvc_are_the_code_that_the_stage_loads(stage: str) -> None:
+    """So DVC sees each change of code that changes a result, and no other."""
+    definition = stage_definition(stage)
+    meta = definition["meta"]
+    modules = [*meta["code"], *meta.get("outputs", []), *meta.get("code_of_models", {}).values()]
+    listed = {dep for dep in definition["deps"] if dep.endswith(".py")}
+    assert listed == closure(modules, ROOT)
+    for dep in definition["deps"]:
+        made = dep.startswith(("build/", "data/", "weights/", "results/", "plots/", "metrics/"))
+        assert made or (ROOT / dep.replace("${sweep.space}", "demo")).exists(), dep
 
 
 HOLDER = """
@@ -119,7 +192,8 @@ def test_second_process_is_told_who_holds_it_and_a_killed_holder_leaves_no_lock(
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
         try:
             assert holder.stdout.readline() == "held\n"
-            with pytest.raises(HeldError, match=f"by process {holder.pid} on "), hold(tmp_path):
+            told = f"is already running: process {holder.pid} on "
+            with pytest.raises(HeldError, match=told), hold(tmp_path):
                 pass
         finally:
             holder.kill()

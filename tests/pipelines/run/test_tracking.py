@@ -10,9 +10,10 @@ import urllib.request
 from contextlib import contextmanager
 
 import pytest
+from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
-from pipelines.commands import compare
+from pipelines import cli
 from pipelines.errors import PipelineError
 from pipelines.run import tracking
 
@@ -106,6 +107,7 @@ def test_a_store_of_another_mlflow_is_told_with_how_to_upgrade_it(tmp_path, monk
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{old}")
     with pytest.raises(PipelineError, match="mlflow db upgrade"):
         tracking.start_run("pretrain", "test", {})
-    monkeypatch.setattr(sys, "argv", ["compare", run_id])
-    with pytest.raises(SystemExit, match=r"error: compare: .*mlflow db upgrade"):
-        compare.main()
+    done = CliRunner().invoke(cli.main, ["compare", run_id])
+    assert done.exit_code == 1
+    assert "error: compare: " in done.output
+    assert "mlflow db upgrade" in done.output
