@@ -16,7 +16,7 @@ setup: | $(UV)
 
 demo: setup
 	$(UV) run dvc repro report
-	@$(UV) run python -m pipelines.commands.summary
+	@$(UV) run elsa results
 
 test: setup
 	$(UV) run pytest
@@ -39,7 +39,7 @@ lint: setup
 	$(UV) run mypy
 
 ui: setup
-	@$(UV) run python -m pipelines.commands.compare --url
+	@$(UV) run elsa compare --url
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(UV) run mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 .tools/bin/uv:

@@ -12,7 +12,7 @@ export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0
 export RAY_ENABLE_UV_RUN_RUNTIME_ENV=0
 export RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO=0
-# `pipelines.commands.submit --stop` is a Ctrl-C, with time for a last checkpoint.
+# `elsa submit --stop` is a Ctrl-C, with time for a last checkpoint.
 export RAY_JOB_STOP_SIGNAL=SIGINT RAY_JOB_STOP_WAIT_TIME_S=120
 # Ray has a connection to each process of each node.
 ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"

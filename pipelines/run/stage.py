@@ -112,6 +112,8 @@ class Stage:
     MLflow. Returns False where that is gone."""
     included: Callable[[Params], bool] = lambda params: True
     """Whether the parameters ask for this stage (`tasks`)."""
+    hand_on: Callable[[Params, Path], None] = lambda params, root: None
+    """What a stage that is not asked for still writes for those after it, below a folder."""
     trials: bool = False
     """It runs trials of a sweep."""
 
@@ -134,7 +136,7 @@ def run_stage(stage: Stage) -> None:
         if stage.included(params):
             _run(stage, params, stage.check(params), forced)
         else:
-            _leave_out(stage.name)
+            _leave_out(stage, params)
     except PipelineError as error:
         sys.exit(f"error: {stage.name}: {error}")
     except KeyboardInterrupt:
@@ -221,10 +223,10 @@ def _tell_differences(inputs: Inputs) -> None:
         )
 
 
-def _leave_out(stage: str) -> None:
-    """Write outputs that say that `tasks` leaves this stage out."""
+def _leave_out(stage: Stage, params: Params) -> None:
+    """Write outputs that say that `tasks` leaves this stage out, and what it hands on."""
     text = "This stage was left out: `tasks` in params.yaml does not name its task.\n"
-    for path in dvc.outputs_of(stage_definition(stage)):
+    for path in dvc.outputs_of(stage_definition(stage.name)):
         target = ROOT / path
         if target.is_dir():
             shutil.rmtree(target)
@@ -234,7 +236,8 @@ def _leave_out(stage: str) -> None:
         else:
             target.mkdir(parents=True)
             (target / "README.md").write_text(text)
-    _say(stage, "left out, as `tasks` does not name its task")
+    stage.hand_on(params, ROOT)
+    _say(stage.name, "left out, as `tasks` does not name its task")
 
 
 def pipeline_name(params: Params) -> str:

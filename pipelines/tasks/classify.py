@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from pipelines.data.weights import weights_file
+from pipelines.data.files import sha256_file
+from pipelines.data.weights import WeightsDescription, weights_file, write_weights
 from pipelines.params import Params
 from pipelines.results.outputs import (
     classification_result,
@@ -74,6 +75,18 @@ class Classify(Task):
     def write_results(self, run: "StageRun", folder: Path, job: Job) -> None:
         results, plots = run.output("results/pretrain"), run.output("plots/pretrain")
         write_classification(folder, results, plots, job.dataset.classes)
+
+    def hand_on(self, params: Params, root: Path) -> None:
+        p = params.pretrain
+        if not p.weights:
+            return
+        from pipelines.train.models import build_model, load_weights
+
+        model = build_model(params.model, p.num_classes)
+        load_weights(model, p)
+        identity = sha256_file(weights_file(p.weights))[:12]
+        described = WeightsDescription(self.model(params), identity, "", {})
+        write_weights(root / "weights/pretrain", model.state_dict(), described)
 
     def epoch_score(self, params: Params) -> str:
         return "holdout_top1" if params.pretrain.holdout else "val_top1"

@@ -180,6 +180,9 @@ class Task(ABC):
     def write_results(self, run: "StageRun", folder: Path, job: Job) -> None:
         """Write `results/<stage>` and `plots/<stage>` from the last checkpoint in `folder`."""
 
+    def hand_on(self, params: Params, root: Path) -> None:
+        """Where `tasks` leaves this task out: write below `root` what other tasks start from."""
+
     @abstractmethod
     def epoch_score(self, params: Params) -> str:
         """The metric of an epoch that epochs and points of a sweep are chosen by."""

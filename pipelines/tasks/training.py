@@ -43,6 +43,7 @@ def training_stage(task: Task, about: str) -> Stage:
         check=task.check,
         export=export,
         included=lambda params: task.name in params.tasks,
+        hand_on=task.hand_on,
     )
 
 

@@ -211,7 +211,7 @@ def test_ray_up_joins_both_hosts_and_the_doctor_finds_nothing_to_mend(hosts: Hos
     hosts.ray("up", "--yes", str(hosts.config))
     status = "RAY_ADDRESS=auto ray status"
     wait(lambda: "4.0 CPU" in hosts.on(0, status, check=False), "both hosts", 240)
-    report = hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.commands.doctor", check=False)
+    report = hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.cli doctor", check=False)
     assert "fails" not in report, report
     for address in hosts.addresses:
         assert report.count(address) >= 4, report
@@ -219,7 +219,7 @@ def test_ray_up_joins_both_hosts_and_the_doctor_finds_nothing_to_mend(hosts: Hos
 
 def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> None:
     hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
-    submit = "python -m pipelines.commands.submit"
+    submit = "python -m pipelines.cli submit"
     job = hosts.on(0, f"{submit} --detach -- python -m pipelines.pretrain").split()[0]
     checkpoints = hosts.base / "shared/storage"
 

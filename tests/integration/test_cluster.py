@@ -133,7 +133,7 @@ class RayCluster:
 
     def submit_command(self, *arguments: str) -> list[str]:
         address = f"http://127.0.0.1:{self.dashboard}"
-        return [sys.executable, "-m", "pipelines.commands.submit", "--address", address, *arguments]
+        return [sys.executable, "-m", "pipelines.cli", "submit", "--address", address, *arguments]
 
     def submit(self, *arguments: str, **env: str) -> tuple[int, str]:
         return self.run(*self.submit_command(*arguments), **env)
@@ -223,13 +223,13 @@ def test_what_submit_can_not_do_it_says_in_one_line(cluster, arguments, env, mes
 
 WAIT = """
 import ray, sys
-from pipelines.params import load_params
-from pipelines.run import preflight
-from pipelines.run import fit as launch
 from pipelines.errors import PipelineError
+from pipelines.params import compose
+from pipelines.run import preflight
+from pipelines.run.session import ray_session
 
-scaling = load_params("demo").scaling
-with launch.ray_session():
+scaling = compose().scaling
+with ray_session():
     preflight.wait_for_workers("pretrain", scaling.model_copy(update={"wait_s": 150}))
     print(len(preflight.alive_nodes()), "nodes", flush=True)
     try:
@@ -282,7 +282,7 @@ def test_the_heads_tracking_server_asks_for_a_password_that_no_process_shows(clu
 def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_library) -> None:
     """The second node joined in a test above."""
     places = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}", "MLFLOW_TRACKING_URI": cluster.tracking}
-    code, output = cluster.run(sys.executable, "-m", "pipelines.commands.doctor", **places)
+    code, output = cluster.run(sys.executable, "-m", "pipelines.cli", "doctor", **places)
     rows = [[cell.strip() for cell in line.split("│")] for line in output.splitlines()]
     marks = [(row[2], row[1]) for row in rows if len(row) > 5 and row[1]]
     for check in ("storage", "versions", "tracking", "memory"):
@@ -297,29 +297,32 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from pipelines import pretrain
 from pipelines.data.demo.draw import prepare
-from pipelines.data.images import DataPlace
-from pipelines.params import load_params
-from pipelines.run import fit as launch
-from pipelines.run import tracking
+from pipelines.data.images import Dataset
+from pipelines.params import compose
+from pipelines.run import preflight, tracking
+from pipelines.run.fit import RunSpec, fit
+from pipelines.run.session import ray_session
+from pipelines.train.classify import train
+from pipelines.train.job import Job
 
 folder = Path(sys.argv[1])
 sizes = {"image_size": 28, "train_variants": 4, "scene_size": 96}
 counts = {"digits_per_class": 20, "train_scenes": 1, "val_scenes": 1, "max_digits": 3}
 prepare(SimpleNamespace(seed=0, **sizes, **counts), folder / "data")
-params = load_params("smoke", changes={
-    "storage.path": str(folder / "storage"), "scaling.min_workers": int(sys.argv[2]),
-    "pretrain.epochs": 6, "pretrain.warmup_epochs": 0,
-})
-launch._require = lambda *arguments: None  # this checkout may have no compiled operator
-place = str(folder / "data/imagenet")
-with launch.ray_session():
+params = compose([
+    "recipe=smoke", f"storage.path={folder / 'storage'}", f"scaling.min_workers={sys.argv[2]}",
+    "pretrain.epochs=6", "pretrain.warmup_epochs=0",
+])
+preflight.require = lambda *arguments: None  # this checkout may have no compiled operator
+data = Dataset("imagenet", str(folder / "data/imagenet"), tuple("0123456789"), {}, "")
+with ray_session() as session:
     run = tracking.start_run("pretrain", "test", {})
-    launch.fit(
-        pretrain.train_loop_per_worker, {"params": params, "data": DataPlace(place)}, params,
-        name="pretrain-elastic", mlflow_run_id=run.run_id, data={}, stops=True, elastic=True,
-    )
+    fit(train, Job("pretrain", params, data), RunSpec(
+        stage="pretrain", name="pretrain-elastic", mlflow_run_id=run.run_id,
+        scaling=params.scaling, storage=params.storage.path, data={}, local=session.local,
+        stops=True, elastic=True,
+    ))
     steps = [m.step for m in run.client.get_metric_history(run.run_id, "train_loss")]
     print("epochs", steps)
 """
@@ -328,7 +331,7 @@ with launch.ray_session():
 @pytest.mark.skipif(
     not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
 )
-def test_pretraining_goes_on_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
+def test_pretraining_continues_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
     """On the worker that is left; the second node joined in a test above."""
     output = tmp_path / "output"
     with output.open("w") as file:
@@ -353,6 +356,6 @@ def test_pretraining_goes_on_when_a_node_is_lost(cluster: RayCluster, tmp_path: 
     assert "num_workers=2 workers" not in output.read_text()
     os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
-    assert "going on from the last checkpoint" in output.read_text()
+    assert "training resumes from the last checkpoint" in output.read_text()
     assert "on 1 of scaling.num_workers=2 workers" in output.read_text()
     assert f"epochs {list(range(6))}" in output.read_text()

@@ -4,6 +4,7 @@ not be lost: a killed worker, a killed pipeline, and a second start beside a run
 The tests of this file build on each other's workspace and run in their order.
 """
 
+import csv
 import json
 import os
 import signal
@@ -20,7 +21,8 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from ops import library
-from pipelines.run import checkpoints as storage
+from pipelines.results import scores
+from pipelines.run.checkpoints import fault
 
 from .conftest import Workspace, needs_chromium, rendered
 
@@ -48,16 +50,26 @@ def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
     for stage in STAGES:
         assert f"  {stage}:" in lock
         assert metrics(workspace, stage)["identity"]
-    for stage, keys in {
-        "pretrain": ("top1", "top5", "loss"),
-        "detect": ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50"),
-        "segment": ("mIoU", "mIoU_ms_flip", "aAcc"),
-    }.items():
-        values = metrics(workspace, stage)
-        assert all(0 <= values[key] <= 100 for key in keys), values
-        assert values["images_per_second"] > 0
-    # top5 of 10 classes is at least top1; random guessing would have top5 near 50.
-    assert metrics(workspace, "pretrain")["top5"] >= metrics(workspace, "pretrain")["top1"]
+
+
+def test_the_scores_are_those_of_the_predictions(workspace: Workspace) -> None:
+    """What a stage reports is what its predictions on the validation images give."""
+    with (workspace.root / "results/pretrain/predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["class"] == row["predicted_1"] for row in rows)
+    images = list((workspace.root / "data/imagenet/val").rglob("*.jp*g"))
+    assert len(rows) == len(images)
+    assert metrics(workspace, "pretrain")["top1"] == pytest.approx(100 * right / len(rows))
+    annotations = workspace.root / "data/coco/annotations/instances_val2017.json"
+    found = scores.detection(annotations, workspace.root / "results/detect").metrics
+    for key in ("bbox_mAP", "segm_mAP", "bbox_mAP_50"):
+        assert metrics(workspace, "detect")[key] == pytest.approx(found[key], abs=0.06)
+    truth = workspace.root / "data/ade20k"
+    classes = json.loads((truth / "manifest.json").read_text())["classes"]
+    masks = workspace.root / "results/segment"
+    found = scores.segmentation(truth / "annotations/validation", masks, classes).metrics
+    for key in ("mIoU", "aAcc"):
+        assert metrics(workspace, "segment")[key] == pytest.approx(found[key], abs=0.01)
 
 
 def test_the_same_source_gives_the_same_library(workspace: Workspace, compiled_library) -> None:
@@ -134,7 +146,7 @@ def test_downstream_weights_record_what_they_started_from(workspace: Workspace) 
 
 def test_evaluation_of_the_weights_repeats_what_training_reported(workspace: Workspace) -> None:
     code, output = workspace.run(
-        *(sys.executable, "-m", "pipelines.commands.evaluate", "--task", "segment", "--ms-flip"),
+        *(sys.executable, "-m", "pipelines.cli", "evaluate", "--task", "segment", "--ms-flip"),
         *("--weights", "weights/segment", "--data", "data/ade20k", "--out", "evaluation"),
     )
     assert code == 0, output
@@ -213,9 +225,9 @@ def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
     use = (
         "import torch, ops\n"
         "from pathlib import Path\n"
-        "from pipelines.data.weights import load_model\n"
+        "from pipelines.train.models import load_classifier\n"
         "ops.load_library('build/op')\n"
-        "size = load_model(Path('weights/pretrain'))(torch.zeros(1, 3, 32, 32)).shape\n"
+        "size = load_classifier(Path('weights/pretrain'))(torch.zeros(1, 3, 32, 32)).shape\n"
         "assert size == (1, 10), size"
     )
     code, output = clone.run(sys.executable, "-c", use)
@@ -227,7 +239,7 @@ def checkpoints(workspace: Workspace) -> set[Path]:
     whole = set()
     for folder in workspace.root.glob("storage/pretrain-*/checkpoint_2*"):
         with suppress(FileNotFoundError):  # deleted meanwhile, as an old one
-            if storage.fault(folder) is None:
+            if fault(folder) is None:
                 whole.add(folder)
     return whole
 
@@ -278,7 +290,7 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
         wait_for_checkpoint(workspace, process)
         first = train_workers(process)
         first[0].kill()
-        wait_for_checkpoint(workspace, process)  # the run went on by itself
+        wait_for_checkpoint(workspace, process)  # the run resumed by itself
         second = train_workers(process)
         assert not {worker.pid for worker in first} & {worker.pid for worker in second}
         for worker in second:
@@ -286,7 +298,7 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
         try:
             code, output = workspace.run(sys.executable, "-m", "pipelines.pretrain")
             assert code == 1, output
-            assert "is being run already by process" in output
+            assert "is already running: process" in output
         finally:
             kill_all(process)
     assert not (workspace.root / "weights/pretrain").exists()  # nothing half-written
@@ -300,7 +312,7 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
     with (newest / "state.pt").open("r+b") as file:
         file.truncate(1000)
 
-    # It goes on from the one before, and is asked to stop: after the checkpoint of a whole step.
+    # It resumes from the one before, and is asked to stop: after the checkpoint of a whole step.
     with workspace.start(sys.executable, "-m", "pipelines.pretrain") as process:
         wait_until(process, lambda: len(train_workers(process, wanted=None)) == 2)
         process.send_signal(signal.SIGINT)

@@ -21,8 +21,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from pipelines.data.demo.draw import prepare
-from pipelines.data.weights import write_weights
-from pipelines.params import load_params
+from pipelines.data.weights import WeightsDescription, write_weights
+from pipelines.params import compose, flatten, override, read_yaml
 from pipelines.train.models import build_model
 
 from .conftest import Workspace, copy_checkout, free_port, needs_chromium, rendered
@@ -46,9 +46,8 @@ COMMAND = (sys.executable, "-u", "-m", "pipelines.sweep")
 def sweep(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> Workspace:
     root = tmp_path_factory.mktemp("sweep")
     copy_checkout(root)
-    params = (root / "params.yaml").read_text()
-    space = params.replace("space: null", "space: test").replace("seeds: null", "seeds: 1")
-    (root / "params.yaml").write_text(space)
+    edit(root, "space: none", "space: test")
+    edit(root, "seeds: 3", "seeds: 1")
     (root / "pipelines/recipes/sweeps/test.yaml").write_text(SPACE)
     shutil.copytree(compiled_library, root / "build/op")
     counts = {"digits_per_class": 10, "train_scenes": 4, "val_scenes": 4, "max_digits": 3}
@@ -57,6 +56,13 @@ def sweep(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
     workspace = Workspace(root)
     workspace.env["PYTHONPATH"] = str(root)
     return workspace
+
+
+def edit(root: Path, old: str, new: str) -> None:
+    """An edit of params.yaml by hand."""
+    text = (root / "params.yaml").read_text()
+    assert text.count(old) == 1, text
+    (root / "params.yaml").write_text(text.replace(old, new))
 
 
 def outcomes(workspace: Workspace) -> dict[str, dict]:
@@ -138,9 +144,8 @@ def test_the_best_trial_is_the_champion_and_its_parameters_can_be_taken_over(swe
     assert version.tags["sha256"] == weights["sha256"]
     assert version.tags["sweep_run_id"] == metrics["mlflow_run_id"]
     assert "Limits" in version.description
-    taken = sweep.root / "taken.yaml"
-    taken.write_text("recipe: smoke\n" + (sweep.root / "sweeps/best.yaml").read_text())
-    params = load_params(path=taken)
+    values = flatten(read_yaml(sweep.root / "sweeps/best.yaml"))
+    params = override(compose(["recipe=smoke"]), values, "best.yaml")
     assert f"operator={params.model.operator} lr={params.pretrain.lr:.3g}" == metrics["best"]
     assert params.pretrain.epochs == 2
 
@@ -150,8 +155,7 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(
         SPACE.replace("1.0e+30", "2.0e-3") + ADDED
     )
-    params = sweep.root / "params.yaml"
-    params.write_text(params.read_text().replace("max_trials: null", "max_trials: 1"))
+    edit(sweep.root, "max_trials: 0", "max_trials: 1")
     before = checkpoints(sweep)
     code, output = sweep.run(*COMMAND)
     assert code == 0, output[-5000:]
@@ -164,7 +168,7 @@ def test_an_added_point_runs_alone_and_the_comparison_has_all(sweep) -> None:
     assert summary(sweep)["trials_not_run"] == 1
     assert found["operator=depthwise lr=0.001"]["state"] == "not run"
 
-    code, output = sweep.run(sys.executable, "-m", "pipelines.commands.compare", "--sweep", "test")
+    code, output = sweep.run(sys.executable, "-m", "pipelines.cli", "compare", "--sweep", "test")
     assert code == 0, output
     ours = json.loads((sweep.root / "sweeps/comparison.json").read_text())
     theirs = json.loads((sweep.root / "comparison/comparison.json").read_text())
@@ -188,7 +192,7 @@ def answers(url: str) -> bool:
 @needs_chromium
 def test_mlflow_opens_on_charts_of_the_points(sweep: Workspace, tmp_path: Path) -> None:
     """At the address that `make ui` prints."""
-    code, output = sweep.run(sys.executable, "-m", "pipelines.commands.compare", "--url")
+    code, output = sweep.run(sys.executable, "-m", "pipelines.cli", "compare", "--url")
     assert code == 0, output
     view = output.split("5000/")[-1].strip()
     host, port = "127.0.0.1", str(free_port())
@@ -228,18 +232,16 @@ grid:
 )
 def test_a_sweep_can_be_of_segmentation(sweep: Workspace) -> None:
     """From given weights and from scratch, through the code of the stage."""
-    params = load_params("smoke")
+    params = compose(["recipe=smoke"])
     write_weights(
         sweep.root / "weights/pretrain",
         build_model(params.model, params.pretrain.num_classes).state_dict(),
-        model=params.model.model_dump(mode="json"),
-        identity="0" * 12,
-        mlflow_run_id="0" * 32,
-        metrics={"top1": 10.0},
+        WeightsDescription(
+            params.model.model_dump(mode="json"), "0" * 12, "0" * 32, {"top1": 10.0}
+        ),
     )
     (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(SEGMENT)
-    path = sweep.root / "params.yaml"
-    path.write_text(path.read_text().replace("max_trials: 1", "max_trials: null"))
+    edit(sweep.root, "max_trials: 1", "max_trials: 0")
     code, output = sweep.run(*COMMAND)
     assert code == 0, output[-5000:]
     found = outcomes(sweep)

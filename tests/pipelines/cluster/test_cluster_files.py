@@ -9,7 +9,9 @@ import ray
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ruamel.yaml import YAML
 
-ROOT = Path(__file__).resolve().parents[2]
+from pipelines.params import compose
+
+ROOT = Path(__file__).resolve().parents[3]
 CONFIGS = ("cluster.yaml", "pipelines/cluster/machines.yaml")
 SCRIPTS = sorted((ROOT / "pipelines/cluster").glob("*.sh"))
 
@@ -24,7 +26,7 @@ def test_ray_accepts_the_configuration(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ray_refuses_a_key_that_it_does_not_know(name: str) -> None:
+def test_ray_rejects_a_key_that_it_does_not_know(name: str) -> None:
     with pytest.raises(Exception, match="Additional properties are not allowed"):
         validate_config(prepare_config(read(name) | {"setup_command": []}))
 
@@ -121,12 +123,14 @@ def test_pods_have_no_privileges_and_share_their_folders() -> None:
 
 def test_a_workers_pod_has_cpus_for_each_of_its_gpus() -> None:
     limits = pods()[1]["containers"][0]["resources"]["limits"]
-    per_gpu = read("pipelines/recipes/elsa_swin_tiny.yaml")["scaling"]["cpus_per_worker"]
+    per_gpu = compose(["recipe=elsa_swin_tiny"]).scaling.cpus_per_worker
     assert int(limits["cpu"]) >= per_gpu * int(limits["nvidia.com/gpu"])
 
 
 def test_pods_take_passwords_from_secrets() -> None:
     for pod in pods():
-        for variable in pod["containers"][0]["env"]:
-            if variable["name"].startswith("MLFLOW_"):
-                assert "secretKeyRef" in variable["valueFrom"]
+        variables = {v["name"]: v for v in pod["containers"][0]["env"]}
+        named = {name for name in variables if name.startswith("MLFLOW_")}
+        assert {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"} <= named
+        for name in named:
+            assert "secretKeyRef" in variables[name]["valueFrom"], name

@@ -1,0 +1,95 @@
+"""What this project takes from Ray without Ray's promise: a new Ray that breaks it fails here."""
+
+import importlib
+import inspect
+import json
+
+import pytest
+import ray
+import ray.train
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from pipelines.run import ray_internals as internals
+
+
+def parameters(function) -> set[str]:
+    return set(inspect.signature(function).parameters)
+
+
+def test_trainer_hooks_that_we_override_exist() -> None:
+    for name in ("_register_sigint_handler", "_create_default_callbacks"):
+        assert callable(getattr(TorchTrainer, name, None)), f"Ray's TorchTrainer has no {name}"
+    assert parameters(TorchTrainer._register_sigint_handler) == {"self", "controller"}
+
+
+def test_callbacks_that_we_leave_out_are_still_among_rays_default_ones() -> None:
+    source = inspect.getsource(TorchTrainer._create_default_callbacks)
+    for callback in {*internals.Trainer.unneeded, *internals.LocalTrainer.unneeded}:
+        assert callback.__name__ in source, f"Ray has no default {callback.__name__} any more"
+
+
+def test_environment_variables_that_we_set_are_read_by_ray() -> None:
+    from ray.dashboard.modules.reporter import reporter_consts
+    from ray.train.v2._internal import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    known |= set(vars(reporter_consts))
+    text = inspect.getsource(reporter_consts) + inspect.getsource(constants)
+    for name in internals.LOCAL_ENVIRONMENT:
+        assert name in known or name in text, f"Ray does not read {name} any more"
+
+
+def test_init_takes_the_argument_that_keeps_it_on_loopback() -> None:
+    source = inspect.getsource(ray.init)
+    for name in internals.LOOPBACK:
+        assert name in source, f"ray.init does not take {name} any more"
+
+
+def test_the_nodes_methods_that_we_call_exist() -> None:
+    from ray._private import worker
+    from ray._private.node import Node
+
+    assert hasattr(worker, "_global_node"), "ray._private.worker has no _global_node"
+    for name in ("kill_log_monitor", "get_logs_dir_path"):
+        assert callable(getattr(Node, name, None)), f"Ray's Node has no {name}"
+
+
+def test_the_torch_backend_can_be_replaced() -> None:
+    backend = internals.LoopbackTorchConfig(backend="gloo").backend_cls
+    assert issubclass(backend, TorchConfig().backend_cls)
+    assert parameters(TorchConfig().backend_cls.on_start) == {
+        *("self", "worker_group", "backend_config")
+    }
+
+
+def test_torchs_store_still_takes_a_listening_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With it the store listens on the address it is named by, not on all."""
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")
+    monkeypatch.setattr(rendezvous, "TCPStore", rendezvous.TCPStore)
+    internals.bind_store_to_its_address()
+    store = rendezvous.TCPStore("127.0.0.1", 0, world_size=1, is_master=True, use_libuv=True)
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
+def test_a_checkpoint_can_be_uploaded_as_ray_does() -> None:
+    from ray.train.v2._internal.execution.context import TrainContext
+    from ray.train.v2._internal.execution.storage import StorageContext
+
+    assert callable(getattr(TrainContext, "get_storage", None))
+    assert parameters(StorageContext.persist_current_checkpoint) >= {"checkpoint"}
+
+
+def test_the_list_of_checkpoints_is_where_and_as_we_read_it() -> None:
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    from ray.train.v2._internal.execution import storage
+    from ray.train.v2._internal.execution.checkpoint import checkpoint_manager
+
+    assert internals.CHECKPOINT_LIST == CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+    assert "checkpoint_dir_name" in inspect.getsource(checkpoint_manager)
+    assert f'f"{internals.CHECKPOINT_PREFIX}{{' in inspect.getsource(storage)
+    listed = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_a"}]}
+    text = json.dumps(listed)
+    assert internals.listed_checkpoints(text) == {"checkpoint_a"}
+    assert internals.is_whole_list(text)
+    assert not internals.is_whole_list(text[:20])
