@@ -37,7 +37,7 @@ def replace_window_attention[M: SwinTransformer](
 ) -> M:
     """Replace the attention of a timm Swin Transformer by ELSA, in place.
 
-    Norms, MLPs and stochastic depth stay, with their weights; the attention starts anew.
+    Norms, MLPs and stochastic depth stay, with their weights; the attention gets new weights.
 
     Args:
         model: a `timm.models.SwinTransformer`, such as `swin_tiny_patch4_window7_224`.
@@ -49,7 +49,7 @@ def replace_window_attention[M: SwinTransformer](
 
     Raises:
         TypeError: not a Swin Transformer of timm.
-        ValueError: no such stage, one that was replaced before, or arguments `ELSA` refuses.
+        ValueError: no such stage, one that was replaced before, or arguments `ELSA` rejects.
     """
     if not isinstance(model, SwinTransformer):
         raise TypeError(

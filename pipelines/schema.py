@@ -49,7 +49,7 @@ class Data(Section):
 class Scaling(Section):
     num_workers: Positive
     min_workers: NonNegative
-    """Pretraining goes on with as few workers when nodes are lost, and with more when they are
+    """Pretraining continues with as few workers when nodes are lost, and with more when they are
     back, each time from the last checkpoint; a step's batch and images stay the same. 0: it waits
     for `num_workers`, as all other stages do."""
     use_gpu: bool
@@ -69,7 +69,7 @@ class Scaling(Section):
             )
         if self.gpus_per_worker < 1 and self.num_workers > 1:
             raise ValueError(
-                f"gpus_per_worker={self.gpus_per_worker} lets runs share a GPU, but NCCL refuses"
+                f"gpus_per_worker={self.gpus_per_worker} lets runs share a GPU, but NCCL rejects"
                 f" two workers of one run on the same: set num_workers={self.num_workers} to 1"
             )
         return self

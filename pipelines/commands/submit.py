@@ -2,7 +2,7 @@
 
 The job runs in the checkout on the head (`ELSA_CHECKOUT` there, else this checkout's path) with
 RAY_ADDRESS set, so that its stages use the cluster. To resume what was stopped or failed, submit
-the same command again: a run goes on from its last checkpoint.
+the same command again: a run resumes from its last checkpoint.
 """
 
 import asyncio

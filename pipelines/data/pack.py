@@ -233,7 +233,7 @@ class _Writer:
             why = f"{type(error).__name__}: {error}".replace(self.target, public_url(self.target))
             raise DataError(
                 f"{public_url(self.target)}/{name} can't be written ({public_url(why)}); start the"
-                " same packing again, it goes on with the shards that are missing"
+                " same packing again, it resumes with the shards that are missing"
             ) from None
 
     def part(self, name: str) -> dict[str, Any]:

@@ -54,7 +54,7 @@ class ReportHook(Hook):
     Args:
         reporter: see `pipelines.train.reporter.Reporter`.
         folder: scratch folder of the checkpoint; the evaluators write into its `predictions`.
-        resumed: folder of the checkpoint to go on from; None starts.
+        resumed: folder of the checkpoint to resume from; None starts.
         checkpoint_minutes: between checkpoints within an epoch; 0 for none.
         interval: iterations between metrics.
         flops: of one image's forward pass, for the MFU; None leaves it out.

@@ -24,7 +24,7 @@ class IntervalSampler(Sampler[int]):
     """mmengine's `InfiniteSampler`, cut into epochs of a fixed number of samples.
 
     So training that counts steps runs in mmengine's epoch loop, with a checkpoint per epoch. An
-    epoch's samples depend on the seed and the epoch alone, so a resumed run goes on exactly.
+    epoch's samples depend on the seed and the epoch alone, so a resumed run repeats them exactly.
 
     Args:
         samples: samples of an epoch on each rank.

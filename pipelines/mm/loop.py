@@ -78,7 +78,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         self._epoch += 1
 
     def state_dict(self, passes: int) -> dict[str, Any]:
-        """What training goes on from, as `torch.load(weights_only=True)` reads it; on all ranks.
+        """What training resumes from, as `torch.load(weights_only=True)` reads it; on all ranks.
 
         Args:
             passes: done of the epoch that runs.
@@ -96,7 +96,7 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Resume from what `state_dict` returned."""
         runner = self.runner
         unwrapped(runner).load_state_dict(state["model"])
         runner.optim_wrapper.load_state_dict(state["optim_wrapper"])

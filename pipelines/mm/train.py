@@ -58,7 +58,7 @@ def make_runner(config: Config, work: Path) -> Any:
         cuda = torch.cuda.is_available()
         config.model_wrapper_cfg = {
             "type": "MMDistributedDataParallel",
-            # mmengine would name a device, which DDP refuses on a CPU.
+            # mmengine would name a device, which DDP rejects on a CPU.
             "device_ids": [torch.cuda.current_device()] if cuda else None,
             "broadcast_buffers": False,
             "gradient_as_bucket_view": True,

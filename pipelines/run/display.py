@@ -43,7 +43,7 @@ class Display:
         self._failure = self._failure or message
 
     def failure(self) -> str | None:
-        """The first error that a user can mend; trying again would only repeat it."""
+        """The first error that a user can fix; trying again would only repeat it."""
         return self._failure
 
     def fetch(self) -> tuple[tuple[int, int, str, str] | None, list[str]]:

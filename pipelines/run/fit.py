@@ -76,7 +76,7 @@ def worker_environment() -> dict[str, str]:
     each step pays for all of its pages anew, a sixth of its time on a CPU.
     """
     name, version = platform.libc_ver()
-    # Before 2.35 it refuses so large a threshold, and stops adapting its own.
+    # Before 2.35 it rejects so large a threshold, and stops adapting its own.
     if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
         return {}
     settings = {"mmap_threshold": 2**30, "trim_threshold": 2**32, "arena_max": 1, "hugetlb": 1}

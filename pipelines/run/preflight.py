@@ -45,7 +45,7 @@ class Needs:
 
 
 def check_memory() -> None:
-    """Refuse to start a local Ray where it would be killed.
+    """Reject a local Ray where it would be killed.
 
     Raises:
         PipelineError: too little memory or shared memory.

@@ -92,7 +92,7 @@ class RayReporter:
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
         # Before the checkpoint: an epoch that is in it is never missing from the curves. What
-        # MLflow does not have yet goes into the checkpoint, for whoever goes on from it.
+        # MLflow does not have yet goes into the checkpoint, for whoever resumes from it.
         self.metrics(metrics, epoch)
         self.tell(f"epoch {epoch + 1}: {readable(metrics)}")
         self._report({**metrics, "epoch": epoch}, folder)

@@ -25,7 +25,7 @@ class Mark:
                 Path(self.storage).mkdir(parents=True, exist_ok=True)
             self._write(self.name)
         except OSError as error:
-            return self._refused(node, error)
+            return self._rejected(node, error)
         free = None if "://" in self.storage else shutil.disk_usage(self.storage).free
         if free is not None and free < NEEDED_DISK:
             fix = (
@@ -51,7 +51,7 @@ class Mark:
             self._write(own)
             fs.delete_file(f"{folder}/{own}")
         except OSError as error:
-            return self._refused(node, error)
+            return self._rejected(node, error)
         return Finding("storage", node, f"writes {self._shown()}")
 
     def remove(self) -> None:
@@ -75,7 +75,7 @@ class Mark:
     def _shown(self) -> str:
         return images.public_url(self.storage)
 
-    def _refused(self, node: str, error: OSError) -> Finding:
+    def _rejected(self, node: str, error: OSError) -> Finding:
         fix = (
             "Make storage.path writable there (free space, mount options, permissions; for a"
             " bucket its credentials), or set it to another place"

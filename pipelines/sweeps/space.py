@@ -209,7 +209,7 @@ def make_trial(params: Params, space: Space, point: Point, seed: int = 0) -> Tri
     """The trial of `point` with the seed-th seed.
 
     Raises:
-        ParamsError: the schema refuses the point.
+        ParamsError: the schema rejects the point.
     """
     where = f"sweep.space={params.sweep.space}, point {label(point)}"
     stage = space.stage

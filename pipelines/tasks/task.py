@@ -180,7 +180,7 @@ class Task(ABC):
     def write_results(self, run: "StageRun", folder: Path, job: Job) -> None:
         """Write `results/<stage>` and `plots/<stage>` from the last checkpoint in `folder`."""
 
-    def hand_on(self, params: Params, root: Path) -> None:
+    def hand_on(self, params: Params, root: Path) -> None:  # noqa: B027  most have nothing
         """Where `tasks` leaves this task out: write below `root` what other tasks start from."""
 
     @abstractmethod

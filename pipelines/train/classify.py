@@ -298,7 +298,7 @@ class Classifier:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), p.clip_grad)
         # float16's scale falls when gradients overflowed, and that step left the weights alone. The
-        # schedule goes on: it follows the images seen. Without a scaler the scale is always 1.
+        # schedule advances: it follows the images seen. Without a scaler the scale is always 1.
         scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -16,7 +16,7 @@ def build_model(model: Model, num_classes: int, drop_path_rate: float = 0.0) -> 
     """The timm model that the `model` section names.
 
     Raises:
-        PipelineError: an unknown name, or arguments that the model refuses.
+        PipelineError: an unknown name, or arguments that the model rejects.
     """
     arguments = {"num_classes": num_classes, **model.overrides()}
     try:

@@ -36,7 +36,7 @@ class Reporter(Protocol):
         """Metrics of a finished epoch (counted from 0) and, on rank 0, the checkpoint's folder.
 
         The folder is the reporter's from then on: it is moved away, and uploaded while training
-        goes on. Where the storage can't be written, the run ends; the checkpoints before it are
+        continues. Where the storage can't be written, the run ends; the checkpoints before it are
         whole.
         """
 

@@ -1,7 +1,7 @@
 """The public archives of ImageNet, COCO 2017 and ADE20K: checked, and unpacked safely.
 
 Each is unpacked into `<target>.unpacking` and renamed when all of it is there. Every file is
-written aside and renamed too, so a killed unpacking goes on where it was, and what stands under
+written aside and renamed too, so a killed unpacking resumes where it was, and what stands under
 the name of a file is whole.
 """
 
@@ -131,7 +131,7 @@ def _parts(paths: Sequence[Path], kind: str, staging: Path) -> tuple[list[Part],
             for info in archive.infolist():
                 name = _safe(path, info.filename)
                 if stat.S_ISLNK(info.external_attr >> 16):
-                    raise DataError(f"{path}: {info.filename} is a link, which is refused")
+                    raise DataError(f"{path}: {info.filename} is a link, which is rejected")
                 inner = PurePosixPath(*name.parts[1:]) if kind == "ade20k" else name
                 needed = kind == "ade20k" or "annotations" not in path.name
                 if not info.is_dir() and (needed or name.name.startswith("instances_")):
@@ -207,7 +207,7 @@ def _members(path: Path, file: IO[bytes], part: Part) -> Iterator[tuple[str, int
                 continue
             content = archive.extractfile(info) if info.isreg() else None
             if content is None:
-                raise DataError(f"{path}: {info.name} is a link or a device, which is refused")
+                raise DataError(f"{path}: {info.name} is a link or a device, which is rejected")
             yield part.names.get(info.name, str(inside)), info.size, content
 
 
@@ -215,7 +215,9 @@ def _safe(archive: Path, name: str) -> PurePosixPath:
     """The path of a member, if it stays inside the target."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not path.parts:
-        raise DataError(f"{archive}: {name!r} would be written outside of the target; refused")
+        raise DataError(
+            f"{archive}: {name!r} would be written outside of the target; it is rejected"
+        )
     return path
 
 

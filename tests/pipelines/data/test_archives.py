@@ -135,7 +135,7 @@ def test_archives_can_not_write_elsewhere(
             linkname = "/etc/hostname" if evil == "link" else ""
             add(inner, evil, b"", type=types.get(evil, tarfile.REGTYPE), linkname=linkname)
         add(outer, "evil.tar", buffer.getvalue())
-    rejected(tmp_path, "imagenet", folder, evil, "refused")
+    rejected(tmp_path, "imagenet", folder, evil, "is rejected")
     assert not (tmp_path / "storage/imagenet").exists()
     assert not list(tmp_path.rglob("out.JPEG"))
     pack_archives(public_data / "ade20k", "ade20k", tmp_path / "zip")
@@ -143,7 +143,7 @@ def test_archives_can_not_write_elsewhere(
         info = zipfile.ZipInfo(f"ADEChallengeData2016/{evil}" if "." not in evil else evil)
         info.external_attr = 0o120777 << 16 if "." not in evil else 0
         archive.writestr(info, "/etc/hostname")
-    rejected(tmp_path, "ade20k", tmp_path / "zip", evil, "refused")
+    rejected(tmp_path, "ade20k", tmp_path / "zip", evil, "is rejected")
 
 
 def test_a_cut_archive_and_a_full_disk_leave_nothing_half(

@@ -1,4 +1,4 @@
-"""Public data sets: unpacked safely, verified where they are, read from there, and refused."""
+"""Public data sets: unpacked safely, verified where they are, read from there, and rejected."""
 
 import json
 import shutil
