@@ -252,7 +252,29 @@ def check_coco(
             f"{MANIFEST}; {FIX}"
         )
     images = {image["id"]: image for image in content["images"]}
-    for image in images.values():
+    _check_coco_images(path, folder, list(images.values()), sizes, left_out)
+    if not content["annotations"]:
+        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {FIX}")
+    categories = {category["id"] for category in content["categories"]}
+    empty = {}
+    for annotation in content["annotations"]:
+        fault = _annotation_fault(annotation, images, categories)
+        if fault:
+            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {FIX}")
+        if min(annotation["bbox"][2:]) == 0:
+            name = images[annotation["image_id"]]["file_name"]
+            empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
+    return empty
+
+
+def _check_coco_images(
+    path: Path,
+    folder: str,
+    images: Sequence[dict[str, Any]],
+    sizes: dict[str, tuple[int, int]],
+    left_out: Collection[str],
+) -> None:
+    for image in images:
         name = f"{folder}/{image.get('file_name')}"
         if name in left_out:
             continue
@@ -266,22 +288,10 @@ def check_coco(
                 f"{path}: image {image['id']} is given as {by(given)}, but {name} is "
                 f"{by(sizes[name])}; {FIX}"
             )
-    listed = {f"{folder}/{image['file_name']}" for image in images.values()}
+    listed = {f"{folder}/{image['file_name']}" for image in images}
     unlisted = sorted(n for n in sizes if n.startswith(f"{folder}/") and n not in listed)
     if unlisted:
         _fail(path, "have no entry under `images`", unlisted)
-    if not content["annotations"]:
-        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {FIX}")
-    categories = {category["id"] for category in content["categories"]}
-    empty = {}
-    for annotation in content["annotations"]:
-        fault = _annotation_fault(annotation, images, categories)
-        if fault:
-            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {FIX}")
-        if min(annotation["bbox"][2:]) == 0:
-            name = images[annotation["image_id"]]["file_name"]
-            empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
-    return empty
 
 
 def _annotation_fault(

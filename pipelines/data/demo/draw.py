@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -102,8 +102,8 @@ class Record:
     photo: str
     digits: list[int]
     labels: list[int]
-    annotations: list[dict[str, Any]]  # COCO only
-    pixels: list[int]  # ADE20K only: pixels of each label
+    annotations: list[dict[str, Any]] = field(default_factory=list)  # COCO only
+    pixels: list[int] = field(default_factory=list)  # ADE20K only: pixels of each label
 
 
 def shards(params: PrepareParams) -> list[Shard]:
@@ -207,7 +207,13 @@ def _imagenet(shard: Shard, index: int, folder: Path) -> Record:
     photo = _choose_photo(rng, shard.split)
     name = f"{shard.split}/{DIGIT_CLASSES[label]}/{DIGIT_CLASSES[label]}_{digit:05d}_{variant}.JPEG"
     entry = _write_jpeg(folder, name, draw_single(rng, shard.size, digit, photo))
-    return _record(shard, index, name, {name: entry}, photo.name, [digit], [label])
+    return Record(
+        *(shard.dataset, shard.split, index, name, shard.size),
+        {name: entry},
+        photo.name,
+        [digit],
+        [label],
+    )
 
 
 def _coco(shard: Shard, index: int, folder: Path) -> Record:
@@ -223,8 +229,13 @@ def _coco(shard: Shard, index: int, folder: Path) -> Record:
         crowd = _annotation(number, 0, scene.cluster_label + 1, scene.cluster, crowd=True)
         annotations.append(crowd)
     labels = [instance.label for instance in scene.instances]
-    return _record(
-        shard, index, name, {name: entry}, scene.photo, scene.digits, labels, annotations
+    return Record(
+        *(shard.dataset, shard.split, index, name, shard.size),
+        {name: entry},
+        scene.photo,
+        scene.digits,
+        labels,
+        annotations,
     )
 
 
@@ -244,7 +255,14 @@ def _ade20k(shard: Shard, index: int, folder: Path) -> Record:
     }
     pixels = np.bincount(label_map.ravel(), minlength=NUM_DIGITS + 2).tolist()
     shown = [instance.label for instance in scene.instances]
-    return _record(shard, index, image, files, scene.photo, scene.digits, shown, pixels=pixels)
+    return Record(
+        *(shard.dataset, shard.split, index, image, shard.size),
+        files,
+        scene.photo,
+        scene.digits,
+        shown,
+        pixels=pixels,
+    )
 
 
 def _choose_photo(rng: np.random.Generator, split: str) -> Any:
@@ -258,32 +276,6 @@ def _scene(shard: Shard, index: int) -> Scene:
     photo = _choose_photo(rng, shard.split)
     cluster = index % CLUSTER_EVERY == CLUSTER_EVERY // 2
     return draw_scene(rng, shard.size, shard.max_digits, pool, photo, cluster)
-
-
-def _record(
-    shard: Shard,
-    index: int,
-    image: str,
-    files: dict[str, FileEntry],
-    photo: str,
-    digits: list[int],
-    labels: list[int],
-    annotations: list[dict[str, Any]] | None = None,
-    pixels: list[int] | None = None,
-) -> Record:
-    return Record(
-        shard.dataset,
-        shard.split,
-        index,
-        image,
-        shard.size,
-        files,
-        photo,
-        digits,
-        labels,
-        annotations or [],
-        pixels or [],
-    )
 
 
 def _annotation(

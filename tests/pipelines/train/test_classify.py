@@ -1,10 +1,7 @@
 """Pretraining: what must be equal however it is spread, resumed or fed, and parity with timm."""
 
-import argparse
-import math
 import os
 import socket
-import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +20,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, compose
 from pipelines.train.classify import Classifier
 from pipelines.train.components import make_mixing
-from pipelines.train.cost import EnergyMeter, StepClock, flops_per_image
-from pipelines.train.evaluation import amp_dtype, predict
+from pipelines.train.evaluation import predict
 from pipelines.train.job import Job
 from pipelines.train.loading import MicroBatchSampler, Part, make_loader
 from pipelines.train.reporter import LocalReporter
@@ -280,27 +276,6 @@ def test_batches_that_are_mixed_as_they_are_collated_depend_on_their_images_alon
     assert len({float(target.max()) for _, target in alone}) > 1  # it does mix
 
 
-def test_energy_is_what_the_gpus_counter_advanced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NVML counts millijoules; it is no part of this test, and no GPU."""
-    counts = iter([1_000_000, 4_600_000, 4_600_000])
-
-    nvml = argparse.Namespace(
-        NVMLError=RuntimeError,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: {"GPU-a1": 7}[uuid],
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counts),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda device: argparse.Namespace(uuid="a1")
-    )
-    meter = EnergyMeter(torch.device("cuda"))
-    assert [meter.read(), meter.read()] == [1.0, 0.0]
-    monkeypatch.setattr(nvml, "nvmlInit", lambda: (_ for _ in ()).throw(RuntimeError()))
-    assert math.isnan(EnergyMeter(torch.device("cuda")).read())
-    assert math.isnan(EnergyMeter(CPU).read())
-
-
 @pytest.mark.parametrize("name", ["elsa_swin_micro", "ghostnet_050"])
 def test_training_starts_from_given_weights(data: Path, tmp_path: Path, name: str) -> None:
     """Another classifier than theirs begins anew; without an epoch they are only evaluated."""
@@ -384,25 +359,3 @@ def test_epoch_reports_what_it_cost(data: Path, tmp_path: Path) -> None:
     assert min(parts) > 0
     assert sum(parts) <= 1000 * 8 / cost["images_per_second"]
     assert "mfu" not in cost  # a CPU's peak is not known
-
-
-def test_clock_adds_up_phases_over_reads() -> None:
-    clock = StepClock(CPU)
-    for _ in range(2):
-        clock.mark("data")
-        clock.mark("optimizer")
-        total = clock.read()
-    assert set(total) == {"data", "optimizer"}
-    assert total == clock.read()
-
-
-def test_flops_are_those_that_are_published() -> None:
-    for name, giga in (("swin_tiny_patch4_window7_224", 4.5), ("elsa_swin_tiny", 4.6)):
-        with torch.device("meta"):
-            model = timm.create_model(name)
-        assert flops_per_image(model, 224) / 2e9 == pytest.approx(giga, rel=0.03)  # as mult-adds
-
-
-def test_auto_amp_is_none_on_a_cpu() -> None:
-    assert amp_dtype("auto", CPU) is None
-    assert amp_dtype("float16", CPU) is torch.float16
