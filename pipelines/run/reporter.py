@@ -103,7 +103,7 @@ class RayReporter:
     def stopping(self) -> bool:
         if self.rank or not ray.wait([self._stopping], timeout=0)[0]:
             return False
-        stopping = ray.get(self._stopping)
+        stopping = bool(ray.get(self._stopping))
         self._stopping = self._display.stopping.remote()
         return stopping
 

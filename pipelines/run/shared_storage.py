@@ -65,7 +65,8 @@ class Mark:
     def _open(self) -> tuple[Any, str]:
         from pyarrow.fs import FileSystem
 
-        return FileSystem.from_uri(self.storage)
+        found, path = FileSystem.from_uri(self.storage)
+        return found, str(path)
 
     def _write(self, name: str) -> None:
         fs, folder = self._open()

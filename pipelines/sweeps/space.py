@@ -120,7 +120,7 @@ class Trial:
 
     @property
     def seed(self) -> int:
-        return self.section.seed
+        return int(self.section.seed)
 
     @property
     def section(self) -> Any:
@@ -129,7 +129,7 @@ class Trial:
 
     @property
     def epochs(self) -> int:
-        return self.section.epochs + getattr(self.section, "cooldown_epochs", 0)
+        return int(self.section.epochs + getattr(self.section, "cooldown_epochs", 0))
 
 
 def label(point: Mapping[str, Any]) -> str:

@@ -1,9 +1,11 @@
 """The tasks of the pipeline, by name. A task is added in a file of its own and here."""
 
+from pipelines.results.outputs import Result
 from pipelines.tasks.classify import Classify
 from pipelines.tasks.detect import Detect
 from pipelines.tasks.segment import Segment
-from pipelines.tasks.task import Job, Picture, Prediction, Result, Scene, Task
+from pipelines.tasks.task import Picture, Prediction, Scene, Task
+from pipelines.train.job import Job
 
 TASKS: dict[str, Task] = {task.name: task for task in (Classify(), Detect(), Segment())}
 

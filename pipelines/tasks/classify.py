@@ -8,21 +8,21 @@ from pipelines.data.files import sha256_file
 from pipelines.data.weights import WeightsDescription, weights_file, write_weights
 from pipelines.params import Params
 from pipelines.results.outputs import (
+    Result,
     classification_result,
     read_predictions,
     write_classification,
 )
 from pipelines.tasks.task import (
     Forward,
-    Job,
     Loop,
     Picture,
     Prediction,
-    Result,
     Scene,
     Task,
     require_operator,
 )
+from pipelines.train.job import Job
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,9 @@ from pipelines.data.weights import WeightsDescription, check_architecture, read_
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
-from pipelines.results.outputs import dense_result, write_dense
-from pipelines.tasks.task import Job, Loop, Prediction, Result, Task, require_operator
+from pipelines.results.outputs import Result, dense_result, write_dense
+from pipelines.tasks.task import Loop, Prediction, Task, require_operator
+from pipelines.train.job import Job
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +83,8 @@ class DenseTask(Task):
     def evaluation_model(self, what: Prediction) -> "nn.Module":
         from pipelines.mm.evaluation import build_model
 
-        return build_model(Job(self.stage, what.params, what.dataset))
+        model: nn.Module = build_model(Job(self.stage, what.params, what.dataset))
+        return model
 
     def predict(
         self,

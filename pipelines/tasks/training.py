@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.run.stage import Stage, StageRun
-from pipelines.tasks.task import Job, Task
+from pipelines.tasks.task import Task
+from pipelines.train.job import Job
 
 if TYPE_CHECKING:
     from pipelines.run.fit import RunSpec

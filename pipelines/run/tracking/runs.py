@@ -243,9 +243,9 @@ def _parent(client: MlflowClient, experiment_id: str, pipeline: str) -> str:
     found = client.search_runs([experiment_id], query, max_results=1)
     if found:
         client.update_run(found[0].info.run_id, status="RUNNING")
-        return found[0].info.run_id
+        return str(found[0].info.run_id)
     tags = {"pipeline": pipeline, "stage": "pipeline", **git_tags()}
-    return client.create_run(experiment_id, run_name=pipeline, tags=tags).info.run_id
+    return str(client.create_run(experiment_id, run_name=pipeline, tags=tags).info.run_id)
 
 
 def _unfinished(client: MlflowClient, experiment_id: str, ray_run: str | None) -> str | None:
