@@ -80,10 +80,18 @@ def loop(job: Job, device, reporter) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
+@pytest.fixture(scope="module")
+def session():
+    """One local Ray for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_session() as connected:
+            yield connected
+
+
 @pytest.fixture
-def fit(tmp_path: Path, monkeypatch):
-    """Runs the loop that ends as the argument says, on a local Ray; the run's scratch folder."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+def fit(session, tmp_path: Path, monkeypatch):
+    """Runs the loop that ends as the argument says; the run's scratch folder is named so."""
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     # The loop has no model, and a clean clone no compiled operator.
@@ -94,24 +102,22 @@ def fit(tmp_path: Path, monkeypatch):
     )
     assert params.scaling.max_failures == 3
 
-    with ray_session() as session:
+    def run(fails: str) -> None:
+        scratch = tmp_path / fails
+        scratch.mkdir()
+        spec = RunSpec(
+            stage="pretrain",
+            name=f"{fails}-1",
+            mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
+            scaling=params.scaling,
+            storage=storage_path(params),
+            data={},
+            local=session.local,
+            stops=True,
+        )
+        run_fit(loop, Job(str(scratch), fails), spec)
 
-        def run(fails: str) -> None:
-            scratch = tmp_path / fails
-            scratch.mkdir()
-            spec = RunSpec(
-                stage="pretrain",
-                name=f"{fails}-1",
-                mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
-                scaling=params.scaling,
-                storage=storage_path(params),
-                data={},
-                local=session.local,
-                stops=True,
-            )
-            run_fit(loop, Job(str(scratch), fails), spec)
-
-        yield run
+    return run
 
 
 @pytest.mark.skipif(not worker_environment(), reason="needs glibc 2.35")
