@@ -13,7 +13,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -190,9 +190,10 @@ def content_digest(path: Path) -> str:
 
 def _require(path: Path) -> None:
     if not path.exists():
+        source = path.suffix in (".py", ".yaml", *CPP)
         raise PipelineError(
             f"{path.name} is missing, and it is an input of this stage",
-            "Run `dvc repro`, which makes it",
+            "Restore it, or fix its name" if source else "Run `dvc repro`, which makes it",
         )
 
 
@@ -214,7 +215,10 @@ class RunState:
     def load(cls, folder: Path) -> "RunState":
         """What `folder` holds; of a new identity, a new state."""
         path = folder / "state.json"
-        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+        if not path.exists():
+            return cls()
+        known = {one.name for one in fields(cls)}  # another version's may have others
+        return cls(**{k: v for k, v in json.loads(path.read_text()).items() if k in known})
 
     def save(self, folder: Path) -> None:
         """Write it, whole or not at all."""

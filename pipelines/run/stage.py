@@ -134,7 +134,7 @@ def run_stage(stage: Stage) -> None:
     try:
         params = load_params()
         if stage.included(params):
-            _run(stage, params, stage.check(params), forced)
+            _run(stage, params, forced)
         else:
             _leave_out(stage, params)
     except PipelineError as error:
@@ -145,19 +145,25 @@ def run_stage(stage: Stage) -> None:
         os._exit(130)  # threads of Ray and MLflow must not turn this into success
 
 
-def _run(stage: Stage, params: Params, checked: Any, forced: bool) -> None:
+def _run(stage: Stage, params: Params, forced: bool) -> None:
     inputs = stage_inputs(stage.name, params)
     folder = RUNS / f"{stage.name}-{inputs.identity}"
     with hold(folder):
         state = RunState.load(folder)
         # DVC's --force begins a new run where the last one has finished: the same command again
         # resumes what it began.
-        if (forced and state.mlflow_run_id) or (state.metrics and dvc.is_forced(stage.name)):
-            state = RunState(attempt=state.attempt + 1)
-        elif state.metrics is not None:
-            if _reuse(stage, StageRun(stage.name, params, inputs.identity, state), checked):
+        again = (forced and state.mlflow_run_id) or (state.metrics and dvc.is_forced(stage.name))
+        if not again and _restore(stage, state):
+            _say(stage.name, "its inputs are those of a finished run: outputs restored")
+            return
+        checked = stage.check(params)
+        if state.metrics and not again:
+            if _export(stage, StageRun(stage.name, params, inputs.identity, state), checked):
+                _say(stage.name, "its inputs are those of a finished run: outputs written again")
                 return
             _say(stage.name, "its inputs are those of a finished run whose results are gone")
+            again = True
+        if again:
             state = RunState(attempt=state.attempt + 1)
         elif not state.mlflow_run_id:
             _tell_differences(inputs)
@@ -165,18 +171,18 @@ def _run(stage: Stage, params: Params, checked: Any, forced: bool) -> None:
         _compute(stage, StageRun(stage.name, params, inputs.identity, state), checked)
 
 
-def _reuse(stage: Stage, run: StageRun, checked: Any) -> bool:
-    """Bring back the outputs of a finished run; whether that was possible."""
-    metrics, digest = run.state.metrics, outputs_digest(stage.name)
-    assert metrics is not None
-    if run.state.outputs == digest and dvc.restore_outputs(stage.name, metrics):
-        _say(stage.name, "its inputs are those of a finished run: its outputs are restored")
-        return True
+def _restore(stage: Stage, state: RunState) -> bool:
+    """Bring back the outputs of a finished run as they were; whether that was possible."""
+    same = state.outputs == outputs_digest(stage.name)
+    return bool(state.metrics) and same and dvc.restore_outputs(stage.name, state.metrics or "")
+
+
+def _export(stage: Stage, run: StageRun, checked: Any) -> bool:
+    """Write the outputs of a finished run again; whether that was possible."""
     shutil.rmtree(run._staged, ignore_errors=True)
     if stage.export is None or not stage.export(run, checked):
         return False
-    _publish(run, digest)
-    _say(stage.name, "its inputs are those of a finished run: its outputs are written again")
+    _publish(run, outputs_digest(stage.name))
     return True
 
 
