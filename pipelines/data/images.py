@@ -163,7 +163,7 @@ class ShardSet:
                 raise
             raise DataError(
                 f"{public_url(place)}/{INDEX} is not the index of a shard set ({error!r}); pack it"
-                " again with `python -m pipelines.commands.pack`"
+                " again with `elsa pack`"
             ) from None
 
     def images(self, split: str, *columns: str) -> dict[str, NDArray[Any]]:
