@@ -137,7 +137,7 @@ def assert_small_is_kept(tmp_path: Path, fails: str) -> None:
 
 def test_a_failure_that_would_repeat_is_told_once(fit, tmp_path: Path) -> None:
     for fails, message in (
-        ("nan", "the loss is nan at step 7; lower pretrain.lr"),
+        ("nan", "the loss is nan at step 7. Lower pretrain.lr"),
         ("full", "can't be written to storage.path: .*File too large"),
     ):
         with pytest.raises(PipelineError, match=message):
