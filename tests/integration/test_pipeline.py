@@ -57,7 +57,7 @@ def test_the_scores_are_those_of_the_predictions(workspace: Workspace) -> None:
     with (workspace.root / "results/pretrain/predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     right = sum(row["class"] == row["predicted_1"] for row in rows)
-    images = list((workspace.root / "data/imagenet/val").rglob("*.jp*g"))
+    images = list((workspace.root / "data/imagenet/val").rglob("*.JPEG"))
     assert len(rows) == len(images)
     assert metrics(workspace, "pretrain")["top1"] == pytest.approx(100 * right / len(rows))
     annotations = workspace.root / "data/coco/annotations/instances_val2017.json"
