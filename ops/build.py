@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ops import library
-from ops.reference import elsa_attention_reference
+from ops.check import check, devices
 
 # No -march: every instruction set is compiled into its own file and chosen when the op runs.
 CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
@@ -197,84 +197,6 @@ def _path_maps() -> list[str]:
 def _instruction_sets() -> list[str]:
     x86 = library.environment()["machine"].endswith("x86_64")
     return ["generic", "avx2", "avx512"] if x86 else ["generic"]
-
-
-# float32 sums of up to k*k or B*H*W terms; halves are compared on their own rounded inputs.
-TOLERANCES = {
-    torch.float64: 1e-11,
-    torch.float32: 2e-5,
-    torch.bfloat16: 1e-2,
-    torch.float16: 2e-3,
-}
-
-
-def devices() -> list[str]:
-    """The device types that the loaded library has kernels for and this machine has."""
-    return ["cpu", "cuda"] if library.state.cuda and torch.cuda.is_available() else ["cpu"]
-
-
-def check(
-    device: str = "cpu",
-    shapes: tuple[tuple[int, int, int, int, int, int, int, int], ...] = (
-        # B, C, G, H, W, kernel_size, dilation, stride
-        (2, 96, 3, 19, 23, 7, 1, 1),
-        (2, 24, 2, 14, 14, 5, 2, 1),
-        (1, 12, 3, 17, 9, 3, 1, 2),
-        (2, 6, 6, 5, 4, 9, 1, 1),
-    ),
-) -> dict[str, float]:
-    """Compare the loaded library's kernels for `device` with the float64 reference on the CPU.
-
-    Returns:
-        For each dtype and tensor the largest error, relative to the tensor's largest value.
-
-    Raises:
-        RuntimeError: an error beyond the tolerance of its dtype, or no library loaded.
-    """
-    if library.loaded_library() is None:
-        raise RuntimeError(f"no compiled operator is loaded. {library.HOW_TO_BUILD}.")
-    names = ("out", "grad_v", "grad_h_attn", "grad_ghost_mul", "grad_ghost_add")
-    worst: dict[str, float] = {}
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64)
-
-    for batch, channels, heads, height, width, k, dilation, stride in shapes:
-        out_h, out_w = height // stride, width // stride
-        exact = (
-            draw(batch, channels, height, width),
-            draw(batch, heads, k * k, out_h, out_w).softmax(2),
-            draw(channels, k, k),
-            draw(channels, k, k),
-        )
-        upstream = draw(batch, channels, out_h, out_w)
-        for dtype in TOLERANCES:
-            inputs = [t.to(device, dtype, copy=True).requires_grad_() for t in exact]
-            out = torch.ops.elsa.elsa_attention(*inputs, k, dilation, stride)
-            out.backward(upstream.to(device, dtype))
-            wide = [t.detach().to("cpu", torch.float64, copy=True) for t in inputs]
-            wide = [t.requires_grad_() for t in wide]
-            expected = elsa_attention_reference(
-                *wide, kernel_size=k, dilation=dilation, stride=stride
-            )
-            expected.backward(upstream.to(dtype).double())
-            ours = (out.detach(), *(t.grad for t in inputs))
-            theirs = (expected.detach(), *(t.grad for t in wide))
-            for name, a, b in zip(names, ours, theirs, strict=True):
-                assert a is not None  # every input asked for its gradient
-                assert b is not None
-                error = float((a.cpu().double() - b).abs().max() / b.abs().max().clamp_min(1e-30))
-                key = f"{str(dtype).removeprefix('torch.')} {name}"
-                worst[key] = max(worst.get(key, 0.0), error)
-                if not error <= TOLERANCES[dtype]:
-                    raise RuntimeError(
-                        f"the compiled operator is wrong on {device}: {key} differs from the "
-                        f"float64 reference by {error:.3g} (allowed {TOLERANCES[dtype]:.3g}) at "
-                        f"B, C, G, H, W, k, dilation, stride = "
-                        f"{(batch, channels, heads, height, width, k, dilation, stride)}"
-                    )
-    return worst
 
 
 def build_checked(

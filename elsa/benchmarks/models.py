@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import elsa  # noqa: F401  registers the models
 import ops
-from ops.benchmarks.elsa_attention import cpu_model
+from ops.benchmarks.bench import cpu_model
 
 SIZES = ("tiny", "small", "base")
 PEERS = {f"elsa_swin_{size}": f"swin_{size}_patch4_window7_224" for size in SIZES}

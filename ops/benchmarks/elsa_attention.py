@@ -3,51 +3,51 @@
 Peers in the same run: autograd through `unfold` (k*k times the memory of v), the depthwise k x k
 convolution of the same tensor (it does less: no dynamic weights; the faster of both layouts), and
 one copy of the bytes that must move. On a GPU also `flex_attention` over the same window (it makes
-its weights from queries and keys) and a plain float32 kernel, one thread per output element.
-The roofline is the larger of bytes over the copy's bandwidth and operations over the rate of a
-large matrix product, both measured here.
+its weights from queries and keys), NATTEN's product if that is installed, and a plain float32
+kernel, one thread per output element. The roofline is the larger of bytes over the copy's bandwidth
+and operations over the rate of a large matrix product, both measured here.
+
+On a GPU the figures are device times with a cold cache: events behind a busy GPU, medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
 import shlex
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import ops
-
-Shape = tuple[int, int, int, int, int, int]
-"""(B, C, G, H, W, kernel_size)."""
+from ops.benchmarks import peers
+from ops.benchmarks.bench import Bench, Limits, Times, cpu_model
+from ops.benchmarks.peers import Peer, Shape
 
 BIG = 2**31
 """Bytes of the unfolded v beyond which that peer is left out on a CPU."""
-
-
-class Times(NamedTuple):
-    """Milliseconds of the forward, of the backward alone, and of both in one go."""
-
-    forward: float
-    backward: float
-    both: float
-
-
-class Limits(NamedTuple):
-    """What this machine reaches: bytes and floating-point operations per second."""
-
-    bandwidth: float
-    rate: float
+COLUMNS = {
+    "cpu": ("depthwise", "unfold", "copy", "roofline"),
+    "cuda": (
+        "depthwise",
+        "unfold",
+        "flex_attention",
+        "NATTEN",
+        "plain float32",
+        "ours, channels_last",
+        "copy",
+        "roofline",
+    ),
+}
 
 
 def shapes(batch: int) -> dict[str, Shape]:
@@ -87,216 +87,73 @@ def operations(shape: Shape) -> tuple[int, int, int]:
     return 3 * products, 7 * products, 10 * products
 
 
-class Bench:
-    """How to time on one device.
+@dataclass
+class Measured:
+    """What one shape gave."""
 
-    Args:
-        device: "cpu" or "cuda".
-        seconds: spent on each figure.
-        cpu_time: count this thread's CPU time instead of the wall's.
-    """
-
-    def __init__(self, device: str, seconds: float, cpu_time: bool = False) -> None:
-        self.device, self.seconds = device, seconds
-        self.clock = time.thread_time if cpu_time else time.perf_counter
-
-    def time(self, call: Callable[[], object]) -> float:
-        """Milliseconds: the lower quartile of many calls, as neighbours only ever add time."""
-        for _ in range(1 if self.device == "cpu" else 3):
-            call()
-        taken: list[float] = []
-        end = time.perf_counter() + self.seconds
-        while len(taken) < 3 or (time.perf_counter() < end and len(taken) < 200):
-            taken.append(self._once(call))
-        return statistics.quantiles(taken, n=4)[0] if len(taken) > 3 else min(taken)
-
-    def _once(self, call: Callable[[], object]) -> float:
-        if self.device == "cpu":
-            start = self.clock()
-            call()
-            return 1e3 * (self.clock() - start)
-        start_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start_event.record()
-        call()
-        end_event.record()
-        end_event.synchronize()
-        return start_event.elapsed_time(end_event)
-
-    def measure(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> Times:
-        """Times of a differentiable function of `inputs`."""
-        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-        out = function(*leaves)
-        upstream = torch.randn_like(out)
-        with torch.no_grad():
-            forward = self.time(lambda: function(*inputs))
-        return Times(
-            forward,
-            self.time(lambda: torch.autograd.grad(out, leaves, upstream, retain_graph=True)),
-            self.time(lambda: torch.autograd.grad(function(*leaves), leaves, upstream)),
-        )
-
-    def copy(self, count: int) -> float:
-        """Milliseconds to move `count` bytes: half of them are read, half written."""
-        source = torch.empty(max(count // 8, 1), dtype=torch.float32, device=self.device).normal_()
-        target = torch.empty_like(source)
-        return self.time(lambda: target.copy_(source))
-
-    def limits(self, dtype: torch.dtype) -> Limits:
-        """Bandwidth of a large copy and rate of a large matrix product."""
-        count, side = (1 << 28, 1024) if self.device == "cpu" else (1 << 31, 8192)
-        a, b = (torch.randn(side, side, device=self.device).to(dtype) for _ in range(2))
-        rate = 2 * side**3 / (1e-3 * self.time(lambda: a @ b))
-        return Limits(count / (1e-3 * self.copy(count)), rate)
-
-    def extra_memory(self, function: Callable[..., Tensor], inputs: list[Tensor]) -> float:
-        """Peak of forward and backward beyond inputs, outputs and gradients, as a share of those.
-
-        On a CPU with one thread, whose allocations torch's profiler sees all.
-        """
-        leaves = [t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs]
-        upstream = torch.randn_like(function(*inputs))
-
-        def call() -> None:
-            out = function(*leaves)
-            torch.autograd.grad(out, leaves, upstream)
-
-        results = upstream.nbytes + sum(t.nbytes for t in inputs)
-        needed = results + upstream.nbytes + sum(t.nbytes for t in inputs)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            call()
-            return (torch.cuda.max_memory_allocated() - before - results) / needed
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            with torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            ) as profile:
-                call()
-        finally:
-            torch.set_num_threads(threads)
-        assert profile.profiler is not None
-        kineto: object = profile.profiler.kineto_results
-        changes = sorted(
-            (event.start_ns(), event.nbytes())
-            for event in kineto.events()  # type: ignore[attr-defined]
-            if event.name() == "[memory]"
-        )
-        now = peak = 0
-        for _, change in changes:
-            now += change
-            peak = max(peak, now)
-        return (peak - results) / needed
-
-
-def _unfolded(shape: Shape) -> Callable[..., Tensor]:
-    batch, channels, heads, height, width, k = shape
-
-    def function(v: Tensor, h: Tensor, add: Tensor) -> Tensor:
-        window = F.unfold(v, k, padding=k // 2)
-        window = window.view(batch, heads, channels // heads, k * k, height, width)
-        weight = h.unsqueeze(2) + add.view(1, heads, channels // heads, k * k, 1, 1)
-        return (weight * window).sum(3).flatten(1, 2)
-
-    return function
-
-
-def _neighbourhood(shape: Shape) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    *_, height, width, k = shape
-
-    def mask(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        near_y = (q // width - kv // width).abs() <= k // 2
-        return near_y & ((q % width - kv % width).abs() <= k // 2)
-
-    block_mask = create_block_mask(mask, None, None, height * width, height * width, device="cuda")
-    compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
-
-
-def _plain_kernel() -> Callable[..., Tensor]:
-    from torch.utils.cpp_extension import load
-
-    source = Path(__file__).with_name("plain_kernel.cu")
-    library = load("elsa_plain_kernel", [str(source)], extra_cuda_cflags=["-O3"])
-
-    class Plain(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, v, h, add, k):
-            ctx.save_for_backward(v, h, add)
-            ctx.k = k
-            return library.forward(v, h, add, k)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return (*library.backward(grad, *ctx.saved_tensors, ctx.k), None)
-
-    return Plain.apply
+    times: dict[str, Times] = field(default_factory=dict)
+    """Of ours, the peers and the limits; one that could not run is missing."""
+    memory: dict[str, float] = field(default_factory=dict)
+    """Extra memory of ours and of `unfold`, as a share of inputs, outputs and gradients."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a peer is missing."""
 
 
 def measure_shape(
-    bench: Bench,
-    shape: Shape,
-    dtype: torch.dtype,
-    limits: Limits,
-    unfold: bool = True,
-    plain: Callable[..., Tensor] | None = None,
-) -> tuple[dict[str, Times], dict[str, float]]:
-    """Times of ours, the peers and the limits, with `ghost_add` only, as in ELSA-Swin; and the
-    extra memory of ours and of `unfold`."""
+    bench: Bench, shape: Shape, dtype: torch.dtype, limits: Limits, with_unfold: bool = True
+) -> Measured:
+    """Times of ours, the peers and the limits, with `ghost_add` only, as in ELSA-Swin."""
     batch, channels, heads, height, width, k = shape
     v = torch.randn(batch, channels, height, width, device=bench.device).to(dtype)
     h = torch.randn(batch, heads, k * k, height, width, device=bench.device).softmax(2).to(dtype)
     add = torch.randn(channels, k, k, device=bench.device).to(dtype)
+    last = v.contiguous(memory_format=torch.channels_last)
 
     def ours(v: Tensor, h: Tensor, add: Tensor) -> Tensor:
         return ops.elsa_attention(v, h, None, add, kernel_size=k)
 
-    def depthwise(v: Tensor, add: Tensor) -> Tensor:
-        return F.conv2d(v, add.unsqueeze(1), padding=k // 2, groups=channels)
-
-    last = v.contiguous(memory_format=torch.channels_last)
-    layouts = [bench.measure(depthwise, [x, add]) for x in (v, last)]
-    times = {
-        "ours": bench.measure(ours, [v, h, add]),
-        "depthwise": Times(*(min(pair) for pair in zip(*layouts, strict=True))),
-    }
-    memory = {"ours": bench.extra_memory(ours, [v, h, add])}
-    if unfold:
-        times["unfold"] = bench.measure(_unfolded(shape), [v, h, add])
-        memory["unfold"] = bench.extra_memory(_unfolded(shape), [v, h, add])
-    if bench.device == "cuda":
-        depth = channels // heads
-        size = (batch, heads, height * width, depth)
-        qkv = [torch.randn(size, dtype=dtype, device="cuda") for _ in range(3)]
-        times["flex_attention"] = bench.measure(_neighbourhood(shape), qkv)
-    if plain is not None:
-        wide = [t.float() for t in (v, h, add)]
-        times["plain float32"] = bench.measure(lambda *t: plain(*t, k), wide)
+    found = Measured()
+    found.times["ours"] = bench.measure(ours, [v, h, add])
+    found.memory["ours"] = bench.extra_memory(ours, [v, h, add])
+    layouts: list[Times] = []
+    for x in (v, last):
+        make = partial(peers.depthwise, shape, x, add)
+        if times := _guarded(bench, found, "depthwise", make):
+            layouts.append(times)
+    if layouts:
+        found.times["depthwise"] = Times(*(min(column) for column in zip(*layouts, strict=True)))
+    if with_unfold:
+        _guarded(bench, found, "unfold", lambda: peers.unfold(shape, v, h, add), memory=True)
+    if bench.cuda:
+        _guarded(bench, found, "flex_attention", lambda: peers.flex_attention(shape, dtype))
+        _guarded(bench, found, "NATTEN", lambda: peers.natten(shape, dtype))
+        _guarded(bench, found, "plain float32", lambda: peers.plain_kernel(shape, v, h, add))
+        _guarded(bench, found, "ours, channels_last", lambda: (ours, [last, h, add]))
     moved = bytes_moved(shape, v.element_size())
-    times["copy"] = Times(*(bench.copy(count) for count in moved))
-    times["roofline"] = Times(
-        *(
-            1e3 * max(count / limits.bandwidth, work / limits.rate)
-            for count, work in zip(moved, operations(shape), strict=True)
-        )
-    )
-    return times, memory
+    found.times["copy"] = Times(*(bench.copy(count) for count in moved))
+    work = zip(moved, operations(shape), strict=True)
+    bounds = (1e3 * max(b / limits.bandwidth, w / limits.rate) for b, w in work)
+    found.times["roofline"] = Times(*bounds)
+    return found
 
 
-def cpu_model() -> str:
-    """The name of this machine's processor."""
+def _guarded(
+    bench: Bench, found: Measured, name: str, make: Callable[[], Peer], memory: bool = False
+) -> Times | None:
+    """Times of a peer into `found`; one that fails is noted, and the others still run."""
     try:
-        with Path("/proc/cpuinfo").open() as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        function, inputs = make()
+        found.times[name] = bench.measure(function, inputs)
+        if memory:
+            found.memory[name] = bench.extra_memory(function, inputs)
+    # Whatever a peer raises: other people's code, and a table that must not end with it.
+    except Exception as error:
+        found.times.pop(name, None)
+        found.missing[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+    finally:
+        if bench.cuda:
+            torch.cuda.empty_cache()
+    return found.times.get(name)
 
 
 def _describe(args: argparse.Namespace) -> str:
@@ -311,8 +168,7 @@ def _describe(args: argparse.Namespace) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Print the table; returns the exit status."""
+def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ops.benchmarks.elsa_attention", description=__doc__
     )
@@ -329,54 +185,92 @@ def main(argv: list[str] | None = None) -> int:
         "--shapes", nargs="*", choices=list(shapes(1)), default=list(shapes(1)), metavar="NAME"
     )
     parser.add_argument("--no-unfold", action="store_true", help="leave out the slow peer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="run ours once, forward and backward, and time nothing: for a profiler's counters",
+    )
     parser.add_argument(
         "--cpu-time",
         action="store_true",
         help="this thread's CPU time, for busy machines; needs --threads 1",
     )
     args = parser.parse_args(argv)
-    cuda = args.device == "cuda"
-    if cuda and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if args.cpu_time and (cuda or args.threads != 1):
+    if args.cpu_time and (args.device == "cuda" or args.threads != 1):
         parser.error("--cpu-time counts one thread of a CPU: add --threads 1")
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.batch = args.batch or (64 if args.device == "cuda" else 8)
+    return args
+
+
+def _run_once(args: argparse.Namespace) -> None:
+    for name in args.shapes:
+        batch, channels, heads, height, width, k = shapes(args.batch)[name]
+        like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
+        v = torch.randn(batch, channels, height, width, **like).requires_grad_()
+        h = torch.rand(batch, heads, k * k, height, width, **like).requires_grad_()
+        add = torch.randn(channels, k, k, **like).requires_grad_()
+        ops.elsa_attention(v, h, None, add, kernel_size=k).sum().backward()
+        print(f"{name}: forward and backward, once")
+
+
+def _rows(name: str, shape: Shape, found: Measured, columns: tuple[str, ...]) -> list[str]:
+    rows = []
+    for which in Times._fields:
+        own = getattr(found.times["ours"], which)
+        cells = [f"{name} {shape}" if which == "forward" else "", which, f"{own:.3g}"]
+        for column in columns:
+            theirs = getattr(found.times[column], which) if column in found.times else None
+            cells.append(f"{theirs:.3g} ({theirs / own:.2f}x)" if theirs else "not run")
+        extra = ", ".join(f"{who} {100 * share:.0f}%" for who, share in found.memory.items())
+        cells.append(extra if which == "both" else "")
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
+    args = _parse(argv)
     dtype = getattr(torch, args.dtype)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     ops.set_backend("compiled")
     one = torch.zeros(1, 1, 1, 1, device=args.device)
     ops.elsa_attention(one, one.unsqueeze(0), kernel_size=1)
-
+    if args.once:
+        _run_once(args)
+        return 0
     bench = Bench(args.device, args.seconds, args.cpu_time)
     limits = bench.limits(dtype)
-    plain = _plain_kernel() if cuda else None
-    given = sys.argv[1:] if argv is None else argv
-    print(f"    {parser.prog} {shlex.join(given)}\n")
+    given = shlex.join(sys.argv[1:] if argv is None else argv)
+    print(f"    python -m ops.benchmarks.elsa_attention {given}\n")
     print(_describe(args))
     print(
         f"limits: copy {limits.bandwidth / 1e9:.1f} GB/s, product {limits.rate / 1e9:.0f} GFLOP/s"
     )
     print("ms; in brackets that time over ours, so that more than 1x means that ours is faster")
-    peers = ["depthwise", "unfold", *(["flex_attention", "plain float32"] if cuda else [])]
-    columns = [*peers, "copy", "roofline"]
+    columns = COLUMNS[args.device]
     print(f"\n| shape (B, C, G, H, W, k) | pass | ours | {' | '.join(columns)} | extra memory |")
     print("|---" * (len(columns) + 4) + "|")
+    figures: dict[str, Any] = {"device": _describe(args), "limits": limits._asdict(), "shapes": {}}
+    missing: dict[str, str] = {}
     for name in args.shapes:
-        shape = shapes(args.batch or (64 if cuda else 8))[name]
+        shape = shapes(args.batch)[name]
         batch, channels, _, height, width, k = shape
         unfolded = math.prod((batch, channels, height, width, k, k)) * dtype.itemsize
-        unfold = not args.no_unfold and (cuda or unfolded < BIG)
-        times, memory = measure_shape(bench, shape, dtype, limits, unfold, plain)
-        for row in Times._fields:
-            own = getattr(times["ours"], row)
-            cells = [f"{name} {shape}" if row == "forward" else "", row, f"{own:.3g}"]
-            for column in columns:
-                theirs = getattr(times[column], row) if column in times else None
-                cells.append(f"{theirs:.3g} ({theirs / own:.2f}x)" if theirs else "not run")
-            extra = ", ".join(f"{who} {100 * share:.0f}%" for who, share in memory.items())
-            cells.append(extra if row == "both" else "")
-            print(f"| {' | '.join(cells)} |", flush=True)
+        with_unfold = not args.no_unfold and (bench.cuda or unfolded < BIG)
+        found = measure_shape(bench, shape, dtype, limits, with_unfold)
+        print("\n".join(_rows(name, shape, found, columns)), flush=True)
+        missing |= {f"{who} at {name}": why for who, why in found.missing.items()}
+        times = {who: t._asdict() for who, t in found.times.items()}
+        figures["shapes"][name] = {"shape": shape, "ms": times, "extra_memory": found.memory}
+        if args.json:  # after each shape, so that a time limit loses one and not all
+            args.json.write_text(json.dumps(figures | {"missing": missing}, indent=2) + "\n")
+    for who, why in missing.items():
+        print(f"\n{who} did not run: {why}")
     return 0
 
 

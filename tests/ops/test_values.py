@@ -209,10 +209,10 @@ def test_same_bits_every_run_and_for_any_number_of_threads(dtype):
 @pytest.mark.parametrize("name", ["generic", "avx2"])
 def test_older_processors(name, compiled_library):
     code = (
-        "import sys, torch, ops; from ops.build import check; torch.set_num_threads(1);"
+        "import sys, torch, ops; from ops.check import Case, check; torch.set_num_threads(1);"
         "ops.load_library(sys.argv[1]);"
-        "check(shapes=((1, 8, 2, 9, 18, 5, 1, 1), (1, 4, 1, 8, 7, 3, 1, 2),"
-        "(1, 40, 2, 9, 18, 5, 1, 1), (1, 14, 1, 8, 7, 3, 1, 2)));"
+        "check(cases=[Case(1, 8, 2, 9, 18, 5), Case(1, 4, 1, 8, 7, 3, stride=2),"
+        "Case(1, 40, 2, 9, 18, 5), Case(1, 14, 1, 8, 7, 3, stride=2)]);"
         "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(

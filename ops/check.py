@@ -1,0 +1,261 @@
+"""Comparing the loaded operator with the float64 reference: `python -m ops.check --device cuda`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, astuple, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ops import library
+from ops.reference import elsa_attention_reference
+
+# float32 sums of up to k*k or B*H*W terms; halves are compared on their own rounded inputs.
+TOLERANCES = {
+    torch.float64: 1e-11,
+    torch.float32: 2e-5,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+GHOSTS = ("mul add", "add", "mul", "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: the sizes of the operator's inputs, and how they lie in memory."""
+
+    B: int
+    C: int
+    G: int
+    H: int
+    W: int
+    kernel_size: int
+    dilation: int = 1
+    stride: int = 1
+    ghosts: str = "mul add"
+    wide_ghosts: bool = False
+    """The ghost heads are float32 beside halves."""
+    channels_last: bool = False
+    not_finite: bool = False
+    """Some values are NaN or infinite."""
+
+    def __str__(self) -> str:
+        sizes = ", ".join(map(str, astuple(self)[:8]))
+        notes = [f"ghosts {self.ghosts or 'none'}"]
+        notes += ["float32 ghosts"] * self.wide_ghosts
+        notes += ["channels_last"] * self.channels_last
+        notes += ["NaN and infinity"] * self.not_finite
+        return f"B, C, G, H, W, k, dilation, stride = {sizes}; {', '.join(notes)}"
+
+
+# On a GPU those with halves and without `ghost_mul` run on tensor cores, the others do not.
+QUICK = (
+    Case(2, 96, 3, 19, 23, 7),
+    Case(2, 24, 2, 14, 14, 5, dilation=2),
+    Case(1, 12, 3, 17, 9, 3, stride=2),
+    Case(2, 6, 6, 5, 4, 9),
+    Case(2, 96, 3, 19, 28, 7, ghosts="add"),
+    Case(1, 64, 2, 30, 26, 7, ghosts="add", wide_ghosts=True),
+    Case(1, 24, 1, 9, 21, 5, ghosts=""),
+)
+"""What every build is checked with."""
+
+_SIZES = (
+    Case(2, 96, 3, 56, 56, 7),
+    Case(2, 192, 6, 28, 28, 7),
+    Case(2, 384, 12, 14, 14, 7),
+    Case(1, 32, 1, 20, 24, 7),
+    Case(1, 64, 2, 9, 70, 5),
+    Case(2, 16, 2, 13, 17, 3),
+    Case(1, 64, 1, 33, 31, 9),
+    Case(1, 48, 1, 40, 70, 9),
+    Case(1, 24, 3, 5, 7, 7),
+    Case(1, 32, 1, 1, 1, 7),
+    Case(1, 20, 2, 18, 27, 7, dilation=2),
+    Case(1, 16, 2, 17, 19, 5, dilation=2, stride=3),
+    Case(1, 8, 2, 15, 18, 13),
+)
+THOROUGH = (
+    *QUICK,
+    *(replace(case, ghosts=ghosts) for case, ghosts in itertools.product(_SIZES, GHOSTS)),
+    *(replace(case, ghosts="add", wide_ghosts=True) for case in _SIZES),
+    *(replace(case, ghosts="add", channels_last=True) for case in _SIZES),
+    *(replace(case, ghosts=g, not_finite=True) for case in _SIZES[:6] for g in ("add", "mul add")),
+)
+"""What `--thorough` adds to them: the shapes of ELSA-Swin, odd sizes, layouts, NaN."""
+
+
+def devices() -> list[str]:
+    """The device types that the loaded library has kernels for and this machine has."""
+    return ["cpu", "cuda"] if library.state.cuda and torch.cuda.is_available() else ["cpu"]
+
+
+def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The case's tensors on the CPU, in their own dtypes."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
+    k, taps = case.kernel_size, case.kernel_size**2
+    out = case.H // case.stride, case.W // case.stride
+    tensors = {
+        "v": draw(case.B, case.C, case.H, case.W).to(dtype),
+        "h_attn": draw(case.B, case.G, taps, *out).softmax(2).to(dtype),
+        "ghost_mul": draw(case.C, k, k),
+        "ghost_add": draw(case.C, k, k),
+    }
+    halves = dtype in (torch.bfloat16, torch.float16)
+    for kind in ("mul", "add"):
+        ghost = tensors.pop(f"ghost_{kind}")
+        if kind in case.ghosts.split():
+            tensors[f"ghost_{kind}"] = ghost.to(
+                torch.float32 if halves and case.wide_ghosts else dtype
+            )
+    if case.not_finite:
+        flat = tensors["v"].view(-1)
+        flat[flat.numel() // 3] = float("nan")
+        flat[flat.numel() // 2] = float("inf")
+    if case.channels_last:
+        tensors["v"] = tensors["v"].contiguous(memory_format=torch.channels_last)
+    return tensors
+
+
+def _results(
+    case: Case, tensors: dict[str, Tensor], upstream: Tensor, compiled: bool
+) -> dict[str, Tensor]:
+    """Output and gradients, of the compiled operator or the reference."""
+    leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+    arguments = [leaves.get(n) for n in ("v", "h_attn", "ghost_mul", "ghost_add")]
+    if compiled:
+        sizes = case.kernel_size, case.dilation, case.stride
+        out = torch.ops.elsa.elsa_attention(*arguments, *sizes)
+    else:
+        out = elsa_attention_reference(
+            *arguments,  # type: ignore[arg-type]
+            kernel_size=case.kernel_size,
+            dilation=case.dilation,
+            stride=case.stride,
+        )
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
+    named = zip((f"grad_{name}" for name in leaves), gradients, strict=True)
+    return {"out": out.detach(), **{name: g for name, g in named if g is not None}}
+
+
+def errors_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The largest error of the output and of each gradient, relative to the tensor's largest value.
+
+    With NaN and infinity among the values the output counts alone: 0.0 where the same elements are
+    not finite and the others are near, else infinity. A second call that gives other bits counts as
+    infinity too.
+    """
+    tensors = {name: t.to(device) for name, t in _inputs(case, dtype).items()}
+    generator = torch.Generator().manual_seed(1)
+    size = case.B, case.C, case.H // case.stride, case.W // case.stride
+    upstream = torch.randn(size, generator=generator).to(device, dtype)
+    ours = _results(case, tensors, upstream, compiled=True)
+    again = _results(case, tensors, upstream, compiled=True)
+    wide = {name: t.to(torch.float64) for name, t in tensors.items()}
+    theirs = _results(case, wide, upstream.double(), compiled=False)
+    found = {}
+    for name, exact in theirs.items():
+        mine = ours[name].double()
+        if case.not_finite:
+            if name != "out":
+                continue
+            finite = exact.isfinite()
+            if not torch.equal(finite, mine.isfinite()):
+                found[name] = float("inf")
+                continue
+            mine, exact = mine[finite], exact[finite]
+        same = torch.equal(ours[name].nan_to_num(), again[name].nan_to_num())
+        largest = exact.abs().max().clamp_min(1e-30) if exact.numel() else 1.0
+        error = float((mine - exact).abs().max() / largest) if exact.numel() else 0.0
+        found[name] = error if same else float("inf")
+    return found
+
+
+@dataclass
+class Findings:
+    """What cases gave."""
+
+    count: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+    """The largest error by "dtype tensor"."""
+    off: list[str] = field(default_factory=list)
+    """A line per tensor beyond the tolerance of its dtype."""
+
+
+def compare(device: str, cases: Iterable[Case]) -> Iterator[Findings]:
+    """The findings so far, after each case and dtype."""
+    found = Findings()
+    for case, (dtype, tolerance) in itertools.product(cases, TOLERANCES.items()):
+        found.count += 1
+        for tensor, error in errors_of(case, dtype, device).items():
+            key = f"{str(dtype).removeprefix('torch.')} {tensor}"
+            found.worst[key] = max(found.worst.get(key, 0.0), error)
+            if not error <= tolerance:
+                found.off.append(
+                    f"{key} differs from the float64 reference by {error:.3g} (allowed "
+                    f"{tolerance:.3g}) at {case}"
+                )
+        yield found
+
+
+def check(device: str = "cpu", cases: Iterable[Case] = QUICK) -> dict[str, float]:
+    """Compare the loaded library's kernels for `device` with the float64 reference.
+
+    Returns:
+        For each dtype and tensor the largest error, relative to the tensor's largest value.
+
+    Raises:
+        RuntimeError: an error beyond the tolerance of its dtype, or no library loaded.
+    """
+    if library.loaded_library() is None:
+        raise RuntimeError(f"no compiled operator is loaded. {library.HOW_TO_BUILD}.")
+    found = Findings()
+    for found in compare(device, cases):
+        if found.off:
+            raise RuntimeError(f"the compiled operator is wrong on {device}: {found.off[0]}")
+    return found.worst
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print each case that is off and the largest errors; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ops.check",
+        description="Compare the built operator with the float64 reference, in values, gradients "
+        "and repeatability.",
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--thorough", action="store_true", help="many more cases")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    args = parser.parse_args(argv)
+    try:
+        library.use_compiled(args.device, "compiled")
+        if args.device not in devices():
+            raise RuntimeError("torch sees no GPU")
+    except (RuntimeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    told, found = 0, Findings()
+    for found in compare(args.device, THOROUGH if args.thorough else QUICK):
+        for line in found.off[told:]:
+            print(line, flush=True)
+        told = len(found.off)
+        if args.json:  # after each case, so that a time limit loses what is left and no more
+            args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    print(f"{found.count} cases on {args.device}, {told} tensors off")
+    for key, error in sorted(found.worst.items()):
+        print(f"  {key}: {error:.2g}")
+    return 1 if told else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

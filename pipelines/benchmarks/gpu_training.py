@@ -1,0 +1,238 @@
+"""The project's own training loop on one device, without Ray, MLflow and DVC.
+
+    python -m pipelines.benchmarks.gpu_training --device cuda
+
+An epoch of the demo's classification (on `data/imagenet` where it is prepared, else on random
+images), then `elsa_swin_tiny` at 224 px on random images: bfloat16 with mixup and EMA, the same
+once more and the same left and resumed, with and without deterministic kernels, and float16 with
+its scaler. On a CPU a small model takes its place: a rehearsal, whose speeds say nothing.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# Read by cuBLAS when it starts; without it deterministic algorithms are refused.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import numpy as np
+import torch
+from PIL import Image
+
+import ops
+from pipelines.data.images import Dataset
+from pipelines.errors import PipelineError
+from pipelines.params import Params, load_params, override
+from pipelines.paths import ROOT
+from pipelines.train.classify import Classifier
+from pipelines.train.job import Job
+from pipelines.train.reporter import LocalReporter
+
+SHOWN = ("train_loss", "images_per_second", "mfu", "energy_wh", "max_memory_gib", "skipped_steps")
+
+
+class Recorder(LocalReporter):
+    """Keeps the metrics of each epoch; asks the run to stop in the epoch `leave_in`."""
+
+    def __init__(self, folder: Path, leave_in: int = -1) -> None:
+        super().__init__(folder / "checkpoint", quiet=True)
+        self.epochs: list[Mapping[str, float]] = []
+        self.leave_in = leave_in
+
+    def tell(self, line: str) -> None:
+        print(f"  {line}", flush=True)
+
+    def stopping(self) -> bool:
+        return len(self.epochs) == self.leave_in
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        super().save(metrics, epoch, folder)
+        self.epochs.append(dict(metrics))
+
+
+@dataclass
+class Finished:
+    """A training that has ended."""
+
+    weights: dict[str, torch.Tensor]
+    epochs: list[Mapping[str, float]] = field(default_factory=list)
+
+    def last(self) -> dict[str, float]:
+        """What the last epoch reported; the first ones warm up."""
+        return {key: self.epochs[-1][key] for key in SHOWN if key in self.epochs[-1]}
+
+    def differs_from(self, other: "Finished") -> float:
+        """The largest difference of a weight; 0.0 if all have the same bits."""
+        pairs = ((t, other.weights[name]) for name, t in self.weights.items())
+        return max(
+            0.0 if torch.equal(a, b) else float((a.double() - b.double()).abs().max())
+            for a, b in pairs
+        )
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Within it torch takes kernels whose results do not change from run to run."""
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+
+
+def random_images(root: Path, size: int, train: int, val: int) -> Dataset:
+    """Ten classes of noisy colours in ImageNet's layout."""
+    random = np.random.default_rng(0)
+    colours = random.integers(0, 200, (10, 3))
+    for split, count in (("train", train), ("val", val)):
+        for index in range(count):
+            label = index % 10
+            folder = root / split / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = colours[label] + random.integers(0, 55, (size, size, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index}.JPEG")
+    return Dataset("imagenet", str(root), tuple(f"class{label}" for label in range(10)), {}, "")
+
+
+def prepared_or_random(params: Params, scratch: Path) -> Dataset:
+    """The demo's classification images if they are there, else random ones; says which."""
+    root = ROOT / "data/imagenet"
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        print("the demo's images")
+        classes = tuple(sorted(folder.name for folder in (root / "train").iterdir()))
+        return Dataset("imagenet", str(root), classes, {}, "")
+    print("random images: the demo's are not prepared here, so that its score says nothing")
+    return random_images(scratch / "small", params.pretrain.img_size, 320, 100)
+
+
+def train(params: Params, dataset: Dataset, device: torch.device, leave_in: int = -1) -> Finished:
+    """A whole training; with `leave_in` one that is left in that epoch and resumed."""
+    with tempfile.TemporaryDirectory() as scratch:
+        job = Job("pretrain", params, dataset)
+        epochs: list[Mapping[str, float]] = []
+        for leave in ([leave_in] if leave_in >= 0 else []) + [-1]:
+            recorder = Recorder(Path(scratch), leave)
+            classifier = Classifier(job, device, recorder)
+            classifier.fit()
+            epochs += recorder.epochs
+        weights = {k: v.detach().cpu().clone() for k, v in classifier.model.state_dict().items()}
+    return Finished(weights, epochs)
+
+
+def changes(device: torch.device, workers: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Changes of the demo's parameters: for its own epoch, and for the large model's steps."""
+    cuda = device.type == "cuda"
+    common: dict[str, Any] = {
+        "scaling.num_workers": 1,
+        "scaling.use_gpu": cuda,
+        "loader.data_workers": workers,
+        "loader.persistent_workers": workers > 0,
+    }
+    demo = common | {"pretrain.amp": "bfloat16" if cuda else "none", "pretrain.epochs": 1}
+    demo |= {"pretrain.warmup_epochs": 0, "model.name": "elsa_swin_micro"}
+    large = common | {
+        "model.name": "elsa_swin_tiny" if cuda else "elsa_swin_micro",
+        "pretrain.img_size": 224 if cuda else 32,
+        "pretrain.batch_size": 128 if cuda else 8,
+        "pretrain.base_batch_size": 128 if cuda else 8,
+        "pretrain.num_classes": 10,
+        "pretrain.epochs": 4 if cuda else 3,
+        "pretrain.warmup_epochs": 1,
+        "pretrain.lr": 1e-4,
+        "pretrain.drop_path_rate": 0.1,
+        "pretrain.mixup": 0.8,
+        "pretrain.cutmix": 1.0,
+        "pretrain.clip_grad": 5.0,
+        "pretrain.model_ema": True,
+        "pretrain.holdout": 0.0,
+        "pretrain.amp": "bfloat16",
+    }
+    return demo, large
+
+
+def measure(device: torch.device, workers: int, note: Any) -> None:
+    """Run everything; `note(name, value)` hears of each figure as soon as it is known."""
+    base = load_params(ROOT / "params.yaml")
+    demo, large = changes(device, workers)
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        print("one epoch of the demo's classification", flush=True)
+        params = override(base, demo, "the demo's epoch")
+        found = train(params, prepared_or_random(params, scratch), device)
+        top1 = {k: v for k, v in found.epochs[-1].items() if k.endswith("top1")}
+        note("demo, one epoch", found.last() | top1)
+
+        params = override(base, large, "the large model's steps")
+        size = params.pretrain.batch_size
+        steps = 25 if device.type == "cuda" else 4
+        data = random_images(scratch / "large", params.pretrain.img_size, steps * size, size)
+        print(f"{params.model.name}, {params.pretrain.img_size} px, batch {size}", flush=True)
+        first = train(params, data, device)
+        note("bfloat16, mixup, EMA", first.last())
+        again = train(params, data, device)
+        note("the same again: largest difference of a weight", again.differs_from(first))
+        resumed = train(params, data, device, leave_in=1)
+        note("left and resumed: largest difference of a weight", resumed.differs_from(first))
+        with deterministic(True):
+            fixed = train(params, data, device)
+            note("deterministic kernels", fixed.last())
+            twice = train(params, data, device, leave_in=1)
+            note(
+                "deterministic, resumed: largest difference of a weight", twice.differs_from(fixed)
+            )
+        params = override(params, {"pretrain.amp": "float16"}, "float16")
+        note("float16 with its scaler", train(params, data, device).last())
+
+
+def main() -> int:
+    """Print each figure and write them to a file; returns the exit status."""
+    description, _, _ = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipelines.benchmarks.gpu_training", description=description
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        help="loader processes; default: 0 on a CPU, else the machine's cores less 2",
+    )
+    arguments = parser.parse_args()
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("error: torch sees no GPU", file=sys.stderr)
+        return 2
+    device = torch.device(arguments.device)
+    workers = arguments.workers
+    if workers is None:
+        workers = max((os.cpu_count() or 1) - 2, 1) if device.type == "cuda" else 0
+    figures: dict[str, Any] = {}
+
+    def note(name: str, value: Any) -> None:
+        figures[name] = value
+        shown = value
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+        print(f"{name}: {shown}", flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+    try:
+        ops.set_backend("compiled")
+        measure(device, workers, note)
+    except (PipelineError, RuntimeError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
