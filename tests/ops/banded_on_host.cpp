@@ -18,6 +18,8 @@ struct Setting {
   int64_t vector, segments, rows, parts, splits, reversed;
 };
 
+int fixed_tiles = 0;  // kernels of a call whose tile the compiler knew
+
 // Shared memory with a guard behind it; both start as NaN.
 class Shared {
  public:
@@ -65,20 +67,23 @@ void product(const Problem& p, const Setting& s, const Tensors& x, const void* s
   for (size_t i = 0; i < words.size(); ++i)
     ghost_word<T, K, TURNED>(static_cast<int64_t>(i), parts, x.add, words.data());
   const auto bytes = [&](const Tile& t) { return product_bytes(t, K, x.add != nullptr); };
-  const Tile t = tile_for(p, s, 4, bytes);
-  Shared shared(bytes(t));
-  for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
-    unsigned char* memory = shared.fresh();
-    HostBlock::get().run(
-        [&] {
-          banded_product<T, K, TURNED>(p, t, block, memory, static_cast<const T*>(source),
-                                       static_cast<const T*>(x.h),
-                                       x.add ? words.data() : nullptr, parts, x.add,
-                                       static_cast<T*>(result));
-        },
-        s.reversed);
-    shared.check();
-  }
+  const Tile chosen = tile_for(p, s, kProductPadding, bytes);
+  Shared shared(bytes(chosen));
+  with_tile<K, kProductPadding>(chosen, [&](const auto& t) {
+    fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
+    for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
+      unsigned char* memory = shared.fresh();
+      HostBlock::get().run(
+          [&] {
+            banded_product<T, K, TURNED>(p, t, block, memory, static_cast<const T*>(source),
+                                         static_cast<const T*>(x.h),
+                                         x.add ? words.data() : nullptr, parts, x.add,
+                                         static_cast<T*>(result));
+          },
+          s.reversed);
+      shared.check();
+    }
+  });
 }
 
 template <class T, int K>
@@ -86,21 +91,24 @@ void all(const Problem& p, const Setting& s, const Tensors& x) {
   product<T, K, false>(p, s, x, x.v, x.out);
   product<T, K, true>(p, s, x, x.grad, x.grad_v);
   const auto bytes = [](const Tile& t) { return gradient_bytes(t, K); };
-  const Tile t = tile_for(p, s, 0, bytes);
-  Shared shared(bytes(t));
-  const int64_t tiles = t.across * t.down, sums = p.C * K * K;
+  const Tile chosen = tile_for(p, s, kGradientPadding, bytes);
+  Shared shared(bytes(chosen));
+  const int64_t tiles = chosen.across * chosen.down, sums = p.C * K * K;
   std::vector<float> part(s.splits * tiles * sums, NAN);
-  for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
-    unsigned char* memory = shared.fresh();
-    HostBlock::get().run(
-        [&] {
-          banded_gradient<T, K>(p, t, block, s.splits, memory, static_cast<const T*>(x.grad),
-                                static_cast<const T*>(x.v), static_cast<T*>(x.grad_h),
-                                x.add ? part.data() : nullptr);
-        },
-        s.reversed);
-    shared.check();
-  }
+  with_tile<K, kGradientPadding>(chosen, [&](const auto& t) {
+    fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
+    for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
+      unsigned char* memory = shared.fresh();
+      HostBlock::get().run(
+          [&] {
+            banded_gradient<T, K>(p, t, block, s.splits, memory, static_cast<const T*>(x.grad),
+                                  static_cast<const T*>(x.v), static_cast<T*>(x.grad_h),
+                                  x.add ? part.data() : nullptr);
+          },
+          s.reversed);
+      shared.check();
+    }
+  });
   if (!x.add) return;
   for (int64_t i = 0; i < sums; ++i) {
     x.grad_add[i] = 0;
@@ -119,7 +127,8 @@ void with_kernel_size(const Problem& p, const Setting& s, const Tensors& x) {
 
 }  // namespace
 
-extern "C" void run_banded(bool bfloat16, const int64_t* sizes, const int64_t* setting,
+// Returns how many of the three kernels had a FixedTile.
+extern "C" int run_banded(bool bfloat16, const int64_t* sizes, const int64_t* setting,
                            void* const* pointers) {
   const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                   sizes[3], sizes[4], sizes[5], 1,        1};
@@ -127,8 +136,10 @@ extern "C" void run_banded(bool bfloat16, const int64_t* sizes, const int64_t* s
   const Setting s{setting[0], setting[1], setting[2], setting[3], setting[4], setting[5]};
   const Tensors x{pointers[0], pointers[1], pointers[2], static_cast<const float*>(pointers[3]),
                   pointers[4], pointers[5], pointers[6], static_cast<float*>(pointers[7])};
+  fixed_tiles = 0;
   if (bfloat16)
     with_kernel_size<c10::BFloat16>(p, s, x);
   else
     with_kernel_size<c10::Half>(p, s, x);
+  return fixed_tiles;
 }

@@ -125,7 +125,7 @@ class Banded:
         if only_add:
             results[2] = None
         tensors = [self.grad, self.v, self.h, self.add, *results, None]
-        run_banded(
+        self.fixed_tiles = run_banded(
             self.dtype == torch.bfloat16,
             (ctypes.c_int64 * 6)(*self.sizes),
             (ctypes.c_int64 * 6)(*setting),
@@ -179,6 +179,18 @@ def test_banded_kernels_match_the_reference(run_banded, sizes, add, dtype):
 def test_banded_kernels_with_any_tile_and_order_of_warps(run_banded, segments, rows, k, reverse):
     case = Banded((3, 16, 1, 13, 22, k), torch.bfloat16, "float")
     case.compare(case.run(run_banded, segments, rows, splits=2, reverse=reverse))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("dtype", "add"), [(torch.bfloat16, "half"), (torch.float16, "float")])
+@pytest.mark.parametrize(("segments", "rows", "width"), [(8, 8, 76), (4, 8, 28), (2, 4, 14)])
+def test_banded_kernels_whose_tile_the_compiler_knows(
+    run_banded, segments, rows, width, dtype, add, reverse
+):
+    """Those of ELSA-Swin's stages."""
+    case = Banded((1, 64, 2, 11, width, 7), dtype, add)
+    case.compare(case.run(run_banded, segments, rows, reverse=reverse))
+    assert case.fixed_tiles == 3
 
 
 @pytest.mark.parametrize("reverse", [False, True])

@@ -86,7 +86,11 @@ struct HostBlock {
       for (int i = 0; i < kThreads / 32; ++i) run_warp(reversed ? kThreads / 32 - 1 - i : i);
       for (const Fiber& fiber : fibers)
         require(fiber.state == fibers[0].state, "some threads wait for others that have ended");
-      if (fibers[0].state == kDone) return;
+      if (fibers[0].state == kDone) {
+        for (const Fiber& fiber : fibers)
+          require(fiber.copies.empty(), "a block ends with a copy under way");
+        return;
+      }
       any = false;
       for (Fiber& fiber : fibers) {
         any = any || fiber.vote;

@@ -24,18 +24,19 @@ __global__ void __launch_bounds__(kBandThreads)
   if (i < count) ghost_word<T, K, TURNED>(i, parts, add, words);
 }
 
-template <class T, int K, bool TURNED>
+// The sizes are __grid_constant__: a reference to them would else cost every thread a copy.
+template <class T, int K, bool TURNED, class S>
 __global__ void __launch_bounds__(kBandThreads, 2)
-    product_kernel(Problem p, Tile t, const T* source, const T* h, const uint32_t* words, int parts,
-                   const float* add, T* result) {
+    product_kernel(const __grid_constant__ Problem p, const __grid_constant__ S t, const T* source,
+                   const T* h, const uint32_t* words, int parts, const float* add, T* result) {
   banded_product<T, K, TURNED>(p, t, blockIdx.x, shared_memory(), source, h, words, parts, add,
                                result);
 }
 
-template <class T, int K>
+template <class T, int K, class S>
 __global__ void __launch_bounds__(kBandThreads, 2)
-    gradient_kernel(Problem p, Tile t, int64_t step, const T* grad, const T* v, T* grad_h,
-                    float* sums) {
+    gradient_kernel(const __grid_constant__ Problem p, const __grid_constant__ S t, int64_t step,
+                    const T* grad, const T* v, T* grad_h, float* sums) {
   banded_gradient<T, K>(p, t, blockIdx.x, step, shared_memory(), grad, v, grad_h, sums);
 }
 
@@ -73,14 +74,14 @@ int vector_for(const Problem& p, std::initializer_list<const Tensor*> tensors) {
 Tile product_tile(const Problem& p, int vector, bool ghost) {
   const Device device = current_device();
   const int k = static_cast<int>(p.kernel_size);
-  return choose_tile(p, vector, 4, device.budget, device.limit,
+  return choose_tile(p, vector, kProductPadding, device.budget, device.limit,
                      [&](const Tile& t) { return product_bytes(t, k, ghost); });
 }
 
 Tile gradient_tile(const Problem& p, int vector) {
   const Device device = current_device();
   const int k = static_cast<int>(p.kernel_size);
-  return choose_tile(p, vector, 0, device.budget, device.limit,
+  return choose_tile(p, vector, kGradientPadding, device.budget, device.limit,
                      [&](const Tile& t) { return gradient_bytes(t, k); });
 }
 
@@ -132,12 +133,15 @@ void product(const Problem& p, const Tensor& source, const Tensor& h, const Tens
               count, parts, data<float>(add), data<uint32_t>(words));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
-    const auto kernel = product_kernel<T, k, TURNED>;
-    allow_shared(kernel, bytes);
-    kernel<<<static_cast<unsigned>(p.B * p.G * t.across * t.down), kBandThreads, bytes, stream>>>(
-        p, t, data<T>(source), data<T>(h), data<uint32_t>(words), parts, data<float>(add),
-        data<T>(result));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const auto blocks = static_cast<unsigned>(p.B * p.G * t.across * t.down);
+    with_tile<k, kProductPadding>(t, [&](const auto& tile) {
+      const auto kernel = product_kernel<T, k, TURNED, std::decay_t<decltype(tile)>>;
+      allow_shared(kernel, bytes);
+      kernel<<<blocks, kBandThreads, bytes, stream>>>(p, tile, data<T>(source), data<T>(h),
+                                                      data<uint32_t>(words), parts,
+                                                      data<float>(add), data<T>(result));
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
   });
 }
 
@@ -178,11 +182,15 @@ Tensor banded_backward(const Problem& p, const Tensor& grad, const Tensor& v, co
   const auto stream = c10::cuda::getCurrentCUDAStream();
   with_type_and_size(p, v, [&](auto type, auto size) {
     using T = decltype(type);
-    const auto kernel = gradient_kernel<T, size.value>;
-    allow_shared(kernel, bytes);
-    kernel<<<static_cast<unsigned>(step * p.G * tiles), kBandThreads, bytes, stream>>>(
-        p, t, step, data<T>(grad), data<T>(v), data<T>(grad_h), data<float>(sums));
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    constexpr int kernel_size = size.value;
+    const auto blocks = static_cast<unsigned>(step * p.G * tiles);
+    with_tile<kernel_size, kGradientPadding>(t, [&](const auto& tile) {
+      const auto kernel = gradient_kernel<T, kernel_size, std::decay_t<decltype(tile)>>;
+      allow_shared(kernel, bytes);
+      kernel<<<blocks, kBandThreads, bytes, stream>>>(p, tile, step, data<T>(grad), data<T>(v),
+                                                      data<T>(grad_h), data<float>(sums));
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    });
   });
   return sums;
 }

@@ -43,6 +43,7 @@ constexpr int kBandThreads = 256;
 constexpr int kSegment = 8;  // pixels
 constexpr int kLeft = 4;     // columns before a segment that its products read
 
+// A block's tile, with sizes that are chosen when the op runs.
 struct Tile {
   int depth;     // channels of a head
   int segments;  // side by side: 1, 2, 4 or 8
@@ -55,26 +56,73 @@ struct Tile {
 
   ELSA_BOTH int width() const { return segments * kSegment; }
   ELSA_BOTH int height() const { return strips * rows; }
+  // line / depth by a product, exact for fewer than 2^14 lines.
+  ELSA_BOTH int row_of(int line) const {
+    const unsigned inverse = ((1u << 20) + depth - 1) / depth;
+    return static_cast<int>(line * inverse >> 20);
+  }
 };
+
+// The same with sizes that the compiler knows: for the tiles of ELSA-Swin's stages.
+template <int DEPTH, int SEGMENTS, int ROWS, int PADDING, int VECTOR>
+struct FixedTile {
+  static constexpr int depth = DEPTH, segments = SEGMENTS, strips = 8 / SEGMENTS, rows = ROWS;
+  static constexpr int pitch = SEGMENTS * kSegment + 2 * kLeft;
+  static constexpr int row_pitch = DEPTH * pitch + PADDING, vector = VECTOR;
+  int across, down;
+
+  ELSA_BOTH static constexpr int width() { return segments * kSegment; }
+  ELSA_BOTH static constexpr int height() { return strips * rows; }
+  ELSA_BOTH static constexpr int row_of(int line) { return line / DEPTH; }
+  // Whether it is `t`.
+  static bool is(const Tile& t) {
+    return t.depth == depth && t.segments == segments && t.rows == rows && t.pitch == pitch &&
+           t.row_pitch == row_pitch && t.vector == vector;
+  }
+};
+
+// Calls f with the tile, as a FixedTile where it is one of those of ELSA-Swin at 224 px (on a GPU
+// with 228 KB of shared memory: stages 1, 2 and 3).
+template <int K, int PADDING, class F>
+void with_tile(const Tile& t, const F& f) {
+  if constexpr (K == 7) {
+    using First = FixedTile<32, 8, 8, PADDING, 4>;
+    using Second = FixedTile<32, 4, 8, PADDING, 4>;
+    using Third = FixedTile<32, 2, 4, PADDING, 2>;
+    if (First::is(t)) return f(First{t.across, t.down});
+    if (Second::is(t)) return f(Second{t.across, t.down});
+    if (Third::is(t)) return f(Third{t.across, t.down});
+  }
+  f(t);
+}
+
+constexpr int kProductPadding = 4;   // elements of a row of all channels in shared memory
+constexpr int kGradientPadding = 0;
 
 constexpr int kSumPitch = 2 * 8 * kSegment + 8;  // floats of a channel's sums for a pair of rows
 
 // Shared memory of a block, in order: v, h twice for a pair of rows, the ghost head's sums.
-ELSA_BOTH int64_t value_bytes(const Tile& t, int k) {
+template <class S>
+ELSA_BOTH int64_t value_bytes(const S& t, int k) {
   return 2 * int64_t{t.height() + k - 1} * t.row_pitch;
 }
-ELSA_BOTH int64_t weight_bytes(const Tile& t, int k) {
+template <class S>
+ELSA_BOTH int64_t weight_bytes(const S& t, int k) {
   return int64_t{4} * t.strips * k * k * t.pitch;
 }
-ELSA_BOTH int64_t product_bytes(const Tile& t, int k, bool ghost) {
+template <class S>
+ELSA_BOTH int64_t product_bytes(const S& t, int k, bool ghost) {
   const int64_t sums = ghost ? int64_t{4} * t.depth * kSumPitch : 0;
   return value_bytes(t, k) + 2 * weight_bytes(t, k) + sums;
 }
 
 // The same for the gradients of weights: v, grad, the gradient of h for a pair of rows.
-ELSA_BOTH int64_t upstream_bytes(const Tile& t) { return int64_t{2} * t.height() * t.row_pitch; }
-ELSA_BOTH int band_pitch(const Tile& t) { return t.width() + 4; }
-ELSA_BOTH int64_t gradient_bytes(const Tile& t, int k) {
+template <class S>
+ELSA_BOTH int64_t upstream_bytes(const S& t) { return int64_t{2} * t.height() * t.row_pitch; }
+template <class S>
+ELSA_BOTH int band_pitch(const S& t) { return t.width() + 4; }
+template <class S>
+ELSA_BOTH int64_t gradient_bytes(const S& t, int k) {
   return value_bytes(t, k) + upstream_bytes(t) + int64_t{4} * t.strips * k * k * band_pitch(t);
 }
 
@@ -124,14 +172,18 @@ struct Corner {
   int y, x;
 };
 
-ELSA_DEVICE Corner corner(const Problem& p, const Tile& t, int64_t block) {
+template <class S>
+ELSA_DEVICE Corner corner(const Problem& p, const S& t, int64_t block) {
+  // In 32 bits, as banded_fits allows: a division of 64 takes several times as long.
+  unsigned rest = static_cast<unsigned>(block);
+  const unsigned across = t.across, down = t.down, heads = static_cast<unsigned>(p.G);
   Corner at;
-  at.x = static_cast<int>(block % t.across) * t.width();
-  block /= t.across;
-  at.y = static_cast<int>(block % t.down) * t.height();
-  block /= t.down;
-  at.g = block % p.G;
-  at.b = block / p.G;
+  at.x = static_cast<int>(rest % across) * t.width();
+  rest /= across;
+  at.y = static_cast<int>(rest % down) * t.height();
+  rest /= down;
+  at.g = rest % heads;
+  at.b = rest / heads;
   return at;
 }
 
@@ -217,14 +269,12 @@ ELSA_DEVICE void copy_elements(uint16_t* to, const uint16_t* from, bool inside) 
 
 // Starts the copy of `rows` rows of all channels of a head, from row y and column x on, `vectors`
 // vectors a row, with zeros outside the image.
-template <int N>
-ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* head, int rows, int y,
+template <int N, class S>
+ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head, int rows, int y,
                              int x, int width, uint16_t* shared) {
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
-  // line / depth by a product, exact for fewer than 2^14 lines.
-  const unsigned inverse = ((1u << 20) + t.depth - 1) / t.depth;
   for_each_vector(rows * t.depth, width / N, [&](int line, int vector) {
-    const int row = static_cast<int>(line * inverse >> 20), c = line - row * t.depth;
+    const int row = t.row_of(line), c = line - row * t.depth;
     const int from_y = y + row, from_x = x + vector * N;
     const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
     copy_elements<N>(shared + row * t.row_pitch + c * t.pitch + vector * N,
@@ -232,7 +282,8 @@ ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* he
   });
 }
 
-ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* head, int rows, int y,
+template <class S>
+ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head, int rows, int y,
                              int x, int width, uint16_t* shared) {
   if (t.vector == 4) return copy_values<4>(p, t, head, rows, y, x, width, shared);
   if (t.vector == 2) return copy_values<2>(p, t, head, rows, y, x, width, shared);
@@ -241,8 +292,8 @@ ELSA_DEVICE void copy_values(const Problem& p, const Tile& t, const uint16_t* he
 
 // Starts the copy of the weights of rows y + r, y + r + 1 of every strip: (strips, 2, k*k, pitch).
 // For the gradient of v, TURNED, those of the outputs that read these rows, taps in reverse.
-template <int K, bool TURNED, int N>
-ELSA_DEVICE void copy_weights(const Problem& p, const Tile& t, const uint16_t* head, int y, int x,
+template <int K, bool TURNED, int N, class S>
+ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head, int y, int x,
                               uint16_t* shared) {
   constexpr int taps = K * K;
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
@@ -259,8 +310,8 @@ ELSA_DEVICE void copy_weights(const Problem& p, const Tile& t, const uint16_t* h
   });
 }
 
-template <int K, bool TURNED>
-ELSA_DEVICE void copy_weights(const Problem& p, const Tile& t, const uint16_t* head, int y, int x,
+template <int K, bool TURNED, class S>
+ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head, int y, int x,
                               uint16_t* shared) {
   if (t.vector == 4) return copy_weights<K, TURNED, 4>(p, t, head, y, x, shared);
   if (t.vector == 2) return copy_weights<K, TURNED, 2>(p, t, head, y, x, shared);
@@ -282,8 +333,8 @@ ELSA_DEVICE bool block_not_finite(const uint32_t* values, int count, const uint3
 }
 
 // The tile by the functions of kernels.h.
-template <class T, bool TURNED>
-ELSA_SLOW void plain_tile(const Problem& p, const Tile& t, const Corner& at, const T* source,
+template <class T, bool TURNED, class S>
+ELSA_SLOW void plain_tile(const Problem& p, const S& t, const Corner& at, const T* source,
                           const T* h, const float* add, T* result) {
   const int pixels = t.height() * t.width();
   for (int i = thread_index(); i < t.depth / kChannels * pixels; i += kBandThreads) {
@@ -308,8 +359,8 @@ ELSA_SLOW void plain_tile(const Problem& p, const Tile& t, const Corner& at, con
 
 // The ghost head's part of a pair of rows of every strip for one channel, into `sums` (2, 8, 8).
 // `values`: v from the pair's first input row and the channel's first column on.
-template <class T, int K>
-ELSA_DEVICE void ghost_product(const Tile& t, const BandLane<K>& band, const uint16_t* values,
+template <class T, int K, class S>
+ELSA_DEVICE void ghost_product(const S& t, const BandLane<K>& band, const uint16_t* values,
                                const uint32_t* words, int parts, float* sums) {
   constexpr int turn = kTurn<K>;
   const int lane = thread_index() % 32, slot = lane / 4;
@@ -344,8 +395,8 @@ ELSA_DEVICE void ghost_product(const Tile& t, const BandLane<K>& band, const uin
 // The attention's part of a pair of rows for the warp's segment and BLOCKS times 16 channels, added
 // to acc[block][row]. `values`: v from the first channel and input row and the segment's first
 // column on; `weights`: those of the first row, from the segment's first column on.
-template <class T, int K, bool TURNED, int BLOCKS>
-ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const uint16_t* values,
+template <class T, int K, bool TURNED, int BLOCKS, class S>
+ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const uint16_t* values,
                                    const uint16_t* weights, float (&acc)[BLOCKS][2][4]) {
   const int lane = thread_index() % 32, n = lane / 4, quad = lane % 4;
   const uint16_t* from = values + n * t.pitch + 2 * quad;
@@ -390,8 +441,8 @@ ELSA_DEVICE void attention_product(const Tile& t, const BandLane<K>& band, const
 // or as many as the head has. `sums`: the ghost head's part or null; `result`: from the head's
 // channel 0, the pair's first row and this lane's first pixel on, `columns` (`below`) pixels (rows)
 // before the edge of the image.
-template <class T, int K, bool TURNED, int BLOCKS>
-ELSA_DEVICE void segment_product(const Problem& p, const Tile& t, const BandLane<K>& band, int c,
+template <class T, int K, bool TURNED, int BLOCKS, class S>
+ELSA_DEVICE void segment_product(const Problem& p, const S& t, const BandLane<K>& band, int c,
                                  const uint16_t* values, const uint16_t* weights,
                                  const float* sums, T* result, int columns, int below) {
   const int lane = thread_index() % 32;
@@ -424,8 +475,8 @@ ELSA_DEVICE void segment_product(const Problem& p, const Tile& t, const BandLane
 
 // `forward`, or with TURNED `grad_v`, of the block's tile. `words`: of ghost_word, in `parts`
 // parts, or null; then `add` is null too.
-template <class T, int K, bool TURNED>
-ELSA_DEVICE void banded_product(const Problem& p, const Tile& t, int64_t block,
+template <class T, int K, bool TURNED, class S>
+ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
                                 unsigned char* shared, const T* source, const T* h,
                                 const uint32_t* words, int parts, const float* add, T* result) {
   const Corner at = corner(p, t, block);
@@ -462,10 +513,10 @@ ELSA_DEVICE void banded_product(const Problem& p, const Tile& t, int64_t block,
       wait_copies();
       block_sync();
     }
-    if (r + 2 < t.rows) {
+    // A copy that no one waits for must not begin: it could end after the block.
+    if (r + 2 < t.rows && at.y + r + 2 < H)
       copy_weights<K, TURNED>(p, t, h_head, at.y + r + 2, at.x,
                               weights + (r / 2 + 1) % 2 * (weight_bytes(t, K) / 2));
-        }
     if (words) {
       for (int c = warp; c < t.depth; c += 8)
         ghost_product<T, K>(t, band, values + r * t.row_pitch + c * t.pitch,
@@ -490,8 +541,8 @@ ELSA_DEVICE void banded_product(const Problem& p, const Tile& t, int64_t block,
 // from the segment's first column on. `values`, `upstream`: from the first channel, the first input
 // (output) row and the segment's first column on; `spare`: where a lane may write what no one
 // reads, from band_rows on. BLOCKS times 16 channels, or 8 less.
-template <class T, int K, int BLOCKS>
-ELSA_DEVICE void weight_gradient(const Tile& t, const uint16_t* values, const uint16_t* upstream,
+template <class T, int K, int BLOCKS, class S>
+ELSA_DEVICE void weight_gradient(const S& t, const uint16_t* values, const uint16_t* upstream,
                                  uint16_t* band_rows, int spare) {
   const int lane = thread_index() % 32;
   // Of a last block of 8 channels the other 8 are read again, as zeros.
@@ -563,8 +614,8 @@ ELSA_DEVICE void weight_gradient(const Tile& t, const uint16_t* values, const ui
 
 // The ghost gradient of one channel over the tile: the sum for tap (dy, m) into `result` by the
 // lanes 4 m. `values`, `upstream`: from the channel's first column and the first row on.
-template <class T, int K>
-ELSA_DEVICE void ghost_gradient(const Tile& t, const uint16_t* values, const uint16_t* upstream,
+template <class T, int K, class S>
+ELSA_DEVICE void ghost_gradient(const S& t, const uint16_t* values, const uint16_t* upstream,
                                 bool first, float* result) {
   const int lane = thread_index() % 32, slot = lane % 8;
   const int64_t place = int64_t{slot / t.segments * t.rows} * t.row_pitch + slot % t.segments * 8;
@@ -614,8 +665,8 @@ ELSA_DEVICE void ghost_gradient(const Tile& t, const uint16_t* values, const uin
 // The gradients of h (where `grad_h`) and of ghost_add (where `sums`) of the block's tile in the
 // images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its
 // head's share of them.
-template <class T, int K>
-ELSA_DEVICE void banded_gradient(const Problem& p, const Tile& t, int64_t block, int64_t step,
+template <class T, int K, class S>
+ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, int64_t step,
                                  unsigned char* shared, const T* grad, const T* v, T* grad_h,
                                  float* sums) {
   Corner at = corner(p, t, block);
