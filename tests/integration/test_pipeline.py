@@ -42,6 +42,7 @@ def weights(workspace: Workspace, stage: str = "pretrain") -> dict:
     return json.loads((workspace.root / f"weights/{stage}/model.json").read_text())
 
 
+@pytest.mark.timeout(1800)
 def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
     with workspace.start("dvc", "repro") as process, workspace.watch_sockets(process):
         output, _ = process.communicate(timeout=1200)
