@@ -897,9 +897,13 @@ void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename Ac
 namespace ELSA_ISA {
 #define ELSA_KERNELS(T) \
   {forward_scratch<T>, forward<T>, grad_v_scratch<T>, grad_v<T>, grad_h_scratch<T>, grad_h<T>}
-extern const Kernels<float> f32 = ELSA_KERNELS(float);
-extern const Kernels<double> f64 = ELSA_KERNELS(double);
+// Halves are in a file of their own (kernels_*_halves.cpp): two cores then compile side by side.
+#ifdef ELSA_HALVES
 extern const Kernels<BFloat16> bf16 = ELSA_KERNELS(BFloat16);
 extern const Kernels<Float16> f16 = ELSA_KERNELS(Float16);
+#else
+extern const Kernels<float> f32 = ELSA_KERNELS(float);
+extern const Kernels<double> f64 = ELSA_KERNELS(double);
+#endif
 }  // namespace ELSA_ISA
 }  // namespace elsa

@@ -1,0 +1,2 @@
+#define ELSA_HALVES
+#include "kernels_avx2.cpp"
