@@ -252,8 +252,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:  # after each case, so that a time limit loses what is left and no more
             args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
     print(f"{found.count} cases on {args.device}, {told} tensors off")
-    for key, error in sorted(found.worst.items()):
-        print(f"  {key}: {error:.2g}")
+    for key, largest in sorted(found.worst.items()):
+        print(f"  {key}: {largest:.2g}")
     return 1 if told else 0
 
 

@@ -26,9 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     if cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     ops.set_backend("compiled")
-    model = timm.create_model(args.model or ("elsa_swin_tiny" if cuda else "elsa_swin_micro"))
-    model.to(args.device).train()
-    side = model.default_cfg["input_size"][-1]
+    name = args.model or ("elsa_swin_tiny" if cuda else "elsa_swin_micro")
+    model = timm.create_model(name).to(args.device).train()
+    config = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    assert config
+    side = config.input_size[-1]
     batch = args.batch or (128 if cuda else 2)
     images = torch.randn(batch, 3, side, side, device=args.device)
     labels = torch.zeros(batch, dtype=torch.long, device=args.device)
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     with profile(activities=[activity]) as found:
         step()
     order = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    print(f"{args.model or model.default_cfg['architecture']}, {side} px, batch {batch}, bfloat16")
+    print(f"{name}, {side} px, batch {batch}, bfloat16")
     averages = found.key_averages()
     print(averages.table(sort_by=order, row_limit=args.rows, max_name_column_width=80))
     return 0

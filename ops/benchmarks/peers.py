@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,10 @@ def natten(shape: Shape, dtype: torch.dtype) -> Peer:
     Raises:
         ImportError: NATTEN is not installed, or has dropped the kernel (0.20).
     """
-    from natten.functional import na2d_av  # type: ignore[import-not-found]
-
+    try:
+        na2d_av = importlib.import_module("natten.functional").na2d_av
+    except AttributeError as error:
+        raise ImportError("this NATTEN has no na2d_av") from error
     batch, channels, heads, height, width, k = shape
     size = (batch, heads, height, width)
     weights = torch.randn(*size, k * k, device="cuda").softmax(-1).to(dtype)

@@ -210,7 +210,7 @@ def test_a_job_can_be_listed_and_stopped(cluster: RayCluster) -> None:
     ("arguments", "env", "message"),
     [
         (("--logs", "raysubmit_0"), {}, "no job raysubmit_0 on this cluster"),
-        (("--list",), {"RAY_AUTH_TOKEN": "0" * 64}, "refuses this token"),
+        (("--list",), {"RAY_AUTH_TOKEN": "0" * 64}, "rejects this token"),
         (("--list", "--address", "http://127.0.0.1:1"), {}, "no Ray dashboard to submit to"),
     ],
 )

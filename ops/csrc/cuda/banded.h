@@ -17,10 +17,9 @@
 // ghost head, every eighth channel.
 //
 // A zero of the band does not silence a NaN or an infinity of v, which would spoil the 8 pixels of
-// a segment instead of those whose window covers it. So a block that finds one in its tile (or a
-// ghost weight too large for a half) computes the tile with kernels.h. A product with NaN or
-// infinity in h stays with its own pixel; v is zero outside the image, so it gives NaN there. Where
-// v has a NaN or an infinity, the ghost gradient's k * k sums of that channel may all be NaN.
+// a segment instead of those whose window covers it. So a block one of whose sums is not finite (a
+// ghost weight may also be too large for a half) computes its tile again with kernels.h. Where v
+// has a NaN or an infinity, the ghost gradient's k * k sums of that channel may all be NaN.
 //
 // Written for one thread, apart from what warp.h offers (warp_on_host.h in the tests). No atomics,
 // and every sum has a fixed order.
@@ -56,11 +55,6 @@ struct Tile {
 
   ELSA_BOTH int width() const { return segments * kSegment; }
   ELSA_BOTH int height() const { return strips * rows; }
-  // line / depth by a product, exact for fewer than 2^14 lines.
-  ELSA_BOTH int row_of(int line) const {
-    const unsigned inverse = ((1u << 20) + depth - 1) / depth;
-    return static_cast<int>(line * inverse >> 20);
-  }
 };
 
 // The same with sizes that the compiler knows: for the tiles of ELSA-Swin's stages.
@@ -73,7 +67,6 @@ struct FixedTile {
 
   ELSA_BOTH static constexpr int width() { return segments * kSegment; }
   ELSA_BOTH static constexpr int height() { return strips * rows; }
-  ELSA_BOTH static constexpr int row_of(int line) { return line / DEPTH; }
   // Whether it is `t`.
   static bool is(const Tile& t) {
     return t.depth == depth && t.segments == segments && t.rows == rows && t.pitch == pitch &&
@@ -273,12 +266,16 @@ template <int N, class S>
 ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head, int rows, int y,
                              int x, int width, uint16_t* shared) {
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
-  for_each_vector(rows * t.depth, width / N, [&](int line, int vector) {
-    const int row = t.row_of(line), c = line - row * t.depth;
-    const int from_y = y + row, from_x = x + vector * N;
-    const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
-    copy_elements<N>(shared + row * t.row_pitch + c * t.pitch + vector * N,
-                     head + (inside ? (c * H + from_y) * W + from_x : 0), inside);
+  // A thread has the same channels and columns of every row, so that a row costs two additions.
+  for_each_vector(t.depth, width / N, [&](int c, int vector) {
+    const int from_x = x + vector * N;
+    const bool inside = from_x >= 0 && from_x < W;
+    uint16_t* to = shared + c * t.pitch + vector * N;
+    int from = (c * H + y) * W + from_x;
+    for (int row = 0; row < rows; ++row, from += W, to += t.row_pitch) {
+      const bool valid = inside && static_cast<unsigned>(y + row) < static_cast<unsigned>(H);
+      copy_elements<N>(to, head + (valid ? from : 0), valid);
+    }
   });
 }
 
@@ -298,15 +295,17 @@ ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head
   constexpr int taps = K * K;
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
   const int from = TURNED ? 0 : kLeft, width = TURNED ? t.pitch : t.width();
-  for_each_vector(2 * t.strips * taps, width / N, [&](int line, int vector) {
-    const int row = line / taps, tap = line % taps;
-    const int at = from + vector * N;
-    const int from_x = x - kLeft + at;
-    const int from_y = y + row / 2 * t.rows + row % 2 + (TURNED ? tap / K - K / 2 : 0);
-    const int from_tap = TURNED ? taps - 1 - tap : tap;
-    const bool inside = from_y >= 0 && from_y < H && from_x >= 0 && from_x < W;
-    copy_elements<N>(shared + line * t.pitch + at,
-                     head + (inside ? (from_tap * H + from_y) * W + from_x : 0), inside);
+  for_each_vector(taps, width / N, [&](int tap, int vector) {
+    const int at = from + vector * N, from_x = x - kLeft + at;
+    const int first_y = y + (TURNED ? tap / K - K / 2 : 0);
+    const int plane = (TURNED ? taps - 1 - tap : tap) * H;
+    const bool inside = from_x >= 0 && from_x < W;
+    uint16_t* to = shared + tap * t.pitch + at;
+    for (int row = 0; row < 2 * t.strips; ++row, to += taps * t.pitch) {
+      const int from_y = first_y + row / 2 * t.rows + row % 2;
+      const bool valid = inside && static_cast<unsigned>(from_y) < static_cast<unsigned>(H);
+      copy_elements<N>(to, head + (valid ? (plane + from_y) * W + from_x : 0), valid);
+    }
   });
 }
 
@@ -316,20 +315,6 @@ ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head
   if (t.vector == 4) return copy_weights<K, TURNED, 4>(p, t, head, y, x, shared);
   if (t.vector == 2) return copy_weights<K, TURNED, 2>(p, t, head, y, x, shared);
   copy_weights<K, TURNED, 1>(p, t, head, y, x, shared);
-}
-
-// Whether one of the block's words has an element with all bits of the exponent set.
-template <class T>
-ELSA_DEVICE bool block_not_finite(const uint32_t* values, int count, const uint32_t* ghost,
-                                  int ghost_count) {
-  constexpr uint32_t exponent = std::is_same_v<T, c10::BFloat16> ? 0x7f807f80u : 0x7c007c00u;
-  constexpr uint32_t last = std::is_same_v<T, c10::BFloat16> ? 0x00800080u : 0x04000400u;
-  uint32_t found = 0;
-  for (int i = thread_index(); i < count; i += kBandThreads)
-    found |= (values[i] & exponent) + last;
-  for (int i = thread_index(); i < ghost_count; i += kBandThreads)
-    found |= (read_only(ghost + i) & exponent) + last;
-  return block_any((found & 0x80008000u) != 0);
 }
 
 // The tile by the functions of kernels.h.
@@ -440,11 +425,11 @@ ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const ui
 // Both parts of a pair of rows for the warp's segment and the channels c, ..., BLOCKS * 16 of them
 // or as many as the head has. `sums`: the ghost head's part or null; `result`: from the head's
 // channel 0, the pair's first row and this lane's first pixel on, `columns` (`below`) pixels (rows)
-// before the edge of the image.
+// before the edge of the image. Returns 0, or NaN where a sum is not finite.
 template <class T, int K, bool TURNED, int BLOCKS, class S>
-ELSA_DEVICE void segment_product(const Problem& p, const S& t, const BandLane<K>& band, int c,
-                                 const uint16_t* values, const uint16_t* weights,
-                                 const float* sums, T* result, int columns, int below) {
+ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K>& band, int c,
+                                  const uint16_t* values, const uint16_t* weights,
+                                  const float* sums, T* result, int columns, int below) {
   const int lane = thread_index() % 32;
   float acc[BLOCKS][2][4] = {};
   if (sums) {
@@ -458,12 +443,15 @@ ELSA_DEVICE void segment_product(const Problem& p, const S& t, const BandLane<K>
     }
   }
   attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
+  float spoiled = 0;
 #pragma unroll
   for (int i = 0; i < BLOCKS * 4; ++i) {
     const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
     if (channel >= t.depth || row >= below) continue;
     T* to = result + channel * p.H * p.W + row * p.W;
     const float* value = acc[i / 4][row] + i % 2 * 2;
+    spoiled += value[0] * 0.0f;
+    spoiled += value[1] * 0.0f;
     if (t.vector > 1) {
       if (columns > 0) *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
     } else {
@@ -471,6 +459,7 @@ ELSA_DEVICE void segment_product(const Problem& p, const S& t, const BandLane<K>
       if (columns > 1) to[1] = T(value[1]);
     }
   }
+  return spoiled;
 }
 
 // `forward`, or with TURNED `grad_v`, of the block's tile. `words`: of ghost_word, in `parts`
@@ -500,10 +489,8 @@ ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
   copy_weights<K, TURNED>(p, t, h_head, at.y, at.x, weights);
   wait_copies();
   block_sync();
-  if (block_not_finite<T>(reinterpret_cast<const uint32_t*>(values), rows * t.row_pitch / 2, words,
-                          words ? t.depth * words_per_channel : 0))
-    return plain_tile<T, TURNED>(p, t, at, source, h, add, result);
 
+  float spoiled = 0;  // NaN where one of this lane's sums is not finite
   const BandLane<K> band(lane);
   const int strip = warp / t.segments * t.rows, column = warp % t.segments * kSegment;
   const int x = at.x + column + 2 * (lane % 4);
@@ -530,11 +517,14 @@ ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
     T* to = result + head * t.depth * area + int64_t{y} * W + x;
     for (int c = 0; c < t.depth; c += 32) {
       if (t.depth - c > 16)
-        segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+        spoiled +=
+            segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, W - x, H - y);
       else
-        segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+        spoiled +=
+            segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, W - x, H - y);
     }
   }
+  if (block_any(spoiled != 0)) plain_tile<T, TURNED>(p, t, at, source, h, add, result);
 }
 
 // The gradient of h of a pair of rows for the warp's segment, into `band_rows` (2, k*k, pitch),
@@ -716,18 +706,21 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, in
         }
         block_sync();
         const int vector = t.vector;
-        for_each_vector(2 * t.strips * K * K, t.width() / vector, [&](int line, int i) {
-          const int row = line / (K * K), tap = line % (K * K);
-          const int y = at.y + row / 2 * t.rows + r + row % 2, x = at.x + i * vector;
-          if (y >= H || x >= W) return;
-          uint16_t* target = to + (tap * H + y) * W + x;
-          const uint16_t* from = bands + line * pitch + i * vector;
-          if (vector == 4)
-            *reinterpret_cast<uint64_t*>(target) = *reinterpret_cast<const uint64_t*>(from);
-          else if (vector == 2)
-            *reinterpret_cast<uint32_t*>(target) = *reinterpret_cast<const uint32_t*>(from);
-          else
-            *target = *from;
+        for_each_vector(K * K, t.width() / vector, [&](int tap, int i) {
+          const int x = at.x + i * vector;
+          if (x >= W) return;
+          const uint16_t* from = bands + tap * pitch + i * vector;
+          for (int row = 0; row < 2 * t.strips; ++row, from += K * K * pitch) {
+            const int y = at.y + row / 2 * t.rows + r + row % 2;
+            if (y >= H) continue;
+            uint16_t* target = to + (tap * H + y) * W + x;
+            if (vector == 4)
+              *reinterpret_cast<uint64_t*>(target) = *reinterpret_cast<const uint64_t*>(from);
+            else if (vector == 2)
+              *reinterpret_cast<uint32_t*>(target) = *reinterpret_cast<const uint32_t*>(from);
+            else
+              *target = *from;
+          }
         });
         block_sync();
       }
