@@ -79,8 +79,12 @@ def test_altered_library_or_broken_record_is_refused(copied):
 
 def test_changed_source_makes_the_library_stale(compiled_library, tmp_path, monkeypatch):
     shutil.copytree(library.SOURCE_DIR, tmp_path / "csrc")
-    (tmp_path / "csrc" / "ops.cpp").open("a").write("// changed\n")
     monkeypatch.setattr(library, "SOURCE_DIR", tmp_path / "csrc")
+    with (tmp_path / "csrc" / "ops.cpp").open("a") as source:
+        source.write("// a comment\n")
+    assert ops.load_library(compiled_library)
+    with (tmp_path / "csrc" / "ops.cpp").open("a") as source:
+        source.write("int changed;\n")
     with pytest.raises(ops.StaleLibraryError, match="source_sha256"):
         ops.load_library(compiled_library)
 
