@@ -167,7 +167,7 @@ def test_configs_build_with_the_parameters(stage, data, tmp_path):
 def test_a_method_without_a_config_is_refused(data, tmp_path):
     with pytest.raises(PipelineError, match="no config cascade-mask-rcnn_elsa-swin_fpn_demo"):
         build_config(make_job("detect", data, method="cascade-mask-rcnn"), tmp_path, 1)
-    with pytest.raises(PipelineError, match=r"detect.milestones=\[1\]: the schedule demo"):
+    with pytest.raises(PipelineError, match=r"detect.milestones=\[1\]: schedule demo has no steps"):
         build_config(make_job("detect", data, milestones=(1,)), tmp_path, 1)
 
 
