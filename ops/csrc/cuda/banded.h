@@ -443,12 +443,13 @@ ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K
     }
   }
   attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
+  const int W = static_cast<int>(p.W), area = static_cast<int>(p.H) * W;  // has_banded: 31 bits
   float spoiled = 0;
 #pragma unroll
   for (int i = 0; i < BLOCKS * 4; ++i) {
     const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
     if (channel >= t.depth || row >= below) continue;
-    T* to = result + channel * p.H * p.W + row * p.W;
+    T* to = result + (channel * area + row * W);
     const float* value = acc[i / 4][row] + i % 2 * 2;
     spoiled += value[0] * 0.0f;
     spoiled += value[1] * 0.0f;
