@@ -143,10 +143,14 @@ def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
 
 
 def _upstream(upstream: dict[str, Any]) -> str:
+    """Which weights a stage started from: those of a run, with its scores, or a file given."""
+    run = upstream["mlflow_run_id"]
+    if not run:
+        return f"{upstream['sha256'][:12]}, a file that was given"
     scores = ", ".join(
         f"{k} {v:.2f}" for k, v in upstream["metrics"].items() if isinstance(v, float)
     )
-    return f"{upstream['sha256'][:12]} of run {upstream['mlflow_run_id'][:12]} ({scores})"
+    return f"{upstream['sha256'][:12]} of run {run[:12]} ({scores})"
 
 
 def _ablation() -> dict[str, Any] | None:
