@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,8 +122,12 @@ def train(params: Params, dataset: Dataset, device: torch.device, leave_in: int 
         for leave in ([leave_in] if leave_in >= 0 else []) + [-1]:
             recorder = Recorder(Path(scratch), leave)
             classifier = Classifier(job, device, recorder)
+            if torch.are_deterministic_algorithms_enabled():
+                torch.backends.cudnn.benchmark = False  # it may choose another kernel each time
             classifier.fit()
             epochs += recorder.epochs
+            if leave >= 0 and len(recorder.epochs) != leave:
+                raise PipelineError(f"the run was to be left in epoch {leave + 1} and was not")
         weights = {k: v.detach().cpu().clone() for k, v in classifier.model.state_dict().items()}
     return Finished(weights, epochs)
 
@@ -159,38 +163,54 @@ def changes(device: torch.device, workers: int) -> tuple[dict[str, Any], dict[st
     return demo, large
 
 
-def measure(device: torch.device, workers: int, note: Any) -> None:
-    """Run everything; `note(name, value)` hears of each figure as soon as it is known."""
+def measure(device: torch.device, workers: int, note: Callable[[str, Any], None]) -> bool:
+    """Run everything; `note(name, value)` hears of each figure as soon as it is known.
+
+    Returns:
+        whether all of it ran: what fails is noted with its error, and the rest goes on.
+    """
     base = load_params(ROOT / "params.yaml")
     demo, large = changes(device, workers)
-    with tempfile.TemporaryDirectory() as folder:
-        scratch = Path(folder)
-        print("one epoch of the demo's classification", flush=True)
+    whole = True
+
+    def attempt(name: str, figure: Callable[[], Any]) -> None:
+        nonlocal whole
+        try:
+            note(name, figure())
+        except (PipelineError, RuntimeError) as error:
+            whole = False
+            note(name, f"failed: {error}")
+
+    def demo_epoch() -> dict[str, float]:
         params = override(base, demo, "the demo's epoch")
         found = train(params, prepared_or_random(params, scratch), device)
-        top1 = {k: v for k, v in found.epochs[-1].items() if k.endswith("top1")}
-        note("demo, one epoch", found.last() | top1)
+        return found.last() | {k: v for k, v in found.epochs[-1].items() if k.endswith("top1")}
 
+    def repeated(leave_in: int = -1) -> float:
+        """Of two trainings, the second as a whole or left and resumed, the largest difference."""
+        first = train(params, data, device)
+        return train(params, data, device, leave_in).differs_from(first)
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        attempt("demo, one epoch", demo_epoch)
         params = override(base, large, "the large model's steps")
         size = params.pretrain.batch_size
         steps = 25 if device.type == "cuda" else 4
         data = random_images(scratch / "large", params.pretrain.img_size, steps * size, size)
         print(f"{params.model.name}, {params.pretrain.img_size} px, batch {size}", flush=True)
-        first = train(params, data, device)
-        note("bfloat16, mixup, EMA", first.last())
-        again = train(params, data, device)
-        note("the same again: largest difference of a weight", again.differs_from(first))
-        resumed = train(params, data, device, leave_in=1)
-        note("left and resumed: largest difference of a weight", resumed.differs_from(first))
+        attempt("bfloat16, mixup, EMA", lambda: train(params, data, device).last())
+        half = override(params, {"pretrain.amp": "float16"}, "float16")
+        attempt("float16 with its scaler", lambda: train(half, data, device).last())
+        attempt("two runs: largest difference of a weight", repeated)
+        attempt("left and resumed: largest difference of a weight", lambda: repeated(leave_in=1))
         with deterministic(True):
-            fixed = train(params, data, device)
-            note("deterministic kernels", fixed.last())
-            twice = train(params, data, device, leave_in=1)
-            note(
-                "deterministic, resumed: largest difference of a weight", twice.differs_from(fixed)
+            attempt("deterministic kernels", lambda: train(params, data, device).last())
+            attempt(
+                "deterministic kernels, left and resumed: largest difference of a weight",
+                lambda: repeated(leave_in=1),
             )
-        params = override(params, {"pretrain.amp": "float16"}, "float16")
-        note("float16 with its scaler", train(params, data, device).last())
+    return whole
 
 
 def main() -> int:
@@ -227,11 +247,10 @@ def main() -> int:
 
     try:
         ops.set_backend("compiled")
-        measure(device, workers, note)
-    except (PipelineError, RuntimeError, FileNotFoundError) as error:
+        return 0 if measure(device, workers, note) else 1
+    except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 if __name__ == "__main__":

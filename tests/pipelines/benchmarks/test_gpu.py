@@ -1,12 +1,14 @@
 """The harness of `make gpu`, with parts that end in every way, and its training on a CPU."""
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from ops.benchmarks import elsa_attention
 from pipelines.benchmarks import gpu, gpu_training
 from pipelines.benchmarks.gpu import Outcome, Part
 
@@ -81,41 +83,47 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert not (tmp_path / "out").exists()
 
 
-def test_every_command_is_understood(compiled_library: Path) -> None:
-    """The parts' own parsers take the arguments, of a GPU as of a rehearsal."""
+def test_every_command_is_understood(
+    compiled_library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each part's program exists, and the benchmark's own parser takes what it is given."""
     names = [part.name for part in gpu.parts_of("cuda")]
     assert names[:4] == ["values", "tests", "operator", "training"]
     assert set(names) > {part.name for part in gpu.parts_of("cpu")}
-    from elsa.benchmarks import models
-    from ops.benchmarks import elsa_attention
-
-    for part in gpu.parts_of("cpu"):
-        words = [word.replace("{json}", "f.json").replace("{batch}", "1") for word in part.command]
-        if words[1] == "ops.benchmarks.elsa_attention":
-            assert elsa_attention._parse(words[2:]).batch == 1
-        if words[1] == "elsa.benchmarks.models":
-            assert models._parse(words[2:]).batch == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parsed = 0
+    for device in ("cpu", "cuda"):
+        for part in gpu.parts_of(device):
+            words = [w.replace("{json}", "f").replace("{batch}", "8") for w in part.command]
+            module = words[words.index("-m") + 1]
+            assert importlib.util.find_spec(module), module
+            if module == "ops.benchmarks.elsa_attention":
+                parsed += 1
+                elsa_attention._parse(words[words.index("-m") + 2 :])
+    assert parsed == 3  # the table on both devices, and once for ncu
 
 
 def test_counters_of_kernels() -> None:
-    name = "void elsa::product_kernel<c10::BFloat16, 7, false>(Problem, Tile)"
+    name = "void elsa::(anonymous namespace)::product_kernel<c10::BFloat16, 7>(elsa::Problem, Tile)"
     rows = [
         ("gpu__time_duration.sum", "ns", "95,232"),
         ("sm__inst_issued.avg.pct_of_peak_sustained_elapsed", "%", "71.5"),
         ("dram__throughput.avg.pct_of_peak_sustained_elapsed", "%", "40.25"),
+        ("l1tex__data_bank_conflicts_pipe_lsu.sum", "", "n/a"),
     ]
     head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     lines = [f'"0","{name}","{metric}","{unit}","{value}"' for metric, unit, value in rows]
     log = "\n".join(["==PROF== Connected", head, *lines])
     (row,) = gpu.counters(log)
-    assert row["kernel"].endswith("product_kernel<c10::BFloat16, 7, false>")
-    assert row["us"] == "95.2"
+    assert row["kernel"] == "void elsa::product_kernel<c10::BFloat16, 7>"
+    assert row["us"] == "95.23"
+    assert row["bank conflicts"] == "n/a"
     assert row["bound"] == "issue"
 
 
 def test_the_training_part_on_a_cpu(compiled_library: Path) -> None:
     figures = {}
-    gpu_training.measure(torch.device("cpu"), 0, figures.__setitem__)
+    assert gpu_training.measure(torch.device("cpu"), 0, figures.__setitem__), figures
     assert figures["demo, one epoch"]["images_per_second"] > 0
     for name, value in figures.items():
         if "difference" in name:
