@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "timm", "safetensors", "ninja", "pytest", "pydantic", "natten")
 TOOLS = ("nvcc", "ninja", "c++", "ncu", "compute-sanitizer")
+ERRORS = ".stderr.log"
 STAGES = ["tiny, small stage 1", "tiny, small stage 2", "tiny, small stage 3"]
 COUNTERS = {
     "gpu__time_duration.sum": "us",
@@ -167,13 +169,13 @@ def run(part: Part, folder: Path, seconds: float, env: dict[str, str]) -> Outcom
     batch, notes = part.batch, []
     began = time.monotonic()
     while True:
-        log, figures = folder / f"{part.name}.log", folder / f"{part.name}.json"
+        figures = folder / f"{part.name}.json"
         words = [w.replace("{json}", str(figures)) for w in part.command]
         words = [w.replace("{batch}", str(batch)) for w in words]
         command = words if not words[0].startswith("-") else [sys.executable, *words]
         left = seconds - (time.monotonic() - began)
-        code = _process(command, log, left, env)
-        text = log.read_text(errors="replace")
+        code = _process(command, folder, part.name, left, env)
+        text = _printed(folder, part.name) + _printed(folder, part.name, ERRORS)
         small = code not in (0, None) and "out of memory" in text.lower()
         if not small or batch < 2:
             break
@@ -183,8 +185,7 @@ def run(part: Part, folder: Path, seconds: float, env: dict[str, str]) -> Outcom
     if code:
         status = f"failed with code {code}" if code > 0 else f"killed by signal {-code}"
     outcome = Outcome(part.name, part.title, status, time.monotonic() - began, notes=notes)
-    outcome.command = " ".join(["python", *words] if words[0].startswith("-") else words)
-    outcome.command = outcome.command.replace(sys.executable, "python")
+    outcome.command = shlex.join("python" if w == sys.executable else w for w in command)
     if figures.is_file():
         try:
             outcome.figures = json.loads(figures.read_text())
@@ -193,21 +194,26 @@ def run(part: Part, folder: Path, seconds: float, env: dict[str, str]) -> Outcom
     return outcome
 
 
-def _process(command: list[str], log: Path, seconds: float, env: dict[str, str]) -> int | None:
+def _process(
+    command: list[str], folder: Path, name: str, seconds: float, env: dict[str, str]
+) -> int | None:
     """Its exit code; None where it was stopped after so many seconds."""
-    with log.open("w") as file:
+    with (
+        (folder / f"{name}.log").open("w") as log,
+        (folder / f"{name}{ERRORS}").open("w") as errors,
+    ):
         try:
             process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env=env,
-                stdout=file,
-                stderr=subprocess.STDOUT,
+                stdout=log,
+                stderr=errors,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         except OSError as error:
-            file.write(f"{error}\n")
+            errors.write(f"{error}\n")
             return 127
         try:
             return process.wait(timeout=max(seconds, 0.1))
@@ -222,11 +228,16 @@ def _process(command: list[str], log: Path, seconds: float, env: dict[str, str])
                     continue
 
 
+def _printed(folder: Path, name: str, ending: str = ".log") -> str:
+    file = folder / f"{name}{ending}"
+    return file.read_text(errors="replace").rstrip() if file.is_file() else ""
+
+
 def build(folder: Path, env: dict[str, str], device: str, seconds: float) -> Outcome:
     """The operator in `build/op`, built unless what is there fits the checkout and the device."""
     out = str(ROOT / "build/op")
     test = f"import ops; assert ops.load_library({out!r})['cuda'] or {device == 'cpu'}"
-    if not _process([sys.executable, "-c", test], folder / "build.log", 60, env):
+    if not _process([sys.executable, "-c", test], folder, "build", 60, env):
         return Outcome("build", "Building the operator", "done: the library in build/op fits")
     # Without its check, which would withdraw a library that differs: the next part tells how.
     script = f"from pathlib import Path; from ops import build; build.build(Path({out!r}), True)"
@@ -281,19 +292,27 @@ def report(found: dict[str, Any], outcomes: list[Outcome], folder: Path, device:
     lines += ["| part | result | s |", "|---|---|---:|"]
     lines += [f"| {o.title} | {o.status} | {o.seconds:.0f} |" for o in outcomes]
     for outcome in outcomes:
-        lines += ["", f"## {outcome.title}", "", f"{outcome.status}. `{outcome.command}`", ""]
-        lines += outcome.notes
-        log = folder / f"{outcome.name}.log"
-        text = log.read_text(errors="replace").rstrip() if log.is_file() else ""
+        command = f" `{outcome.command}`" if outcome.command else ""
+        lines += ["", f"## {outcome.title}", "", f"{outcome.status}.{command}", ""]
+        lines += [f"{note}\n" for note in outcome.notes]
+        printed = _printed(folder, outcome.name).splitlines()
         if outcome.name == "counters" and not outcome.failed:
-            lines += [_table(counters(text))]
-        elif text and outcome.name != "build":
-            tail = text.splitlines()[-60:]
+            lines += [_table(counters("\n".join(printed)))]
+        elif printed and outcome.name != "build":
+            tail = printed[-60:]
             fence = [] if any(line.startswith("|") for line in tail) else ["```"]
             lines += [*fence, *tail, *fence]
-        elif outcome.failed:
-            lines += ["```", *text.splitlines()[-25:], "```"]
-    return "\n".join(lines) + "\n"
+        if outcome.failed:
+            errors = _printed(folder, outcome.name, ERRORS) or "\n".join(printed)
+            lines += ["", "```", *errors.splitlines()[-25:], "```"]
+    return "\n".join(lines)
+
+
+def _without_folders(text: str, folder: Path) -> str:
+    """The text as it can be committed: without this machine's folders."""
+    for place, name in ((folder, folder.name), (ROOT, "."), (Path(sys.prefix), "python")):
+        text = text.replace(str(place), name)
+    return text
 
 
 def sees_gpu() -> bool:
@@ -346,8 +365,9 @@ def measure(parts: list[Part], arguments: argparse.Namespace) -> int:
         outcomes.append(outcome)
         print(f"{outcome.title}: {outcome.status} ({outcome.seconds:.0f} s)", flush=True)
         figures = {"environment": found, "parts": [asdict(o) for o in outcomes]}
-        _replace(folder / "figures.json", json.dumps(figures, indent=2) + "\n")
-        _replace(folder / "report.md", report(found, outcomes, folder, arguments.device))
+        page = report(found, outcomes, folder, arguments.device)
+        for name, text in (("figures.json", json.dumps(figures, indent=2)), ("report.md", page)):
+            _replace(folder / name, _without_folders(text, folder) + "\n")
 
     note(build(folder, env, arguments.device, deadline - time.monotonic()))
     for part in parts:

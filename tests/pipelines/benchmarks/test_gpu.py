@@ -12,7 +12,13 @@ from ops.benchmarks import elsa_attention
 from pipelines.benchmarks import gpu, gpu_training
 from pipelines.benchmarks.gpu import Outcome, Part
 
-FIGURES = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('[1]'); print('| a table |')"
+FIGURES = """
+import pathlib, sys
+pathlib.Path(sys.argv[1]).write_text('[1]')
+print('| a table |')
+print('a warning', file=sys.stderr)
+print('| of two rows |')
+"""
 SMALL = "import sys; sys.exit('CUDA out of memory' if int(sys.argv[1]) > 2 else 0)"
 CHILD = """
 import pathlib, subprocess, sys, time
@@ -61,7 +67,9 @@ def test_every_part_is_told_and_none_stops_the_next(
     assert "this is wrong" in report
     assert "too little memory for batch 8: tried again with 4" in report
     assert "too little memory for batch 4: tried again with 2" in report
-    assert "\n| a table |" in report
+    assert "\n| a table |\n| of two rows |\n" in report
+    for place in (tmp_path, gpu.ROOT):
+        assert str(place) not in report + json.dumps(figures)
     assert figures["parts"][-1]["figures"] == [1]
     assert not alive(json.loads((tmp_path / "hangs.json").read_text()))
     assert "Hangs: stopped" in capsys.readouterr().out
