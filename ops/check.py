@@ -143,9 +143,9 @@ def _results(
             dilation=case.dilation,
             stride=case.stride,
         )
-    gradients = torch.autograd.grad(out, list(leaves.values()), upstream, allow_unused=True)
+    gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
     named = zip((f"grad_{name}" for name in leaves), gradients, strict=True)
-    return {"out": out.detach(), **{name: g for name, g in named if g is not None}}
+    return {"out": out.detach(), **dict(named)}
 
 
 def errors_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:

@@ -115,8 +115,14 @@ class Tracker:
             print("MLflow does not answer: there this run still counts as running", file=sys.stderr)
 
     def finish(self, status: str = "FINISHED") -> None:
-        """End the run as FINISHED, FAILED or KILLED; `start_run` opens it again."""
+        """End the run as FINISHED, FAILED or KILLED; `start_run` opens it again.
+
+        Its pipeline's parent run ends with it: it runs while one of its stages does.
+        """
         self.client.set_terminated(self.run_id, status)
+        parent = self.client.get_run(self.run_id).data.tags.get("mlflow.parentRunId")
+        if parent and self.client.get_run(parent).data.tags.get("stage") == "pipeline":
+            self.client.set_terminated(parent, status)
 
 
 def system_metrics(run_id: str, node: int) -> SystemMetricsMonitor:

@@ -97,6 +97,25 @@ def test_metrics_outlive_an_outage_of_the_server(server, monkeypatch) -> None:
         assert tracking.start_run("pretrain", "test", {"ray_run": "pretrain-1"}).run_id != run_id
 
 
+@pytest.mark.parametrize("status", ["FINISHED", "FAILED"])
+def test_the_pipelines_run_runs_while_one_of_its_stages_does(tmp_path, monkeypatch, status) -> None:
+    """Also of a stage that runs alone, such as a sweep after the report; a sweep's trial ends
+    neither."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    sweep = tracking.start_run("sweep", "demo", {"stage": "sweep"})
+    parent = sweep.client.get_run(sweep.run_id).data.tags["mlflow.parentRunId"]
+
+    def state(run_id: str) -> str:
+        return sweep.client.get_run(run_id).info.status
+
+    tracking.start_run("trial", "demo", {}, parent=sweep.run_id).finish()
+    assert [state(sweep.run_id), state(parent)] == ["RUNNING", "RUNNING"]
+    sweep.finish(status)
+    assert [state(sweep.run_id), state(parent)] == [status, status]
+    tracking.start_run("pretrain", "demo", {})
+    assert state(parent) == "RUNNING"
+
+
 def test_a_store_of_another_mlflow_is_told_with_how_to_upgrade_it(tmp_path, monkeypatch) -> None:
     store, old = tmp_path / "mlflow.db", tmp_path / "old.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}")
