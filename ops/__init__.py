@@ -13,6 +13,7 @@ from ops.library import (
     set_backend,
     use_backend,
 )
+from ops.neighborhood import na2d_av, na2d_qk
 from ops.reference import elsa_attention_reference
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "get_backend",
     "load_library",
     "loaded_library",
+    "na2d_av",
+    "na2d_qk",
     "set_backend",
     "use_backend",
 ]

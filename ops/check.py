@@ -39,6 +39,7 @@ class Case:
     dilation: int = 1
     stride: int = 1
     ghosts: str = "mul add"
+    border: str = "zeros"
     wide_ghosts: bool = False
     """The ghost heads are float32 beside halves."""
     channels_last: bool = False
@@ -47,7 +48,7 @@ class Case:
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, astuple(self)[:8]))
-        notes = [f"ghosts {self.ghosts or 'none'}"]
+        notes = [f"ghosts {self.ghosts or 'none'}", f"border {self.border}"]
         notes += ["float32 ghosts"] * self.wide_ghosts
         notes += ["channels_last"] * self.channels_last
         notes += ["NaN and infinity"] * self.not_finite
@@ -63,6 +64,7 @@ QUICK = (
     Case(2, 96, 3, 19, 28, 7, ghosts="add"),
     Case(1, 64, 2, 30, 26, 7, ghosts="add", wide_ghosts=True),
     Case(1, 24, 1, 9, 21, 5, ghosts=""),
+    Case(2, 24, 2, 14, 15, 5, dilation=2, border="shift"),
 )
 """What every build is checked with."""
 
@@ -81,11 +83,18 @@ _SIZES = (
     Case(1, 16, 2, 17, 19, 5, dilation=2, stride=3),
     Case(1, 8, 2, 15, 18, 13),
 )
+_SHIFTED = (
+    Case(2, 96, 3, 56, 56, 7),
+    Case(1, 64, 2, 28, 30, 17),
+    Case(1, 20, 2, 18, 27, 7, dilation=2),
+    Case(1, 16, 2, 17, 19, 5, dilation=2, stride=3),
+)
 THOROUGH = (
     *QUICK,
     *(replace(case, ghosts=ghosts) for case, ghosts in itertools.product(_SIZES, GHOSTS)),
     *(replace(case, ghosts="add", wide_ghosts=True) for case in _SIZES),
     *(replace(case, ghosts="add", channels_last=True) for case in _SIZES),
+    *(replace(case, ghosts=ghosts, border="shift") for case in _SHIFTED for ghosts in GHOSTS),
     *(replace(case, ghosts=g, not_finite=True) for case in _SIZES[:6] for g in ("add", "mul add")),
 )
 """What `--thorough` adds to them: the shapes of ELSA-Swin, odd sizes, layouts, NaN."""
@@ -134,14 +143,15 @@ def _results(
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     arguments = [leaves.get(n) for n in ("v", "h_attn", "ghost_mul", "ghost_add")]
     if compiled:
-        sizes = case.kernel_size, case.dilation, case.stride
-        out = torch.ops.elsa.elsa_attention(*arguments, *sizes)
+        window = case.kernel_size, case.dilation, case.stride, case.border
+        out = torch.ops.elsa.elsa_attention(*arguments, *window)
     else:
         out = elsa_attention_reference(
             *arguments,  # type: ignore[arg-type]
             kernel_size=case.kernel_size,
             dilation=case.dilation,
             stride=case.stride,
+            border=case.border,
         )
     gradients = torch.autograd.grad(out, list(leaves.values()), upstream)
     named = zip((f"grad_{name}" for name in leaves), gradients, strict=True)

@@ -19,6 +19,7 @@ from ops.reference import elsa_attention_reference
 
 FORWARD = "elsa::elsa_attention"
 BACKWARD = "elsa::elsa_attention_backward"
+BORDERS = ("zeros", "shift")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -31,6 +32,7 @@ def elsa_attention(
     kernel_size: int,
     dilation: int = 1,
     stride: int = 1,
+    border: str = "zeros",
 ) -> Tensor:
     """Aggregate `v` over a k x k window with dynamic weights and a static ghost head.
 
@@ -38,7 +40,9 @@ def elsa_attention(
                           * v[b, c, y * stride + dy(i), x * stride + dx(i)]
 
     `dy, dx` run row-major over the centred k x k window times `dilation`; `v` is zero outside
-    the image.
+    the image. With the border "shift" the window of a pixel at the border is moved inside the image
+    by steps of `dilation`, as in neighbourhood attention (arXiv 2204.07143, 2209.15001): every
+    window then has k*k pixels, and `i` counts them from its own corner.
 
     Args:
         v: (B, C, H, W), float32, bfloat16, float16 or float64.
@@ -48,6 +52,7 @@ def elsa_attention(
         ghost_add: (C, k, k) or None (zeros); likewise.
         kernel_size: odd k.
         dilation, stride: at least 1.
+        border: "zeros" or "shift"; the latter needs H and W of at least k * dilation.
 
     Returns:
         (B, C, H // stride, W // stride), contiguous, dtype of `v`. Halves accumulate in float32.
@@ -60,23 +65,53 @@ def elsa_attention(
         TypeError: dtypes that do not fit.
         StaleLibraryError: the library found was built for something else.
     """
-    device_type = v.device.type
-    # Meta tensors have no autocast, and asking for it raises.
-    if (
-        device_type != "meta"
-        and torch.is_autocast_enabled(device_type)
-        and v.dtype != torch.float64
-    ):
-        dtype = torch.get_autocast_dtype(device_type)
-        v, h_attn = v.to(dtype), h_attn.to(dtype)
-    _check(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride)
-    if library.use_compiled(device_type, library.state.backend):
+    v, h_attn = autocast_together(v, h_attn)
+    _check(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, border)
+    if library.use_compiled(v.device.type, library.state.backend):
         return torch.ops.elsa.elsa_attention(
-            v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride
+            v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, border
         )
     return elsa_attention_reference(
-        v, h_attn, ghost_mul, ghost_add, kernel_size=kernel_size, dilation=dilation, stride=stride
+        v,
+        h_attn,
+        ghost_mul,
+        ghost_add,
+        kernel_size=kernel_size,
+        dilation=dilation,
+        stride=stride,
+        border=border,
     )
+
+
+def autocast_together(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast the tensors in its dtype, as those of one product; float64 stays as it is."""
+    device_type = tensors[0].device.type
+    # Meta tensors have no autocast, and asking for it raises.
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    if tensors[0].dtype == torch.float64:
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(t.to(dtype) for t in tensors)
+
+
+def check_window(
+    kernel_size: int, dilation: int, stride: int, border: str, height: int, width: int
+) -> None:
+    """Raise ValueError unless the window is one that an image of this size can have."""
+    if kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
+    if dilation < 1 or stride < 1:
+        raise ValueError(
+            f"dilation and stride must be at least 1, got dilation={dilation}, stride={stride}"
+        )
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {BORDERS}, got {border!r}")
+    if border == "shift" and min(height, width) < kernel_size * dilation:
+        raise ValueError(
+            f"a shifted window of kernel_size {kernel_size} and dilation {dilation} needs an image "
+            f"of at least {kernel_size * dilation} pixels a side, got {height} x {width}"
+        )
 
 
 def _check(
@@ -87,13 +122,8 @@ def _check(
     kernel_size: int,
     dilation: int,
     stride: int,
+    border: str,
 ) -> None:
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"kernel_size must be odd and positive, got {kernel_size}")
-    if dilation < 1 or stride < 1:
-        raise ValueError(
-            f"dilation and stride must be at least 1, got dilation={dilation}, stride={stride}"
-        )
     if v.dim() != 4:
         raise ValueError(f"v must be (B, C, H, W), got shape {tuple(v.shape)}")
     if h_attn.dim() != 5:
@@ -101,6 +131,7 @@ def _check(
             f"h_attn must be (B, G, k*k, H // stride, W // stride), got shape {tuple(h_attn.shape)}"
         )
     batch, channels, height, width = v.shape
+    check_window(kernel_size, dilation, stride, border, height, width)
     heads = h_attn.shape[1]
     if heads < 1 or channels % heads != 0:
         raise ValueError(
@@ -145,13 +176,13 @@ def _check(
             )
 
 
-def _fake(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation=1, stride=1):
+def _fake(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation=1, stride=1, border="zeros"):
     batch, channels, height, width = v.shape
     return v.new_empty((batch, channels, height // stride, width // stride))
 
 
 def _fake_backward(
-    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, output_mask
+    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, border, output_mask
 ):
     inputs = (v, h_attn, ghost_mul, ghost_add)
     return tuple(
@@ -161,7 +192,7 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, h_attn, ghost_mul, ghost_add, ctx.kernel_size, ctx.dilation, ctx.stride = inputs
+    v, h_attn, ghost_mul, ghost_add, *ctx.window = inputs
     ctx.save_for_backward(v, h_attn, ghost_mul, ghost_add)
 
 
@@ -171,10 +202,11 @@ def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     mask = [
         wanted and t is not None for t, wanted in zip(inputs, ctx.needs_input_grad[:4], strict=True)
     ]
-    grads = torch.ops.elsa.elsa_attention_backward(
-        grad_out, *inputs, ctx.kernel_size, ctx.dilation, ctx.stride, mask
+    grads = torch.ops.elsa.elsa_attention_backward(grad_out, *inputs, *ctx.window, mask)
+    return (
+        *(g if m else None for g, m in zip(grads, mask, strict=True)),
+        *(None for _ in ctx.window),
     )
-    return (*(g if m else None for g, m in zip(grads, mask, strict=True)), None, None, None)
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -219,7 +251,17 @@ def _flops(v, h_attn, ghost_mul, ghost_add, kernel_size, *args, out_shape, **kwa
 
 
 def _flops_backward(
-    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, output_mask, **kwargs
+    grad_out,
+    v,
+    h_attn,
+    ghost_mul,
+    ghost_add,
+    kernel_size,
+    dilation,
+    stride,
+    border,
+    output_mask,
+    **kwargs,
 ) -> int:
     """The same count for each gradient asked for, alone: nothing they could share is deducted.
 

@@ -3,6 +3,7 @@
 
 #include <ATen/ATen.h>
 
+#include <algorithm>
 #include <optional>
 
 #include "problem.h"
@@ -13,7 +14,7 @@ using at::Tensor;
 
 inline Problem check(const Tensor& v, const Tensor& h_attn, const std::optional<Tensor>& ghost_mul,
               const std::optional<Tensor>& ghost_add, int64_t kernel_size, int64_t dilation,
-              int64_t stride) {
+              int64_t stride, c10::string_view border) {
   TORCH_CHECK(kernel_size > 0 && kernel_size % 2 == 1,
               "elsa_attention: kernel_size must be odd and positive, got ", kernel_size);
   TORCH_CHECK(dilation > 0 && stride > 0,
@@ -24,8 +25,14 @@ inline Problem check(const Tensor& v, const Tensor& h_attn, const std::optional<
               "elsa_attention: v must be (B, C, H, W) and h_attn (B, G, k*k, Ho, Wo) with G "
               "dividing C, got ",
               v.sizes(), " and ", h_attn.sizes());
-  const Problem p{v.size(0),          v.size(1),          h_attn.size(1), v.size(2), v.size(3),
-                  v.size(2) / stride, v.size(3) / stride, kernel_size,    dilation,  stride};
+  TORCH_CHECK(border == "zeros" || border == "shift",
+              "elsa_attention: border must be 'zeros' or 'shift', got '", border, "'");
+  const Problem p{v.size(0),          v.size(1),          h_attn.size(1), v.size(2),
+                  v.size(3),          v.size(2) / stride, v.size(3) / stride, kernel_size,
+                  dilation,           stride,             border == "shift"};
+  TORCH_CHECK(!p.shift || std::min(p.H, p.W) >= kernel_size * dilation,
+              "elsa_attention: border 'shift' needs H and W of at least kernel_size * dilation = ",
+              kernel_size * dilation, ", got v ", v.sizes());
   TORCH_CHECK(h_attn.size(0) == p.B && h_attn.size(2) == kernel_size * kernel_size &&
                   h_attn.size(3) == p.Ho && h_attn.size(4) == p.Wo,
               "elsa_attention: h_attn must be (B, G, k*k, H // stride, W // stride) for v ",

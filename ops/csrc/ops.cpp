@@ -5,12 +5,12 @@
 TORCH_LIBRARY(elsa, m) {
   m.def(
       "elsa_attention(Tensor v, Tensor h_attn, Tensor? ghost_mul, Tensor? ghost_add, "
-      "int kernel_size, int dilation=1, int stride=1) -> Tensor");
+      "int kernel_size, int dilation=1, int stride=1, str border='zeros') -> Tensor");
   // output_mask asks for the gradients of v, h_attn, ghost_mul, ghost_add; a gradient not asked
   // for comes back with no elements.
   m.def(
       "elsa_attention_backward(Tensor grad_out, Tensor v, Tensor h_attn, Tensor? ghost_mul, "
-      "Tensor? ghost_add, int kernel_size, int dilation, int stride, bool[4] output_mask) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? ghost_add, int kernel_size, int dilation, int stride, str border, "
+      "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_instruction_set() -> str");
 }

@@ -100,7 +100,8 @@ def parts_of(device: str) -> list[Part]:
         return every
     every[0].command.append("--thorough")
     every[1].command.extend(["--seconds", "0.15"])
-    tests = ["-m", "pytest", "-q", "-m", "gpu", "tests/ops/test_cuda.py", "-p", "no:cacheprovider"]
+    where = ["tests/ops/test_cuda.py", "tests/elsa/test_layers.py"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", *where, "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):  # a kernel that faults spoils its own process alone
         tests += ["-n", "4"]
     every.insert(1, Part("tests", "pytest -m gpu", 120, tests))

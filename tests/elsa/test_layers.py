@@ -113,3 +113,17 @@ def test_bad_arguments(kwargs, message):
 def test_block_refuses_a_stride():
     with pytest.raises(ValueError, match="stride must be 1"):
         elsa.ELSABlock(12, 2, stride=2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_autocast_makes_no_float32_map_of_the_window():
+    module = elsa.ELSA(32, 2, kernel_size=5).cuda()
+    saved = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+        torch.autocast("cuda", torch.bfloat16),
+    ):
+        module(torch.randn(2, 8, 8, 32, device="cuda"))
+    maps = [t.dtype for t in saved if t.dim() == 5 and t.shape[2] == 25]
+    assert set(maps) == {torch.bfloat16}

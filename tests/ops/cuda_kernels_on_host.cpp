@@ -22,7 +22,7 @@ extern "C" void run(const int64_t* sizes, const double* grad, const double* v, c
                     const double* mul, const double* add, double* out, double* grad_v,
                     double* grad_h, double* grad_mul, double* grad_add) {
   const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
-                  sizes[5], sizes[6], sizes[7], sizes[8], sizes[9]};
+                  sizes[5], sizes[6], sizes[7], sizes[8], sizes[9], sizes[10] != 0};
   const auto chosen = mul ? (add ? all<true, true> : all<true, false>)
                           : (add ? all<false, true> : all<false, false>);
   chosen(p, grad, v, h, mul, add, out, grad_v, grad_h);

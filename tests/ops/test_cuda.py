@@ -7,7 +7,7 @@ import torch
 
 from ops import elsa_attention
 from tests.ops.oracle import make_inputs, oracle
-from tests.ops.test_values import CASES, TOLERANCE, close
+from tests.ops.test_values import BOTH, TOLERANCE, close
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,13 +20,13 @@ def on_gpu(inputs, dtype):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("case", CASES)
-def test_forward_and_gradients(case, dtype):
+@pytest.mark.parametrize(("case", "border"), BOTH)
+def test_forward_and_gradients(case, border, dtype):
     *sizes, k, dilation, stride = case
     ours = on_gpu(make_inputs(*sizes, k, stride), dtype)
     exact = [t.detach().cpu().double().requires_grad_() for t in ours]
-    out = elsa_attention(*ours, kernel_size=k, dilation=dilation, stride=stride)
-    expected = oracle(*exact, k, dilation, stride)
+    out = elsa_attention(*ours, kernel_size=k, dilation=dilation, stride=stride, border=border)
+    expected = oracle(*exact, k, dilation, stride, border)
     close(out.cpu(), expected, TOLERANCE[dtype])
     upstream = torch.randn_like(out)
     out.backward(upstream)

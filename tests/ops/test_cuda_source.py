@@ -46,18 +46,22 @@ def pointer(t):
 
 @pytest.mark.parametrize("ghosts", ["", "mul", "add", "mul add"])
 @pytest.mark.parametrize(
-    ("batch", "channels", "heads", "height", "width", "k", "dilation", "stride"),
+    ("batch", "channels", "heads", "height", "width", "k", "dilation", "stride", "border"),
     [
-        (2, 24, 3, 9, 11, 7, 1, 1),
-        (1, 20, 2, 8, 7, 5, 2, 1),  # channels of a head: one whole chunk and a part
-        (2, 6, 6, 9, 9, 3, 1, 2),
-        (1, 9, 3, 10, 13, 3, 2, 3),
-        (1, 8, 1, 2, 3, 13, 1, 1),  # a window larger than the image
-        (1, 3, 1, 1, 1, 1, 1, 1),
+        (2, 24, 3, 9, 11, 7, 1, 1, "zeros"),
+        (1, 20, 2, 8, 7, 5, 2, 1, "zeros"),  # channels of a head: one whole chunk and a part
+        (2, 6, 6, 9, 9, 3, 1, 2, "zeros"),
+        (1, 9, 3, 10, 13, 3, 2, 3, "zeros"),
+        (1, 8, 1, 2, 3, 13, 1, 1, "zeros"),  # a window larger than the image
+        (1, 3, 1, 1, 1, 1, 1, 1, "zeros"),
+        (2, 24, 3, 9, 11, 7, 1, 1, "shift"),
+        (1, 9, 3, 15, 17, 5, 3, 1, "shift"),
+        (1, 9, 3, 10, 13, 3, 2, 3, "shift"),
+        (1, 3, 1, 5, 5, 5, 1, 1, "shift"),
     ],
 )
 def test_every_thread_function_matches_the_reference(
-    run, batch, channels, heads, height, width, k, dilation, stride, ghosts
+    run, batch, channels, heads, height, width, k, dilation, stride, border, ghosts
 ):
     torch.manual_seed(0)
     out_h, out_w = height // stride, width // stride
@@ -70,17 +74,18 @@ def test_every_thread_function_matches_the_reference(
     add = draw(channels, k, k) if "add" in ghosts else None
     upstream = torch.randn(batch, channels, out_h, out_w, dtype=torch.float64)
     expected = elsa_attention_reference(
-        v, h, mul, add, kernel_size=k, dilation=dilation, stride=stride
+        v, h, mul, add, kernel_size=k, dilation=dilation, stride=stride, border=border
     )
     expected.backward(upstream)
 
     sizes = (batch, channels, heads, height, width, out_h, out_w, k, dilation, stride)
+    shift = border == "shift"
     nan = float("nan")
     out, grad_v, grad_h = (torch.full(t.shape, nan).double() for t in (expected, v, h))
     grad_mul, grad_add = (torch.zeros(channels, k, k, dtype=torch.float64) for _ in range(2))
 
     run(
-        (ctypes.c_int64 * 10)(*sizes),
+        (ctypes.c_int64 * 11)(*sizes, shift),
         *map(pointer, (upstream, v, h, mul, add, out, grad_v, grad_h, grad_mul, grad_add)),
     )
     torch.testing.assert_close(out, expected.detach())

@@ -17,6 +17,7 @@ def good() -> dict:
         "kernel_size": 3,
         "dilation": 1,
         "stride": 1,
+        "border": "zeros",
     }
 
 
@@ -25,6 +26,8 @@ BAD = [
     ({"kernel_size": -3}, ValueError, "got -3"),
     ({"dilation": 0}, ValueError, "dilation=0"),
     ({"stride": 0}, ValueError, "stride=0"),
+    ({"border": "reflect"}, ValueError, "'zeros', 'shift'.*got 'reflect'"),
+    ({"border": "shift", "dilation": 3}, ValueError, "at least 9 pixels a side, got 6 x 6"),
     ({"stride": 2}, ValueError, r"\(2, 2, 9, 3, 3\).*got \(2, 2, 9, 6, 6\)"),
     ({"kernel_size": 5}, ValueError, r"\(2, 2, 25, 6, 6\)"),
     ({"v": torch.zeros(8, 6, 6)}, ValueError, r"\(8, 6, 6\)"),

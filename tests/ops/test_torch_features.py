@@ -16,17 +16,18 @@ from ops import elsa_attention
 from tests.ops.oracle import make_inputs
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_opcheck(stride):
+@pytest.mark.parametrize(("stride", "border"), [(1, "zeros"), (2, "zeros"), (1, "shift")])
+def test_opcheck(stride, border):
     inputs = [t.requires_grad_() for t in make_inputs(2, 4, 2, 6, 5, 3, stride, torch.float32)]
     v, h, mul, add = inputs
     for args in ((v, h, mul, add), (v, h, None, add), (v.detach(), h, None, None)):
-        torch.library.opcheck(torch.ops.elsa.elsa_attention.default, (*args, 3, 1, stride))
+        torch.library.opcheck(torch.ops.elsa.elsa_attention.default, (*args, 3, 1, stride, border))
     plain = [t.detach() for t in inputs]
     grad = torch.randn(2, 4, 6 // stride, 5 // stride)
     for mask in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(
-            torch.ops.elsa.elsa_attention_backward.default, (grad, *plain, 3, 1, stride, mask)
+            torch.ops.elsa.elsa_attention_backward.default,
+            (grad, *plain, 3, 1, stride, border, mask),
         )
 
 

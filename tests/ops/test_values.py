@@ -39,6 +39,21 @@ CASES = [
     (1, 4, 2, 2, 2, 3, 1, 5),  # no output at all
     (0, 4, 2, 6, 6, 3, 1, 1),
 ]
+SHIFTED = [
+    (2, 8, 2, 7, 9, 3, 1, 1),
+    (1, 32, 1, 14, 14, 7, 1, 1),
+    (1, 96, 2, 9, 11, 5, 1, 1),  # heads of three vectors with AVX-512
+    (2, 10, 2, 9, 8, 7, 1, 1),  # few pixels whose window is centred
+    (1, 6, 3, 5, 5, 5, 1, 1),  # one window for all
+    (1, 8, 2, 11, 13, 3, 2, 1),  # lines of different lengths under dilation
+    (1, 8, 2, 17, 16, 5, 3, 1),
+    (1, 8, 2, 11, 13, 3, 1, 2),
+    (1, 8, 2, 17, 19, 5, 2, 3),
+    (1, 4, 1, 18, 17, 17, 1, 1),
+    (1, 4, 2, 3, 3, 3, 1, 5),  # no output at all
+    (0, 4, 2, 6, 6, 3, 1, 1),
+]
+BOTH = [*((case, "zeros") for case in CASES), *((case, "shift") for case in SHIFTED)]
 # Largest error allowed, relative to the largest value of the tensor.
 TOLERANCE = {
     torch.float64: 1e-12,
@@ -56,24 +71,24 @@ def close(ours: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
 
 
 def test_oracle_is_the_definition():
-    for dilation, stride in ((1, 1), (2, 1), (1, 2)):
-        inputs = make_inputs(1, 4, 2, 5, 4, 3, stride)
-        torch.testing.assert_close(
-            oracle(*inputs, 3, dilation, stride), oracle_loops(*inputs, 3, dilation, stride)
-        )
+    for window in ((1, 1), (2, 1), (1, 2), (1, 1, "shift"), (2, 2, "shift")):
+        inputs = make_inputs(1, 4, 2, 7, 6, 3, window[1])
+        torch.testing.assert_close(oracle(*inputs, 3, *window), oracle_loops(*inputs, 3, *window))
 
 
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_matches_oracle(case, backend):
+@pytest.mark.parametrize(("case", "border"), BOTH, ids=str)
+def test_matches_oracle(case, border, backend):
     *shape, k, dilation, stride = case
     dtypes = TOLERANCE if backend == "compiled" else (torch.float64, torch.bfloat16)
     for dtype in dtypes:
         inputs = [t.requires_grad_() for t in make_inputs(*shape, k, stride, dtype)]
         exact = [t.detach().to(torch.float64, copy=True).requires_grad_() for t in inputs]
         with ops.use_backend(backend):
-            out = elsa_attention(*inputs, kernel_size=k, dilation=dilation, stride=stride)
-        expected = oracle(*exact, k, dilation, stride)
+            out = elsa_attention(
+                *inputs, kernel_size=k, dilation=dilation, stride=stride, border=border
+            )
+        expected = oracle(*exact, k, dilation, stride, border)
         assert out.dtype == dtype
         assert out.is_contiguous()
         close(out, expected.detach(), TOLERANCE[dtype])
@@ -92,10 +107,10 @@ def test_matches_oracle(case, backend):
 @pytest.mark.parametrize("use_mul", [False, True])
 @pytest.mark.parametrize("use_add", [False, True])
 def test_gradcheck(use_mul, use_add, backend):
-    for dilation, stride in ((1, 1), (2, 2)):
+    for dilation, stride, border in ((1, 1, "zeros"), (2, 2, "zeros"), (1, 1, "shift")):
         v, h, mul, add = (t.requires_grad_() for t in make_inputs(1, 2, 1, 4, 3, 3, stride))
 
-        def call(*tensors, dilation=dilation, stride=stride):
+        def call(*tensors, dilation=dilation, stride=stride, border=border):
             rest = list(tensors[2:])
             return elsa_attention(
                 tensors[0],
@@ -105,6 +120,7 @@ def test_gradcheck(use_mul, use_add, backend):
                 kernel_size=3,
                 dilation=dilation,
                 stride=stride,
+                border=border,
             )
 
         ghosts = [t for t, used in ((mul, use_mul), (add, use_add)) if used]
@@ -112,14 +128,15 @@ def test_gradcheck(use_mul, use_add, backend):
             assert torch.autograd.gradcheck(call, (v, h, *ghosts))
 
 
-def test_only_wanted_gradients_are_computed():
+@pytest.mark.parametrize("border", ["zeros", "shift"])
+def test_only_wanted_gradients_are_computed(border):
     v, h, mul, add = make_inputs(1, 4, 2, 5, 4, 3)
     grads = torch.ops.elsa.elsa_attention_backward(
-        torch.ones_like(v), v, h, mul, add, 3, 1, 1, [False, True, False, True]
+        torch.ones_like(v), v, h, mul, add, 3, 1, 1, border, [False, True, False, True]
     )
     assert [g.numel() for g in grads] == [0, h.numel(), 0, add.numel()]
     h.requires_grad_()
-    elsa_attention(v, h, mul, add, kernel_size=3).sum().backward()
+    elsa_attention(v, h, mul, add, kernel_size=3, border=border).sum().backward()
     assert h.grad is not None
     assert v.grad is None
 
@@ -148,8 +165,8 @@ def test_float32_ghosts_beside_halves():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_layouts(stride, dtype):
+@pytest.mark.parametrize(("stride", "border"), [(1, "zeros"), (2, "zeros"), (1, "shift")])
+def test_layouts(stride, border, dtype):
     """The same bits, result and gradients, however the inputs and the gradient lie."""
     inputs = make_inputs(2, 40, 2, 10, 20, 3, stride, dtype)
     v, h, mul, add = inputs
@@ -158,7 +175,7 @@ def test_layouts(stride, dtype):
 
     def run(upstream, *inputs):
         leaves = [t.detach().requires_grad_() for t in inputs]
-        out = elsa_attention(*leaves, kernel_size=3, stride=stride)
+        out = elsa_attention(*leaves, kernel_size=3, stride=stride, border=border)
         return [out, *torch.autograd.grad(out, leaves, upstream)]
 
     expected = run(upstream, *inputs)
@@ -189,15 +206,16 @@ def test_nan_passes_through():
     assert torch.isnan(out).sum() == 9
 
 
+@pytest.mark.parametrize("border", ["zeros", "shift"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_same_bits_every_run_and_for_any_number_of_threads(dtype):
+def test_same_bits_every_run_and_for_any_number_of_threads(dtype, border):
     inputs = make_inputs(2, 12, 2, 40, 21, 5, dtype=dtype)
     results = []
     try:
         for threads in (2, 2, 1):
             torch.set_num_threads(threads)
             leaves = [t.clone().requires_grad_() for t in inputs]
-            out = elsa_attention(*leaves, kernel_size=5)
+            out = elsa_attention(*leaves, kernel_size=5, border=border)
             out.float().square().sum().backward()
             results.append([out, *(t.grad for t in leaves)])
     finally:
@@ -212,7 +230,8 @@ def test_older_processors(name, compiled_library):
         "import sys, torch, ops; from ops.check import Case, check; torch.set_num_threads(1);"
         "ops.load_library(sys.argv[1]);"
         "check(cases=[Case(1, 8, 2, 9, 18, 5), Case(1, 4, 1, 8, 7, 3, stride=2),"
-        "Case(1, 40, 2, 9, 18, 5), Case(1, 14, 1, 8, 7, 3, stride=2)]);"
+        "Case(1, 40, 2, 9, 18, 5), Case(1, 14, 1, 8, 7, 3, stride=2),"
+        "Case(1, 40, 2, 9, 18, 5, border='shift')]);"
         "print(torch.ops.elsa.cpu_instruction_set())"
     )
     done = subprocess.run(

@@ -12,14 +12,14 @@
 #include <tuple>
 
 #include "../check.h"
+#include "instruction_set.h"
 #include "kernels.h"
+#include "shifted.h"
 
 namespace elsa {
 namespace {
 
 using at::Tensor;
-
-enum class Isa { generic, avx2, avx512 };
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -30,6 +30,8 @@ Isa best_isa() {
 #endif
   return Isa::generic;
 }
+
+}  // namespace
 
 // ELSA_OPS_CPU lowers the choice (for tests and comparisons); it cannot raise it.
 Isa isa() {
@@ -44,16 +46,11 @@ Isa isa() {
   return chosen;
 }
 
+namespace {
+
 std::string cpu_instruction_set() {
   return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "generic";
 }
-
-#if defined(__x86_64__)
-#define ELSA_CHOOSE(NAME) \
-  (isa() == Isa::avx512 ? avx512::NAME : isa() == Isa::avx2 ? avx2::NAME : generic::NAME)
-#else
-#define ELSA_CHOOSE(NAME) generic::NAME
-#endif
 
 template <class T>
 const Kernels<T>& kernels();
@@ -136,8 +133,10 @@ void with_storage(const Tensor& v, const F& f) {
 
 Tensor elsa_attention(const Tensor& v, const Tensor& h, const std::optional<Tensor>& ghost_mul,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
-                      int64_t dilation, int64_t stride) {
-  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride);
+                      int64_t dilation, int64_t stride, c10::string_view border) {
+  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
+  if (p.shift)
+    return shifted_forward(p, v, h, ghost_mul.value_or(Tensor()), ghost_add.value_or(Tensor()));
   Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
                          v.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
@@ -181,11 +180,19 @@ Tensor sum_parts(const Problem& p, const Tensor& partial) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
     const Tensor& grad, const Tensor& v, const Tensor& h,
     const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
-    int64_t kernel_size, int64_t dilation, int64_t stride, std::array<bool, 4> output_mask) {
-  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride);
+    int64_t kernel_size, int64_t dilation, int64_t stride, c10::string_view border,
+    std::array<bool, 4> output_mask) {
+  const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
   check_grad(p, grad, v);
   output_mask[2] = output_mask[2] && ghost_mul.has_value();
   output_mask[3] = output_mask[3] && ghost_add.has_value();
+  if (p.shift) {
+    auto grads = shifted_backward(p, grad, v, h, ghost_mul.value_or(Tensor()),
+                                  ghost_add.value_or(Tensor()), output_mask);
+    if (output_mask[2]) grads[2] = grads[2].to(ghost_mul->scalar_type());
+    if (output_mask[3]) grads[3] = grads[3].to(ghost_add->scalar_type());
+    return {grads[0], grads[1], grads[2], grads[3]};
+  }
   const auto options = v.options().memory_format(at::MemoryFormat::Contiguous);
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));

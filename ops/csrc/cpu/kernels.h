@@ -59,12 +59,27 @@ struct Kernels {
                  int64_t y0, int64_t y1, void* scratch);
 };
 
-#define ELSA_DECLARE_KERNELS(ISA)            \
-  namespace ISA {                            \
-  extern const Kernels<float> f32;           \
-  extern const Kernels<double> f64;          \
-  extern const Kernels<BFloat16> bf16;       \
-  extern const Kernels<Float16> f16;         \
+// With the border "shift": one image and head whose `depth` channels lie beside each other, a
+// multiple of 16. v, grad and out are (rows, columns, depth), h (k*k, Ho, Wo), ghosts (k*k, depth),
+// all contiguous; pointers to absent tensors and unwanted gradients are null.
+template <class A>
+struct ShiftedKernels {
+  // The output's row `y`.
+  void (*forward)(const Problem&, int64_t depth, const A* v, const A* h, const A* mul,
+                  const A* add, A* out, int64_t y);
+  // Adds to every gradient but that of h. Without grad_v and grad_mul h may be null.
+  void (*backward)(const Problem&, int64_t depth, const A* grad, const A* v, const A* h,
+                   const A* mul, const A* add, A* grad_v, A* grad_h, A* grad_mul, A* grad_add);
+};
+
+#define ELSA_DECLARE_KERNELS(ISA)                  \
+  namespace ISA {                                  \
+  extern const Kernels<float> f32;                 \
+  extern const Kernels<double> f64;                \
+  extern const Kernels<BFloat16> bf16;             \
+  extern const Kernels<Float16> f16;               \
+  extern const ShiftedKernels<float> shifted_f32;  \
+  extern const ShiftedKernels<double> shifted_f64; \
   }
 
 ELSA_DECLARE_KERNELS(generic)

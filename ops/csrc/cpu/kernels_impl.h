@@ -893,7 +893,13 @@ void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename Ac
 }
 
 }  // namespace
+}  // namespace elsa
 
+#ifndef ELSA_HALVES
+#include "shifted_impl.h"
+#endif
+
+namespace elsa {
 namespace ELSA_ISA {
 #define ELSA_KERNELS(T) \
   {forward_scratch<T>, forward<T>, grad_v_scratch<T>, grad_v<T>, grad_h_scratch<T>, grad_h<T>}
@@ -904,6 +910,9 @@ extern const Kernels<Float16> f16 = ELSA_KERNELS(Float16);
 #else
 extern const Kernels<float> f32 = ELSA_KERNELS(float);
 extern const Kernels<double> f64 = ELSA_KERNELS(double);
+extern const ShiftedKernels<float> shifted_f32 = {shifted_forward<float>, shifted_backward<float>};
+extern const ShiftedKernels<double> shifted_f64 = {shifted_forward<double>,
+                                                   shifted_backward<double>};
 #endif
 }  // namespace ELSA_ISA
 }  // namespace elsa

@@ -149,7 +149,7 @@ void product(const Problem& p, const Tensor& source, const Tensor& h, const Tens
 
 bool banded_fits(const Problem& p, const Tensor& v, const Tensor& mul, const Tensor& add) {
   if (v.scalar_type() != at::kHalf && v.scalar_type() != at::kBFloat16) return false;
-  if (mul.defined() || !has_banded(p) || current_device().major < 8) return false;
+  if (p.shift || mul.defined() || !has_banded(p) || current_device().major < 8) return false;
   for (const Tile& t : {product_tile(p, 1, add.defined()), gradient_tile(p, 1)})
     if (t.rows == 0 || p.B * p.G * t.across * t.down >= (int64_t{1} << 31)) return false;
   return true;

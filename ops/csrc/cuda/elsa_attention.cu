@@ -101,8 +101,8 @@ T* data(const Tensor& t) {
 Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
                       const std::optional<Tensor>& ghost_mul,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
-                      int64_t dilation, int64_t stride) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
+                      int64_t dilation, int64_t stride, c10::string_view border) {
+  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
   const c10::cuda::CUDAGuard guard(v_in.device());
   const Tensor v = v_in.contiguous(), h = h_in.contiguous();
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
@@ -131,14 +131,17 @@ Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
 std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
     const Tensor& grad_in, const Tensor& v_in, const Tensor& h_in,
     const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
-    int64_t kernel_size, int64_t dilation, int64_t stride, std::array<bool, 4> output_mask) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride);
+    int64_t kernel_size, int64_t dilation, int64_t stride, c10::string_view border,
+    std::array<bool, 4> output_mask) {
+  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
   check_grad(p, grad_in, v_in);
   output_mask[2] = output_mask[2] && ghost_mul.has_value();
   output_mask[3] = output_mask[3] && ghost_add.has_value();
   const c10::cuda::CUDAGuard guard(v_in.device());
   const auto options = v_in.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor grad = grad_in.contiguous(), v = v_in.contiguous(), h = h_in.contiguous();
+  const Tensor grad = grad_in.contiguous(), v = v_in.contiguous();
+  const bool reads_h = output_mask[0] || output_mask[2] || output_mask[3];
+  const Tensor h = reads_h ? h_in.contiguous() : h_in;
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   std::array<Tensor, 4> grads;

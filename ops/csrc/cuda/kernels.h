@@ -35,6 +35,32 @@ ELSA_BOTH int64_t tap_threads(const Problem& p) {
   return p.B * p.G * divide_up(p.kernel_size * p.kernel_size, kTaps) * p.Ho * p.Wo;
 }
 
+// The first row (or column) of the window around `centre` in an image of `length`: with the
+// border "shift" the window keeps its pixels apart by the dilation and moves inside.
+ELSA_DEVICE int window_start(const Problem& p, int centre, int64_t length) {
+  const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
+  if (!p.shift) return centre - k / 2 * step;
+  const int first = centre % step;
+  const int last = (static_cast<int>(length) - 1 - first) / step - (k - 1);
+  const int start = centre / step - k / 2;
+  return first + (start < 0 ? 0 : start > last ? last : start) * step;
+}
+
+// Where in the window that is centred `n` steps of the dilation from `at` that pixel is: 0 to k - 1,
+// or -1 if it is not in it or there is no such output.
+ELSA_DEVICE int window_place(const Problem& p, int at, int n, int64_t length, int64_t outputs) {
+  const int step = static_cast<int>(p.dilation), centre = at + n * step;
+  if (centre < 0 || centre % p.stride || centre / p.stride >= outputs) return -1;
+  if (!p.shift) return static_cast<int>(p.kernel_size) / 2 - n;
+  const int place = (at - window_start(p, centre, length)) / step;
+  return place < p.kernel_size ? place : -1;
+}
+
+// How many steps of the dilation away the centre of a window that holds a pixel can be.
+ELSA_DEVICE int reach(const Problem& p) {
+  return static_cast<int>(p.shift ? p.kernel_size - 1 : p.kernel_size / 2);
+}
+
 struct Place {
   int64_t b, g, part;
   int y, x;
@@ -70,17 +96,17 @@ ELSA_DEVICE void forward(const Problem& p, int64_t index, const T* v, const T* h
   const int64_t first = at.g * depth + at.part * kChannels;
   const int64_t rest = depth - at.part * kChannels;
   const int count = static_cast<int>(rest < kChannels ? rest : kChannels);
-  const int k = static_cast<int>(p.kernel_size), half = k / 2;
-  const int step = static_cast<int>(p.dilation);
-  const int y0 = at.y * static_cast<int>(p.stride), x0 = at.x * static_cast<int>(p.stride);
+  const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
+  const int y0 = window_start(p, at.y * static_cast<int>(p.stride), p.H);
+  const int x0 = window_start(p, at.x * static_cast<int>(p.stride), p.W);
   const T* h_at = h + (at.b * p.G + at.g) * taps * area + at.y * p.Wo + at.x;
   const T* v_at = v + (at.b * p.C + first) * p.H * p.W;
   A sum[kChannels] = {};
   for (int i = 0; i < k; ++i) {
-    const int y = y0 + (i - half) * step;
+    const int y = y0 + i * step;
     if (y < 0 || y >= p.H) continue;
     for (int j = 0; j < k; ++j) {
-      const int x = x0 + (j - half) * step;
+      const int x = x0 + j * step;
       if (x < 0 || x >= p.W) continue;
       const A attention = static_cast<A>(h_at[(i * k + j) * area]);
 #pragma unroll
@@ -107,17 +133,17 @@ ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const T* grad, const T*
   const int64_t first = at.g * depth + at.part * kChannels;
   const int64_t rest = depth - at.part * kChannels;
   const int count = static_cast<int>(rest < kChannels ? rest : kChannels);
-  const int k = static_cast<int>(p.kernel_size), half = k / 2;
-  const int step = static_cast<int>(p.dilation), stride = static_cast<int>(p.stride);
+  const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
+  const int stride = static_cast<int>(p.stride), around = reach(p);
   const T* h_at = h + (at.b * p.G + at.g) * taps * area;
   const T* grad_at = grad + (at.b * p.C + first) * area;
   A sum[kChannels] = {};
-  for (int i = 0; i < k; ++i) {
-    const int from_y = at.y - (i - half) * step;
-    if (from_y < 0 || from_y % stride || from_y / stride >= p.Ho) continue;
-    for (int j = 0; j < k; ++j) {
-      const int from_x = at.x - (j - half) * step;
-      if (from_x < 0 || from_x % stride || from_x / stride >= p.Wo) continue;
+  for (int n = around; n >= -around; --n) {
+    const int i = window_place(p, at.y, n, p.H, p.Ho), from_y = at.y + n * step;
+    if (i < 0) continue;
+    for (int m = around; m >= -around; --m) {
+      const int j = window_place(p, at.x, m, p.W, p.Wo), from_x = at.x + m * step;
+      if (j < 0) continue;
       const int64_t pixel = (from_y / stride) * p.Wo + from_x / stride;
       const A attention = static_cast<A>(h_at[(i * k + j) * area + pixel]);
 #pragma unroll
@@ -140,16 +166,16 @@ ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T*
                         T* result) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
   const Place at = place(p, index, divide_up(taps, kTaps), p.Ho, p.Wo);
-  const int k = static_cast<int>(p.kernel_size), half = k / 2;
-  const int step = static_cast<int>(p.dilation);
-  const int y0 = at.y * static_cast<int>(p.stride), x0 = at.x * static_cast<int>(p.stride);
+  const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
+  const int y0 = window_start(p, at.y * static_cast<int>(p.stride), p.H);
+  const int x0 = window_start(p, at.x * static_cast<int>(p.stride), p.W);
   const int first = static_cast<int>(at.part) * kTaps;
   const int64_t pixel = at.y * p.Wo + at.x;
   int64_t offset[kTaps];  // of the value below a tap; -1 outside the image
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
     const int tap = first + t;
-    const int y = y0 + (tap / k - half) * step, x = x0 + (tap % k - half) * step;
+    const int y = y0 + tap / k * step, x = x0 + tap % k * step;
     const bool inside = tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W;
     offset[t] = inside ? y * p.W + x : -1;
   }
@@ -172,25 +198,24 @@ ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T*
 }
 
 // One thread's share of the ghost gradients of channel `c` and the taps from `first` on: the
-// pixels begin, begin + step, ... below `end` of the B * Ho * Wo. Adds to both sums, kTaps each.
+// pixels begin, begin + every, ... below `end` of the B * Ho * Wo. Adds to both sums, kTaps each.
 template <class T, class A>
 ELSA_DEVICE void grad_ghost(const Problem& p, int64_t c, int first, int64_t begin, int64_t end,
-                            int64_t step, const T* grad, const T* v, const T* h, A* sum_mul,
+                            int64_t every, const T* grad, const T* v, const T* h, A* sum_mul,
                             A* sum_add) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
-  const int k = static_cast<int>(p.kernel_size), half = k / 2;
-  for (int64_t n = begin; n < end; n += step) {
+  const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
+  for (int64_t n = begin; n < end; n += every) {
     const int64_t b = n / area, pixel = n % area;
-    const int y0 = static_cast<int>(pixel / p.Wo * p.stride);
-    const int x0 = static_cast<int>(pixel % p.Wo * p.stride);
+    const int y0 = window_start(p, static_cast<int>(pixel / p.Wo * p.stride), p.H);
+    const int x0 = window_start(p, static_cast<int>(pixel % p.Wo * p.stride), p.W);
     const A up = static_cast<A>(grad[(b * p.C + c) * area + pixel]);
     const T* v_at = v + (b * p.C + c) * p.H * p.W;
     const T* h_at = h + (b * p.G + c / depth) * taps * area + pixel;
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       const int tap = first + t;
-      const int y = y0 + (tap / k - half) * static_cast<int>(p.dilation);
-      const int x = x0 + (tap % k - half) * static_cast<int>(p.dilation);
+      const int y = y0 + tap / k * step, x = x0 + tap % k * step;
       if (tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W) {
         const A value = up * static_cast<A>(v_at[y * p.W + x]);
         sum_add[t] += value;
