@@ -314,11 +314,12 @@ class ELSASwin(nn.Module):
                 module.reset_ghost_head(0.02 if std else 1 / module.kernel_size)
 
     def no_weight_decay(self) -> set[str]:
-        """The relative position tables. timm's optimisers leave out norms and biases themselves.
+        """Nothing: timm's optimisers leave out norms and biases themselves.
 
-        The ghost head is decayed: it is a static depth-wise kernel, like a convolution's weight.
+        As in the published runs the ghost head, a static depth-wise kernel, and the relative
+        position tables are decayed; timm's Swin leaves its tables out.
         """
-        return {n for n, _ in self.named_parameters() if "relative_position_bias_table" in n}
+        return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that sort the parameters into stem and layers."""

@@ -190,8 +190,10 @@ class Training(Section):
     base_batch_size: Positive
     """The global batch that `lr` is for; with another `batch_size` it is scaled linearly."""
     amp: Literal["auto", "none", "bfloat16", "float16"]
-    """Precision of training on GPUs. auto: bfloat16 where the GPU has it, else float16 with a loss
-    scaler; none on a CPU."""
+    """Precision of training on GPUs; float16 comes with a loss scaler. auto: bfloat16 where the GPU
+    has it, else float16; none on a CPU. Detection and segmentation on a CPU are in float32."""
+    deterministic: bool
+    """Kernels that give the same bits on every run, where torch would else choose faster ones."""
     weight_decay: Annotated[float, Field(ge=0)]
     clip_grad: Annotated[float, Field(ge=0)]
     drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
@@ -223,7 +225,10 @@ class Pretrain(Training):
     color_jitter: Annotated[float, Field(ge=0)]
     hflip: Fraction
     scale_min: Annotated[float, Field(gt=0, le=1)]
-    interpolation: Literal["bicubic", "bilinear", "nearest", "random"]
+    train_interpolation: Literal["bicubic", "bilinear", "nearest", "random"]
+    """Of the training crops and their RandAugment; random: bilinear or bicubic, image by image."""
+    interpolation: Literal["bicubic", "bilinear", "nearest"]
+    """Of the evaluated images."""
     crop_pct: Annotated[float, Field(gt=0, le=1)]
     model_ema: bool
     model_ema_decay: Annotated[float, Field(gt=0, lt=1)]
@@ -342,12 +347,11 @@ class Params(Section):
                     f" multiple of scaling.num_workers={workers} times"
                     f" {name}.accumulate={section.accumulate}"
                 )
-            cast = isinstance(section, Downstream) and section.amp not in ("none", "auto")
-            if cast and not self.scaling.use_gpu:
-                raise ValueError(
-                    f"{name}.amp={section.amp} needs GPUs, but scaling.use_gpu is false: use none"
-                    " or auto"
-                )
+        if self.segment.deterministic and self.scaling.use_gpu:
+            raise ValueError(
+                "segment.deterministic=true: torch has no deterministic kernels on GPUs for the"
+                " pooling and the loss of UPerNet; use false"
+            )
         pretrain = self.pretrain
         micro_batch = pretrain.batch_size // (workers * pretrain.accumulate)
         if (pretrain.mixup or pretrain.cutmix) and micro_batch % 2:

@@ -13,14 +13,10 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-# Read by cuBLAS when it starts; without it deterministic algorithms are refused.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
@@ -77,18 +73,6 @@ class Finished:
         )
 
 
-@contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Within it torch takes kernels whose results do not change from run to run."""
-    torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.deterministic = wanted
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic = False
-
-
 def random_images(root: Path, size: int, train: int, val: int) -> Dataset:
     """Ten classes of noisy colours in ImageNet's layout."""
     random = np.random.default_rng(0)
@@ -122,8 +106,6 @@ def train(params: Params, dataset: Dataset, device: torch.device, leave_in: int 
         for leave in ([leave_in] if leave_in >= 0 else []) + [-1]:
             recorder = Recorder(Path(scratch), leave)
             classifier = Classifier(job, device, recorder)
-            if torch.are_deterministic_algorithms_enabled():
-                torch.backends.cudnn.benchmark = False  # it may choose another kernel each time
             classifier.fit()
             epochs += recorder.epochs
             if leave >= 0 and len(recorder.epochs) != leave:
@@ -204,12 +186,13 @@ def measure(device: torch.device, workers: int, note: Callable[[str, Any], None]
         attempt("float16 with its scaler", lambda: train(half, data, device).last())
         attempt("two runs: largest difference of a weight", repeated)
         attempt("left and resumed: largest difference of a weight", lambda: repeated(leave_in=1))
-        with deterministic(True):
-            attempt("deterministic kernels", lambda: train(params, data, device).last())
-            attempt(
-                "deterministic kernels, left and resumed: largest difference of a weight",
-                lambda: repeated(leave_in=1),
-            )
+        # Last, for they stay chosen in this process.
+        params = override(params, {"pretrain.deterministic": True}, "deterministic kernels")
+        attempt("deterministic kernels", lambda: train(params, data, device).last())
+        attempt(
+            "deterministic kernels, left and resumed: largest difference of a weight",
+            lambda: repeated(leave_in=1),
+        )
     return whole
 
 

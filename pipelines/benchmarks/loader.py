@@ -52,7 +52,7 @@ def measure(place: str, section: Pretrain, workers: int, count: int) -> dict[str
         hflip=section.hflip,
         color_jitter=section.color_jitter,
         auto_augment=section.aa or None,
-        interpolation=section.interpolation,
+        interpolation=section.train_interpolation,
         num_workers=workers,
         use_prefetcher=False,
         persistent_workers=False,
@@ -87,7 +87,7 @@ def main() -> None:
         params = compose([f"recipe={recipe}"]) if recipe else load_params()
         section = params.pretrain
         print(
-            f"{section.img_size} px, aa={section.aa or 'none'}, {section.interpolation};"
+            f"{section.img_size} px, aa={section.aa or 'none'}, {section.train_interpolation};"
             f" {os.cpu_count()} cores here; a GPU needs {arguments.need:g} images/s"
         )
         for place in arguments.places or [locate(params, "imagenet")]:

@@ -1,6 +1,5 @@
 """The mmengine config of a training: mmdet's or mmseg's, with what the parameters decide."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ from mmengine.config import utils as config_utils
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS
+from pipelines.mm.tree import dicts_in
 from pipelines.params import Detect, Downstream, Segment
 from pipelines.train.job import Job
 from pipelines.train.schedule import micro_batch, scaled_lr
 
+POSITION_TABLE = "relative_position_bias_table"
 CONFIGS = Path(__file__).parent / "configs"
 # mmengine looks for the distribution `mmsegmentation`, which other distributions provide too;
 # by its module mmseg is found whoever provides it.
@@ -51,10 +52,8 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     # They register what the config names.
     import elsa.mm  # noqa: F401
     import pipelines.mm.loading
-    import pipelines.mm.loop
+    import pipelines.mm.loop  # noqa: F401
 
-    if job.stage == "detect":
-        import pipelines.mm.roi_extractor  # noqa: F401
     config = Config.fromfile(file)
     _set_model(config.model, job)
     _set_data(config, job, workers)
@@ -64,6 +63,10 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     _set_optimizer(config, job)
 
     config.randomness = {"seed": section.seed}
+    if section.deterministic:
+        for part in dicts_in(config.model):
+            if part.get("type") == "RoIAlign":
+                part.use_torchvision = True  # mmcv's backward adds in any order
     hooks = {k: v for k, v in config.get("default_hooks", {}).items() if k != "visualization"}
     config.default_hooks = hooks | {"checkpoint": None}  # ReportHook saves
     config.visualizer.vis_backends = config.vis_backends = []
@@ -77,12 +80,19 @@ def _set_optimizer(config: Config, job: Job) -> None:
     section = job.section
     wrapper = config.optim_wrapper
     wrapper.optimizer.update(lr=scaled_lr(section), weight_decay=section.weight_decay)
+    if not job.params.model.name.startswith("elsa_swin_"):
+        # Swin's own runs leave it out; ELSA's decay it, whose name for it their rule misses.
+        wrapper.paramwise_cfg.setdefault("custom_keys", {})[POSITION_TABLE] = {"decay_mult": 0.0}
     if section.clip_grad:
         wrapper.clip_grad = {"max_norm": section.clip_grad}
     if section.accumulate > 1:
         wrapper.accumulative_counts = section.accumulate
     precision = _precision(section, job.params.scaling.use_gpu)
     if precision:
+        if job.stage == "detect":
+            from pipelines.mm.float32 import keep_float32  # it imports mmdet
+
+            keep_float32(config.model)
         # bfloat16 has the range of float32: nothing to scale.
         scale = "dynamic" if precision == "float16" else {"enabled": False}
         wrapper.update(type="AmpOptimWrapper", dtype=precision, loss_scale=scale)
@@ -91,7 +101,7 @@ def _set_optimizer(config: Config, job: Job) -> None:
     warmup.end = section.warmup_iters * section.accumulate
     decay.end = section.epochs
     if isinstance(section, Segment) and not decay.by_epoch:
-        decay.begin = warmup.end
+        decay.begin = 0  # under the warm-up too: they are multiplied
         decay.end = section.epochs * section.epoch_iters * section.accumulate
     if "T_max" in decay:
         decay.T_max = section.epochs
@@ -144,7 +154,7 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     (model.neck if "neck" in model else model.decode_head).in_channels = channels
     if "auxiliary_head" in model:
         model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
-    for part in _dicts(model):
+    for part in dicts_in(model):
         if "num_classes" in part:
             part.num_classes = section.num_classes
         if part.get("class_weight") and len(part.class_weight) != section.num_classes:
@@ -227,7 +237,7 @@ def _set_sizes(config: Config, job: Job) -> None:
     parts = [
         part
         for key in ("train_dataloader", "val_dataloader", "tta_pipeline")
-        for part in _dicts(config.get(key, {}))
+        for part in dicts_in(config.get(key, {}))
     ]
     for part in parts:
         if "scale_factor" in part:  # of the test-time augmentation: relative to the evaluated size
@@ -274,14 +284,3 @@ def test_time_augmentation(config: Config) -> dict[str, Any] | None:
         "evaluator": evaluator,
         "suffix": "_ms_flip",
     }
-
-
-def _dicts(value: Any) -> Iterator[ConfigDict]:
-    """All dicts inside a config, at any depth."""
-    if isinstance(value, dict):
-        yield value
-        for item in value.values():
-            yield from _dicts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _dicts(item)

@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from pipelines.mm.config import build_config, test_time_augmentation
 from pipelines.mm.hooks import ReportHook, Stopped
+from pipelines.train.determinism import use_deterministic_kernels
 from pipelines.train.job import Job
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
     Where the reporter is stopping, this returns after a checkpoint. One call per process:
     mmengine's logger, message hub and visualizer are singletons, and it chooses the device itself.
     """
+    if job.section.deterministic:
+        use_deterministic_kernels()
     work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
     try:
         with reporter.checkpoint() as found:

@@ -37,6 +37,7 @@ from pipelines.train.cost import (
     flops_per_image,
     peak_flops,
 )
+from pipelines.train.determinism import use_deterministic_kernels
 from pipelines.train.evaluation import amp_dtype, predict, scores_of, sums_of_scores
 from pipelines.train.job import Job
 from pipelines.train.models import build_model
@@ -83,6 +84,8 @@ class Classifier:
         scaling = job.params.scaling
         # What a step's images are split for; where pretraining is elastic, fewer may run.
         self.planned = scaling.num_workers if scaling.min_workers else reporter.world_size
+        if p.deterministic:
+            use_deterministic_kernels()
         random_seed(p.seed, 0)  # the same initial weights on every rank
         self.model = make_model(job, device)
         self.memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
@@ -116,7 +119,8 @@ class Classifier:
         """FLOP/s of the GPU, if they are known; then `self.flops` are those of an image."""
         if self.device.type != "cuda":
             return None
-        torch.backends.cudnn.benchmark = True
+        # It may choose another kernel each time.
+        torch.backends.cudnn.benchmark = not self.params.deterministic
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.amp else None
         if peak:
             with torch.device("meta"):

@@ -141,7 +141,7 @@ def make_loaders(
         hflip=p.hflip,
         color_jitter=p.color_jitter,
         auto_augment=p.aa or None,
-        interpolation=p.interpolation,
+        interpolation=p.train_interpolation,
         re_prob=p.reprob,
         re_mode="pixel",
         use_prefetcher=device.type == "cuda",

@@ -7,22 +7,18 @@ The backbone, epochs, rates, classes, sizes and paths come from the parameters
 _base_ = (
     "mmdet::convnext/cascade-mask-rcnn_convnext-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-3x_coco.py"
 )
-custom_imports = dict(imports=["elsa.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False)
+custom_imports = dict(imports=["elsa.mm"], allow_failed_imports=False)
 
-roi_extractor = dict(type="Float32RoIExtractor")  # RoIAlign has no bfloat16 kernel
 model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="tiny", drop_path_rate=0.2),
-    roi_head=dict(bbox_roi_extractor=roi_extractor, mask_roi_extractor=roi_extractor),
 )
 
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        custom_keys={"relative_position_bias_table": dict(decay_mult=0.0)},
-    ),
+    # The backbone's LayerNorms; those of the heads are named `bn`.
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),

@@ -5,16 +5,14 @@ The backbone, epochs, rates, classes, sizes and paths come from the parameters
 """
 
 _base_ = "mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_ms-crop-3x_coco.py"
-custom_imports = dict(imports=["elsa.mm", "pipelines.mm.roi_extractor"], allow_failed_imports=False)
+custom_imports = dict(imports=["elsa.mm"], allow_failed_imports=False)
 
-roi_extractor = dict(type="Float32RoIExtractor")  # RoIAlign has no bfloat16 kernel
 model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="tiny", drop_path_rate=0.2),
-    roi_head=dict(bbox_roi_extractor=roi_extractor, mask_roi_extractor=roi_extractor),
 )
 
-# The names in mmdet's custom_keys miss the norms of the heads.
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+# The backbone's LayerNorms alone are not decayed.
+optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, custom_keys={"norm": dict(decay_mult=0.0)}))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1),

@@ -17,6 +17,6 @@ dataset = dict(
 train_dataloader = dict(dataset=dataset)
 val_dataloader = dict(dataset=dataset)
 
-# The names in mmseg's custom_keys miss the norms of the heads.
-optim_wrapper = dict(paramwise_cfg=dict(norm_decay_mult=0.0))
+# The backbone's LayerNorms alone are not decayed; those of the heads are named `bn`.
+optim_wrapper = dict(paramwise_cfg=dict(_delete_=True, custom_keys={"norm": dict(decay_mult=0.0)}))
 train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=40, val_interval=4)
