@@ -109,7 +109,8 @@ def test_learning_rate_scales_with_the_global_batch_from_the_batch_it_is_for() -
         (["model.embed_dim=30", "model.num_heads=[4,4,8,8]"], "num_heads=4 does not divide the 30"),
         (["model.depths=[1,1]", "model.num_heads=[2]"], "must have equal length"),
         (["detect.accumulate=3"], "scaling.num_workers=2 times detect.accumulate=3"),
-        (["segment.amp=bfloat16"], "segment.amp=bfloat16 needs GPUs"),
+        (["scaling.use_gpu=true", "segment.deterministic=true"], "loss of UPerNet; use false"),
+        (["pretrain.interpolation=random"], "'bicubic', 'bilinear' or 'nearest'"),
         (["recipe=elsa_swin_tiny", "segment.epoch_iters=0"], "schedule=160k counts steps"),
         (["tasks=[]"], "tasks: Tuple should have at least 1 item"),
         (["tasks=[detect,detect]"], "names a task twice"),
@@ -140,6 +141,16 @@ def test_a_group_in_place_of_a_section_names_the_command_that_composes_it(write)
 def test_missing_file_names_the_fix(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match=r"git checkout params.yaml"):
         load_params(tmp_path / "params.yaml")
+
+
+def test_precision_is_as_published_or_of_today() -> None:
+    def precisions(*words: str) -> list[str]:
+        params = compose(["recipe=elsa_swin_tiny", *words])
+        return [params.pretrain.amp, params.detect.amp, params.segment.amp]
+
+    assert precisions() == ["float16", "float16", "none"]
+    assert precisions("precision=bfloat16") == ["bfloat16"] * 3
+    assert precisions("precision=bfloat16", "detect.amp=none") == ["bfloat16", "none", "bfloat16"]
 
 
 def test_null_overrides_a_value_and_only_what_differs_is_shown() -> None:

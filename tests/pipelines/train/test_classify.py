@@ -99,6 +99,16 @@ def assert_equal(actual: Any, expected: Any) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+def test_deterministic_training_asks_torch_for_such_kernels(data: Path, tmp_path: Path) -> None:
+    try:
+        Classifier(job_of(smoke(deterministic=True), data), CPU, Recorder(tmp_path))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+
+
 @pytest.mark.parametrize(
     "settings",
     [
