@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ops import elsa_attention
 
-__all__ = ["COUNTERPARTS", "DepthwiseConv", "DynamicFilter", "LocalAttention"]
+__all__ = ["COUNTERPARTS", "DepthwiseConv", "DynamicFilter", "FilterNorm", "LocalAttention"]
 
 
 class _Counterpart(nn.Module):
@@ -81,16 +81,65 @@ class DepthwiseConv(_Counterpart):
         return self.conv(x)
 
 
+class FilterNorm(nn.Module):
+    """Each filter with a learnt mean and deviation in place of its own (arXiv 2104.14107, 3.3).
+
+    Shape: (B, filters, k*k, ...) -> the same.
+
+    Args:
+        filters: How many, each with a mean and a deviation of its own.
+        std: Initial deviation; the initial mean is zero.
+    """
+
+    def __init__(self, filters: int, std: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((filters,), std))
+        self.bias = nn.Parameter(torch.zeros(filters))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x if x.dtype == torch.float64 else x.float()
+        std, mean = torch.std_mean(x, dim=2, keepdim=True)
+        shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
+        normed = (x - mean) / (std + 1e-6)
+        return normed * self.weight.view(shape) + self.bias.view(shape)
+
+
 class DynamicFilter(_Counterpart):
-    """Weights that a 1x1 convolution makes from the pixel in the middle, without softmax."""
+    """The decoupled dynamic filter (DDF, arXiv 2104.14107): a spatial filter that a 1x1 convolution
+    makes from the pixel in the middle, times a channel filter that two linear layers make from the
+    image's mean, each normalised; no softmax.
+
+    A head has a spatial filter of its own; with `num_heads=1` it is DDF's single one. Both
+    deviations begin as k ** -0.5, so that their product has that of a depth-wise kernel, 1 / k.
+    """
+
+    squeeze = 5
+    """The hidden layer of the channel filter has `dim / squeeze` channels (the paper's 0.2)."""
 
     def __init__(self, dim: int, num_heads: int, **kwargs: Any) -> None:
         super().__init__(dim, num_heads, **kwargs)
-        self.attn = nn.Conv2d(dim, num_heads * self.kernel_size**2, 1)
+        area, std = self.kernel_size**2, self.kernel_size**-0.5
+        hidden = max(dim // self.squeeze, 1)
+        self.attn = nn.Conv2d(dim, num_heads * area, 1)
+        self.attn_norm = FilterNorm(num_heads, std)
+        self.channel = nn.Sequential(
+            nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim * area)
+        )
+        self.channel_norm = FilterNorm(dim, std)
 
     def aggregate(self, x: Tensor) -> Tensor:
-        weights = self.attn(x).unflatten(1, (self.num_heads, self.kernel_size**2))
-        return elsa_attention(x, self.attn_drop(weights), kernel_size=self.kernel_size)
+        k, area = self.kernel_size, self.kernel_size**2
+        spatial = self.attn_norm(self.attn(x).unflatten(1, (self.num_heads, area)))
+        channel = self.channel(x.mean((2, 3))).unflatten(1, (self.dim, area))
+        channel = self.channel_norm(channel).to(spatial.dtype)
+        # The operator's static heads are one for all images: here an image is a group of channels.
+        out = elsa_attention(
+            x.flatten(0, 1).unsqueeze(0),
+            self.attn_drop(spatial).flatten(0, 1).unsqueeze(0).to(x.dtype),
+            channel.reshape(-1, k, k),
+            kernel_size=k,
+        )
+        return out.view_as(x)
 
 
 class LocalAttention(_Counterpart):

@@ -41,6 +41,10 @@ class ELSA(nn.Module):
 
     Shape: (B, H, W, dim) -> (B, H // stride, W // stride, dim), channels last.
 
+    The defaults are those of ELSA-Swin's blocks. The authors' class differs in three: its
+    `qk_scale=None` stands for `(dim_v / num_heads) ** -0.5`, its `lam` is 1, and in their VOLO
+    `kernel_size` is 5 and `qkv_bias` False. Pass those for a layer like theirs.
+
     Args:
         dim: Input and output channels.
         num_heads: Heads G of the Hadamard attention; divides `dim_v`.

@@ -107,6 +107,7 @@ def plan(
 )
 @click.option("--recipe", help="Whose model to use; default: params.yaml, or what fits.")
 @click.option("--ms-flip", is_flag=True, help="Several scales, and mirrored (segment).")
+@click.option("--no-ema", is_flag=True, help="Not the averaged weights of a file that has both.")
 @click.option("--data", help="A data set in its public layout; default: the prepared one.")
 @click.option(
     "-S", "changes", multiple=True, metavar="KEY=VALUE", help="As for `dvc exp run` (repeatable)."
@@ -142,6 +143,18 @@ def compare(
         print(pages())
     else:
         compare_runs(runs, sweep, metric, out)
+
+
+@main.command()
+@click.option("--model", help="Only rows of models whose name begins so, as elsa_swin_tiny.")
+def published(model: str | None) -> None:
+    """List published results and the command for each.
+
+    With what metrics/ holds of the same model, method and schedule beside them.
+    """
+    from pipelines.commands.published import show_published
+
+    show_published(model or "")
 
 
 @main.command()

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,8 @@ class Options:
     recipe: str | None = None
     """Whose model and settings to use; None takes params.yaml, or what fits the weights."""
     ms_flip: bool = False
+    no_ema: bool = False
+    """Of a file with both, take the weights that are no average."""
     data: str | None = None
     """A data set in its public layout; None takes the one that `prepare` verified."""
     changes: tuple[str, ...] = ()
@@ -76,7 +78,9 @@ class EvaluationJob:
     """Reference of the state dict in Ray's object store."""
 
 
-def choose_params(task: Task, weights: Path, recipe: str | None, changes: list[str]) -> Params:
+def choose_params(
+    task: Task, weights: Path, recipe: str | None, changes: list[str], use_ema: bool = True
+) -> Params:
     """The parameters that the weights belong to: the recipe if given, else those of `params.yaml`
     if the weights fit their model, else the first recipe whose model they fit.
 
@@ -98,7 +102,7 @@ def choose_params(task: Task, weights: Path, recipe: str | None, changes: list[s
         except PipelineError as error:
             faults[name] = str(error)  # a change that is not for this recipe
             continue
-        fault = _misfit(task, weights, params)
+        fault = _misfit(task, weights, params, use_ema)
         if fault is None:
             return params
         faults[name] = fault
@@ -125,7 +129,7 @@ def _description(weights: Path) -> dict[str, Any]:
     return found
 
 
-def _misfit(task: Task, weights: Path, params: Params) -> str | None:
+def _misfit(task: Task, weights: Path, params: Params, use_ema: bool) -> str | None:
     """Why the weights are not of the parameters' backbone; None if they are."""
     import timm
 
@@ -139,22 +143,23 @@ def _misfit(task: Task, weights: Path, params: Params) -> str | None:
     whole = task.name == "classify"
     kind = {"num_classes": params.pretrain.num_classes} if whole else {"features_only": True}
     try:
-        _load(timm.create_model(params.model.name, **params.model.overrides(), **kind), weights)
+        model = timm.create_model(params.model.name, **params.model.overrides(), **kind)
+        _load(model, weights, use_ema)
     except (elsa.CheckpointError, TypeError, ValueError, RuntimeError) as error:
         return str(error)
     return None
 
 
-def _load(model: Any, file: Path) -> None:
+def _load(model: Any, file: Path, use_ema: bool) -> None:
     import elsa
 
     if any(isinstance(part, elsa.ELSASwin) for part in model.modules()):
-        elsa.load_checkpoint(model, file)
+        elsa.load_checkpoint(model, file, use_ema=use_ema)
     else:
-        model.load_state_dict(elsa.read_state_dict(file))
+        model.load_state_dict(elsa.read_state_dict(file, use_ema=use_ema))
 
 
-def load_model(task: Task, what: Prediction, file: Path) -> Any:
+def load_model(task: Task, what: Prediction, file: Path, use_ema: bool = True) -> Any:
     """The whole model with the weights of `file`.
 
     Raises:
@@ -164,7 +169,7 @@ def load_model(task: Task, what: Prediction, file: Path) -> Any:
 
     model = task.evaluation_model(what)
     try:
-        _load(model, file)
+        _load(model, file, use_ema)
     except (elsa.CheckpointError, RuntimeError) as error:
         group = f"-S {task.stage}=<group> chooses another method and schedule"
         fix = group if (RECIPES / task.stage).is_dir() else ""
@@ -316,7 +321,8 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
     from pipelines.results.tables import published_beside
 
     console, task, params = Console(), evaluation.task, evaluation.what.params
-    published = published_beside(metrics, task.facts(params))
+    facts = replace(task.facts(params), evaluated=True)
+    published = published_beside(metrics, facts)
     table = Table("metric", title=f"{params.model.name}, recipe {params.recipe}")
     table.add_column("value", justify="right")
     if published:
@@ -350,9 +356,12 @@ def prepare(options: Options) -> Evaluation:
     file = weights_file(options.weights, Path.cwd())
     description = file.parent / DESCRIPTION
     upstream = json.loads(description.read_text()) if description.is_file() else {}
-    params = choose_params(task, file, options.recipe, list(options.changes))
+    use_ema = not options.no_ema
+    params = choose_params(task, file, options.recipe, list(options.changes), use_ema)
+    if not params.scaling.use_gpu:  # float16 is for GPUs
+        params = override(params, {"pretrain.amp": "none"}, "on a CPU")
     what = Prediction(params, find_data(task, params, options.data), options.ms_flip)
-    model = load_model(task, what, file)
+    model = load_model(task, what, file, use_ema)
     return Evaluation(
         task,
         what,

@@ -23,6 +23,8 @@ class TaskFacts:
     """timm's name; empty where the model is not a published one, or has other classes."""
     published_as: Mapping[str, str]
     """Method and schedule of the published rows."""
+    evaluated: bool = False
+    """The weights were given, and only evaluated."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,13 @@ def published_beside(metrics: Mapping[str, Any], task: TaskFacts) -> dict[str, s
     """
     if not task.model:
         return {}
-    found = compare(metrics, model=task.model, task=task.name, **task.published_as)
+    found = compare(
+        metrics,
+        model=task.model,
+        task=task.name,
+        evaluated=task.evaluated,
+        **task.published_as,
+    )
     return {
         one.published.metric: f"{one.published.value:.1f} ({one.difference:+.1f}, {one.verdict})"
         for one in found

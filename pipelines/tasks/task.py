@@ -149,6 +149,7 @@ class Task(ABC):
             self.reported,
             params.model.name if public else "",
             self.published_as(params),
+            self.section(params).epochs == 0,
         )
 
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
 import elsa
-from elsa.counterparts import LocalAttention
+from elsa.counterparts import DynamicFilter, LocalAttention
 from elsa.swin import WindowBlock
 
 COUNTS = {
@@ -221,9 +221,6 @@ def test_copies_agree(tmp_path):
 
 def test_weight_decay_groups():
     model = small()
-    assert model.no_weight_decay() == {
-        f"layers.3.blocks.{i}.attn.relative_position_bias_table" for i in range(2)
-    }
     skip, decay = (
         {id(p) for p in group["params"]}
         for group in param_groups_weight_decay(
@@ -231,9 +228,9 @@ def test_weight_decay_groups():
         )
     )
     for name, parameter in model.named_parameters():
-        kept = parameter.ndim > 1 and "relative_position_bias_table" not in name
-        assert (id(parameter) in decay) == kept, name
-        assert (id(parameter) in skip) != kept, name
+        # The ghost heads and the position tables are decayed, as in the published runs.
+        assert (id(parameter) in decay) == (parameter.ndim > 1), name
+        assert (id(parameter) in skip) == (parameter.ndim <= 1), name
     coarse = timm.models.group_parameters(model, model.group_matcher(coarse=True))
     assert len(coarse) == 1 + 4 + 1  # stem, stages, norm and head
     groups = param_groups_layer_decay(model, layer_decay=0.5)
@@ -338,6 +335,39 @@ def test_counterparts_of_elsa_train_in_the_same_swin(operator):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     stages = [type(stage.blocks[0]) for stage in model.layers]
     assert stages == [WindowBlock if operator == "window" else elsa.ELSABlock] * 3 + [WindowBlock]
+
+
+def test_dynamic_filter_is_the_decoupled_one():
+    """Equation 3 of arXiv 2104.14107, pixel by pixel, and its filters' means and deviations."""
+    torch.manual_seed(0)
+    layer = DynamicFilter(6, 2, kernel_size=3).double()
+    with torch.no_grad():
+        for norm in (layer.attn_norm, layer.channel_norm):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.uniform_(-1, 1)
+    x = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    v = layer.pre_proj(x.permute(0, 3, 1, 2))
+    spatial = layer.attn(v).unflatten(1, (2, 9))
+    channel = layer.channel(v.mean((2, 3))).unflatten(1, (6, 9))
+    filters = []
+    for raw, norm in ((spatial, layer.attn_norm), (channel, layer.channel_norm)):
+        scale, shift = (t.view(1, -1, *[1] * (raw.dim() - 2)) for t in (norm.weight, norm.bias))
+        normed = torch.nn.functional.layer_norm(raw.movedim(2, -1), (9,), eps=0).movedim(-1, 2)
+        normed = normed * (8 / 9) ** 0.5 * scale + shift  # the deviation of a sample
+        torch.testing.assert_close(normed.std(2), scale.squeeze(2).expand_as(normed.std(2)))
+        torch.testing.assert_close(normed.mean(2), shift.squeeze(2).expand_as(normed.mean(2)))
+        filters.append(normed)
+    spatial, channel = filters
+    out = torch.zeros_like(v)
+    for b, c, y, z in torch.cartesian_prod(*(torch.arange(n) for n in v.shape)).tolist():
+        for i in range(9):
+            row, column = y + i // 3 - 1, z + i % 3 - 1
+            if 0 <= row < 4 and 0 <= column < 5:
+                weight = spatial[b, c // 3, i, y, z] * channel[b, c, i]
+                out[b, c, y, z] += weight * v[b, c, row, column]
+    torch.testing.assert_close(
+        layer(x), layer.post_proj(out.permute(0, 2, 3, 1)), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_local_attention_is_attention_masked_to_the_neighbourhood():

@@ -10,7 +10,18 @@ from pipelines.cli import main
 from pipelines.paths import ROOT
 
 COMMANDS = (
-    *("compose", "params", "doctor", "plan", "evaluate", "compare", "results", "pack", "submit"),
+    *(
+        "compose",
+        "params",
+        "doctor",
+        "plan",
+        "evaluate",
+        "compare",
+        "published",
+        "results",
+        "pack",
+        "submit",
+    ),
 )
 
 
