@@ -100,7 +100,7 @@ class FilterNorm(nn.Module):
         x = x if x.dtype == torch.float64 else x.float()
         std, mean = torch.std_mean(x, dim=2, keepdim=True)
         shape = (1, -1, *(1 for _ in range(x.dim() - 2)))
-        normed = (x - mean) / (std + 1e-6)
+        normed = (x - mean) / (std + 1e-10)
         return normed * self.weight.view(shape) + self.bias.view(shape)
 
 

@@ -269,10 +269,16 @@ class Downstream(Training):
 
 
 class Detect(Downstream):
-    method: Literal["mask-rcnn", "cascade-mask-rcnn"]
+    method: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "cascade-rcnn"]
+    """The last two find boxes only, and need no masks in the data."""
     schedule: Literal["1x", "3x", "demo"]
     milestones: tuple[Positive, ...]
     """Epochs after which a stepped schedule lowers the learning rate to a tenth."""
+
+    @property
+    def masks(self) -> bool:
+        """Whether the method predicts masks, and learns from them."""
+        return "mask" in self.method
 
 
 class Segment(Downstream):

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -210,11 +211,23 @@ def _duplicates(values: Iterable[Any]) -> list[Any]:
 def _check_coco(
     root: Path, folder: str, classes: Sequence[str], sizes: dict[str, tuple[int, int]]
 ) -> None:
-    empty = check_coco(root, folder, classes, sizes)
-    for number, fault in empty.items():
+    found = check_coco(root, folder, classes, sizes)
+    for number, fault in (found.empty | found.without_mask).items():
         raise DataError(
             f"{root}/annotations/instances_{folder}.json: annotation {number} {fault}; {FIX}"
         )
+
+
+@dataclass(frozen=True)
+class CocoFindings:
+    """What is not wrong with COCO annotations, and yet to be told: faults by annotation id."""
+
+    annotations: int
+    """How many there are."""
+    empty: dict[int, str] = field(default_factory=dict)
+    """Empty boxes: mmdet leaves them out."""
+    without_mask: dict[int, str] = field(default_factory=dict)
+    """Boxes alone: for methods without masks."""
 
 
 def check_coco(
@@ -223,15 +236,15 @@ def check_coco(
     classes: Sequence[str],
     sizes: dict[str, tuple[int, int]],
     left_out: Collection[str] = (),
-) -> dict[int, str]:
+) -> CocoFindings:
     """Check `instances_<folder>.json` in itself and against the images.
 
     Args:
         sizes: (width, height) of every image, by `<folder>/<file name>`.
         left_out: names of images that have no size and are not used.
 
-    Returns:
-        annotations with an empty box by id, with the fault: mmdet leaves those out.
+    Raises:
+        DataError: what no method can train on.
     """
     path = root / f"annotations/instances_{folder}.json"
     if not path.is_file():
@@ -256,15 +269,17 @@ def check_coco(
     if not content["annotations"]:
         raise DataError(f"{path} has no annotations: there is nothing to learn or score; {FIX}")
     categories = {category["id"] for category in content["categories"]}
-    empty = {}
+    found = CocoFindings(len(content["annotations"]))
     for annotation in content["annotations"]:
         fault = _annotation_fault(annotation, images, categories)
         if fault:
             raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {FIX}")
+        name = images[annotation["image_id"]]["file_name"]
         if min(annotation["bbox"][2:]) == 0:
-            name = images[annotation["image_id"]]["file_name"]
-            empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
-    return empty
+            found.empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
+        if not annotation.get("segmentation"):
+            found.without_mask[annotation["id"]] = f"of {name} has no segmentation"
+    return found
 
 
 def _check_coco_images(
@@ -315,14 +330,19 @@ def _annotation_fault(
             f"has bbox {box}, which is outside its image "
             f"({image['file_name']}, {bounds[0]}x{bounds[1]})"
         )
+    area = annotation.get("area")
+    if not isinstance(area, int | float) or not area >= 0:
+        return f"has area {area!r}, not the object's number of pixels"
     code = annotation.get("segmentation")
+    if not code:
+        return None  # a box alone
     if isinstance(code, dict):
         if code.get("size") != [bounds[1], bounds[0]]:
             return f"has a mask of size {code.get('size')}, its image {[bounds[1], bounds[0]]}"
         if not isinstance(code.get("counts"), list | str):
             return "has a mask without counts"
-    elif not isinstance(code, list) or not code:
-        return "has no segmentation"
+    elif not isinstance(code, list):
+        return f"has a segmentation of type {type(code).__name__}, not polygons or RLE"
     return None
 
 

@@ -90,4 +90,5 @@ def find_dataset(params: Params, name: str, num_classes: int) -> Dataset:
             "Restore it, or verify it again with `dvc repro --force prepare`",
         )
     counts, skipped = dict(manifest["counts"]), tuple(manifest["skipped"])
-    return Dataset(name, place, classes, counts, manifest["digest"], skipped)
+    boxes_only = manifest.get("without_mask", 0)
+    return Dataset(name, place, classes, counts, manifest["digest"], skipped, boxes_only)

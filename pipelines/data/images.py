@@ -295,6 +295,8 @@ class Dataset:
     """Of its files and classes; empty where `prepare` did not verify it."""
     skipped: tuple[str, ...] = ()
     """Images that are left out as they do not decode, by path within it."""
+    without_mask: int = 0
+    """Annotations of COCO's layout that are a box alone."""
 
     def images(self, split: str) -> Images:
         """The images of a split, for timm's loader."""

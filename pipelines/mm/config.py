@@ -21,6 +21,10 @@ CONFIGS = Path(__file__).parent / "configs"
 config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
+WITH_MASKS = {"faster-rcnn": "mask-rcnn", "cascade-rcnn": "cascade-mask-rcnn"}
+"""Methods that are another one without its masks."""
+
+
 def config_name(stage: str, method: str, schedule: str) -> str:
     """Name of the config of a method and a schedule, in the manner of mmdet and mmseg.
 
@@ -41,7 +45,8 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
         PipelineError: no config for this method and schedule, or one for other classes.
     """
     section = job.section
-    name = config_name(job.stage, section.method, section.schedule)
+    method = WITH_MASKS.get(section.method, section.method)
+    name = config_name(job.stage, method, section.schedule)
     file = CONFIGS / job.stage / f"{name}.py"
     if not file.is_file():
         raise PipelineError(
@@ -55,6 +60,8 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     import pipelines.mm.loop  # noqa: F401
 
     config = Config.fromfile(file)
+    if section.method in WITH_MASKS:
+        _leave_out_masks(config)
     _set_model(config.model, job)
     _set_data(config, job, workers)
     evaluators = {"detect": _coco_evaluators, "segment": _ade20k_evaluators}[job.stage]
@@ -73,6 +80,19 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     config.env_cfg.mp_cfg.mp_start_method = "spawn"  # a fork of a Ray worker can hang
     config.env_cfg.cudnn_benchmark = False
     return config
+
+
+def _leave_out_masks(config: Config) -> None:
+    """Make a config of boxes and masks one of boxes alone."""
+    if config.model.type == "MaskRCNN":
+        config.model.type = "FasterRCNN"
+    del config.model.roi_head["mask_head"], config.model.roi_head["mask_roi_extractor"]
+    for key in ("train_dataloader", "val_dataloader"):
+        for part in dicts_in(config[key]):
+            if part.get("type") == "LoadAnnotations":
+                part.with_mask = False
+            if part.get("type") == "FilterAnnotations":
+                part.by_mask = False
 
 
 def _set_optimizer(config: Config, job: Job) -> None:
@@ -257,7 +277,7 @@ def _coco_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
         {
             "type": "CocoMetric",
             "ann_file": f"{job.dataset.place}/{LAYOUTS['coco'].annotations['val']}",
-            "metric": ["bbox", "segm"],
+            "metric": ["bbox", "segm"] if job.section.masks else ["bbox"],
             "outfile_prefix": str(predictions / "coco"),
             "collect_device": "gpu",  # by messages, not by files that ranks share
         }

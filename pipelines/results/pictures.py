@@ -16,7 +16,12 @@ from PIL import Image
 
 from pipelines.data.layout import LAYOUTS
 from pipelines.results.plots import COLORS
-from pipelines.results.scores import calibration, worst_detections, worst_segmentations
+from pipelines.results.scores import (
+    calibration,
+    result_kinds,
+    worst_detections,
+    worst_segmentations,
+)
 
 COCO_LAYOUT, ADE20K_LAYOUT = LAYOUTS["coco"], LAYOUTS["ade20k"]
 SHOWN_SCORE = 0.5
@@ -58,7 +63,8 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
     truth_file = data / COCO_LAYOUT.annotations["val"]
     truth = COCO(str(truth_file))
     predicted = defaultdict(list)
-    for item in json.loads((results / "coco.segm.json").read_text()):
+    kind = result_kinds(results)[-1]
+    for item in json.loads((results / f"coco.{kind}.json").read_text()):
         if item["score"] >= SHOWN_SCORE:
             predicted[item["image_id"]].append(item)
     boxes = defaultdict(list)
@@ -82,15 +88,18 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
         ):
             _plain(axis, pixels)
             for item in items:
-                mask = truth.annToMask(item | {"image_id": image["id"]}).astype(bool)
-                if not mask.any():
-                    continue
                 crowd = item.get("iscrowd", 0)
                 color = (1.0, 1.0, 1.0) if crowd else COLORS[item["category_id"] % len(COLORS)]
-                overlay = np.zeros((*mask.shape, 4))
-                overlay[mask] = (*to_rgb(color), 0.55)
-                axis.imshow(overlay)
-                x, y, w, h = item.get("bbox") or _box(mask)
+                box_of_item = item.get("bbox")
+                if kind == "segm":
+                    mask = truth.annToMask(item | {"image_id": image["id"]}).astype(bool)
+                    if not mask.any():
+                        continue
+                    overlay = np.zeros((*mask.shape, 4))
+                    overlay[mask] = (*to_rgb(color), 0.55)
+                    axis.imshow(overlay)
+                    box_of_item = box_of_item or _box(mask)
+                x, y, w, h = box_of_item
                 key = (image["id"], item["category_id"], round(item.get("score", -1), 4))
                 if boxes.get(key):
                     x, y, w, h = boxes[key][0]

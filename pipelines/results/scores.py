@@ -58,7 +58,7 @@ def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]
 
 
 def detection(annotations: Path, folder: Path) -> Scores:
-    """Scores of the COCO results `coco.bbox.json` and `coco.segm.json` in `folder`.
+    """Scores of the COCO results in `folder`: `coco.bbox.json`, and `coco.segm.json` if there.
 
     Where no object has a size, its score is left out.
     """
@@ -72,7 +72,7 @@ def detection(annotations: Path, folder: Path) -> Scores:
         for category in truth.loadCats(truth.getCatIds()):
             objects = len(truth.getAnnIds(catIds=category["id"], iscrowd=False))
             rows[category["id"]] = {"class": category["name"], "objects": objects}
-        for kind in ("bbox", "segm"):
+        for kind in result_kinds(folder):
             found = json.loads((folder / f"coco.{kind}.json").read_text())
             for one in found if kind == "segm" else ():
                 one.pop("bbox", None)  # an object's size is then that of its mask
@@ -92,6 +92,11 @@ def detection(annotations: Path, folder: Path) -> Scores:
                 known = precision[:, :, i][precision[:, :, i] > -1]
                 rows[category][f"{kind}_mAP"] = 100 * float(known.mean()) if known.size else None
     return Scores(metrics, list(rows.values()))
+
+
+def result_kinds(folder: Path) -> tuple[str, ...]:
+    """The kinds of COCO results that a detector left: `bbox`, and `segm` if it predicts masks."""
+    return tuple(kind for kind in ("bbox", "segm") if (folder / f"coco.{kind}.json").is_file())
 
 
 def segmentation(truth: Path, masks: Path, classes: Sequence[str]) -> Scores:
@@ -147,14 +152,16 @@ def calibration(
 
 def worst_detections(annotations: Path, folder: Path, threshold: float, count: int) -> list[int]:
     """Ids of the images with most errors per object: objects missed (no mask of their class with
-    IoU 0.5), and predictions above `threshold` that match none."""
+    IoU 0.5, or no box where there are no masks), and predictions above `threshold` that match none.
+    """
     from pycocotools import mask as coco_mask
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO(str(annotations))
     predicted = defaultdict(list)
-    for item in json.loads((folder / "coco.segm.json").read_text()):
+    kind = result_kinds(folder)[-1]
+    for item in json.loads((folder / f"coco.{kind}.json").read_text()):
         if item["score"] >= threshold:
             predicted[item["image_id"]].append(item)
     errors = {}
@@ -163,11 +170,15 @@ def worst_detections(annotations: Path, folder: Path, threshold: float, count: i
         items = sorted(predicted[image], key=lambda item: -item["score"])
         matched: set[int] = set()
         if objects and items:
-            overlap = coco_mask.iou(
-                [item["segmentation"] for item in items],
-                [truth.annToRLE(o) for o in objects],
-                [0] * len(objects),
-            )
+            if kind == "segm":
+                overlap = coco_mask.iou(
+                    [item["segmentation"] for item in items],
+                    [truth.annToRLE(o) for o in objects],
+                    [0] * len(objects),
+                )
+            else:
+                boxes = (np.array([o["bbox"] for o in them], float) for them in (items, objects))
+                overlap = coco_mask.iou(*boxes, [0] * len(objects))
             for row, item in zip(overlap, items, strict=True):
                 fitting = [
                     i

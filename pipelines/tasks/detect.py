@@ -1,9 +1,10 @@
-"""Detection and instance masks on COCO's layout: mmdet's Mask R-CNN and Cascade Mask R-CNN."""
+"""Detection on COCO's layout, with instance masks or without: mmdet's two-stage detectors."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.data.layout import LAYOUTS
+from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.tasks.dense import DenseTask, tensors
 from pipelines.tasks.task import Forward, Picture, Prediction, Scene
@@ -13,8 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
+    from pipelines.data.images import Dataset
     from pipelines.results.scores import Scores
 
+BOXES = {"mask-rcnn": "faster-rcnn", "cascade-mask-rcnn": "cascade-rcnn"}
+"""The same methods without masks."""
 ROIS, MASK_ROIS = 512, 128
 """Regions per training image that mmdet's heads see: all, and those with a mask."""
 
@@ -42,7 +46,8 @@ class Detect(DenseTask):
         def forward(net: Any, count: int, device: "torch.device") -> "list[Tensor]":
             features = net.extract_feat(torch.empty(count, 3, size, size, device=device))
             outputs = list(net.rpn_head(features))
-            for part, regions in (("bbox", ROIS), ("mask", MASK_ROIS)):
+            parts = (("bbox", ROIS), ("mask", MASK_ROIS))
+            for part, regions in parts if params.detect.masks else parts[:1]:
                 head = getattr(net.roi_head, f"{part}_head")
                 extractor = getattr(net.roi_head, f"{part}_roi_extractor")
                 cascade = isinstance(head, nn.ModuleList)
@@ -54,6 +59,16 @@ class Detect(DenseTask):
             return tensors(outputs)
 
         return self.build(params), forward
+
+    def find_dataset(self, params: Params) -> "Dataset":
+        found = super().find_dataset(params)
+        if found.without_mask and params.detect.masks:
+            raise PipelineError(
+                f"{found.without_mask} annotations of {found.place} have no segmentation, and"
+                f" detect.method={params.detect.method} learns masks",
+                f"Choose a method of boxes: detect.method={BOXES[params.detect.method]}",
+            )
+        return found
 
     def score(self, what: Prediction, folder: Path) -> "Scores":
         from pipelines.results import scores
@@ -89,7 +104,8 @@ Detect.pictures = (
         "worst_detections",
         "Failures: detection",
         "The validation images with most missed objects and false detections per object (at a"
-        " score and a mask IoU of 0.5): truth above, predictions below.",
+        " score of 0.5 and an IoU of 0.5 of masks, or of boxes without masks): truth above,"
+        " predictions below.",
         _worst,
     ),
 )

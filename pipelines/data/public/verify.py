@@ -156,7 +156,7 @@ def conclude(
     corrupt = {name: reason for f in found for name, reason in f.corrupt.items()}
     faults = [fault for f in found for fault in f.faults]
     fixed = [name for name in corrupt if not name.startswith(LAYOUTS[kind].training)]
-    reason = ""
+    reason, boxes_only = "", 0
     if fixed or len(corrupt) > settings.max_corrupt:
         faults += [f"{place / name} can't be decoded: {why}" for name, why in corrupt.items()]
         reason = (
@@ -166,9 +166,16 @@ def conclude(
     elif not faults and kind == "coco":
         shapes = {name: tuple(wh) for f in found for name, wh in f.shapes.items()}
         for split, folder in LAYOUTS[kind].images.items():
-            empty = check_coco(place, folder, classes, shapes, corrupt)  # type: ignore[arg-type]
+            coco = check_coco(place, folder, classes, shapes, corrupt)  # type: ignore[arg-type]
             path = LAYOUTS[kind].annotations[split]
-            faults += [f"{path}: annotation {number} {why}" for number, why in empty.items()]
+            faults += [f"{path}: annotation {number} {why}" for number, why in coco.empty.items()]
+            boxes_only += len(coco.without_mask)
+            if coco.without_mask:
+                print(
+                    f"prepare: {len(coco.without_mask)} of {coco.annotations} annotations of {path}"
+                    " have no segmentation: they are for methods of boxes, such as faster-rcnn",
+                    flush=True,
+                )
         reason = f"prepare.max_empty_boxes={settings.max_empty_boxes}"
         if len(faults) <= settings.max_empty_boxes:
             for fault in faults:
@@ -194,7 +201,8 @@ def conclude(
     for split in counts:
         if not counts[split] or (kind == "ade20k" and not labelled[split]):
             raise DataError(f"{place} has no {split} images with ground truth")
-    return chunk_manifest(kind, classes, counts, {f.name: f.entry for f in found}, corrupt)
+    manifest = chunk_manifest(kind, classes, counts, {f.name: f.entry for f in found}, corrupt)
+    return manifest | ({"without_mask": boxes_only} if boxes_only else {})
 
 
 def left_out(kind: str, corrupt: Collection[str]) -> int:

@@ -19,8 +19,10 @@ from pipelines.data.files import write_json
 from pipelines.data.images import Dataset
 from pipelines.data.public import verify
 from pipelines.data.public.take import take_one
+from pipelines.errors import PipelineError
 from pipelines.mm.config import build_config
 from pipelines.params import Params, compose
+from pipelines.tasks import TASKS
 from pipelines.train.job import Job
 
 COUNTS = {
@@ -244,11 +246,13 @@ def edit_coco(root: Path, edit: Callable[[Any], Any]) -> None:
     [
         (lambda c: c["annotations"][1].update(bbox=[90, 5, 20, 10]), ["is outside", "96x96"]),
         (lambda c: c["annotations"][1].update(category_id=99), ["category_id 99"]),
+        (lambda c: c["annotations"][1].pop("area"), ["has area None, not the object's number"]),
+        (lambda c: c["annotations"][1].update(segmentation="x"), ["type str, not polygons"]),
         (lambda c: c["images"][1].update(id=c["images"][0]["id"]), ["id 1 more than once"]),
         (lambda c: c.update(annotations=[]), ["has no annotations"]),
         (lambda c: c["images"].pop(), ["no entry"]),
     ],
-    ids=["outside", "category", "duplicate", "empty", "unlisted"],
+    ids=["outside", "category", "area", "mask", "duplicate", "empty", "unlisted"],
 )
 def test_faulty_coco_annotations(
     copy_public: Callable[[str], Path], tmp_path: Path, edit: Callable[[Any], Any], words: list[str]
@@ -256,6 +260,25 @@ def test_faulty_coco_annotations(
     root = copy_public("coco")
     edit_coco(root, edit)
     rejected(tmp_path, "coco", root, "instances_train2017.json", *words)
+
+
+def test_boxes_without_masks_are_told_and_only_for_methods_without_them(
+    copy_public: Callable[[str], Path], tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    root = copy_public("coco")
+    edit_coco(root, lambda c: [a.pop("segmentation") for a in c["annotations"][:3]])
+    manifest = take(tmp_path, "coco", root)
+    assert manifest["without_mask"] == 3
+    assert "prepare: 3 of " in capsys.readouterr().out
+
+    monkeypatch.setattr(dataset, "ROOT", tmp_path)
+    write_json(tmp_path / "data/coco/manifest.json", manifest)
+    params = with_data(tmp_path, "coco", root)
+    with pytest.raises(PipelineError, match=r"3 annotations of .*detect\.method=faster-rcnn"):
+        TASKS["detect"].find_dataset(params)
+    boxes = params.detect.model_copy(update={"method": "faster-rcnn"})
+    found = TASKS["detect"].find_dataset(params.model_copy(update={"detect": boxes}))
+    assert found.without_mask == 3
 
 
 def test_empty_boxes_of_coco_have_a_limit(

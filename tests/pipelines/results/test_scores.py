@@ -1,6 +1,7 @@
 """Scores held to timm's, mmdet's and mmseg's own."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -84,6 +85,33 @@ def test_detection_is_mmdets(tiny_data, tmp_path):
         assert round(ours.metrics[name.removeprefix("coco/")] / 100, 3) == value, name
     per_class = [row["bbox_mAP"] for row in ours.per_class if row["bbox_mAP"] is not None]
     assert np.mean(per_class) == pytest.approx(ours.metrics["bbox_mAP"])
+
+
+def test_a_detector_of_boxes_is_scored_and_drawn_by_boxes(tiny_data, tmp_path):
+    """With truth that has no masks either; the worst image is the one without a detection."""
+    from pipelines.results.pictures import detections
+
+    shutil.copytree(tiny_data / "coco", tmp_path / "coco")
+    annotations = tmp_path / "coco/annotations/instances_val2017.json"
+    content = json.loads(annotations.read_text())
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    annotations.write_text(json.dumps(content))
+    missed = content["images"][1]["id"]
+    keys = ("image_id", "category_id", "bbox")
+    found = [
+        {key: a[key] for key in keys} | {"score": 0.9}
+        for a in content["annotations"]
+        if a["image_id"] != missed
+    ]
+    (tmp_path / "coco.bbox.json").write_text(json.dumps(found))
+    metrics = scores.detection(annotations, tmp_path).metrics
+    assert 0 < metrics["bbox_mAP"] < 100
+    assert not any(name.startswith("segm") for name in metrics)
+    assert scores.worst_detections(annotations, tmp_path, 0.5, 1) == [missed]
+    figure = detections(tmp_path / "coco", tmp_path, 2)
+    figure.savefig(tmp_path / "boxes.png")
+    assert [len(axis.patches) > 0 for axis in figure.axes].count(True) >= 3
 
 
 def test_segmentation_is_mmsegs(tmp_path):
