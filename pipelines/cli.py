@@ -56,6 +56,26 @@ def params(overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.option("--classify", type=click.Path(path_type=Path), help="Folder in ImageNet's layout.")
+@click.option("--detect", type=click.Path(path_type=Path), help="In COCO's; masks or boxes alone.")
+@click.option("--segment", type=click.Path(path_type=Path), help="In ADE20K's, with classes.txt.")
+@click.option("--weights", help="A checkpoint to start from: published, timm's or ours.")
+@click.option("--model", help="timm's name; default: elsa_swin_micro, on GPUs elsa_swin_tiny.")
+@click.option("--balance", is_flag=True, help="Weigh segmentation's classes by how rare they are.")
+@click.option("-S", "changes", multiple=True, metavar="KEY=VALUE", help="Beats what is derived.")
+def finetune(weights: str | None, model: str | None, balance: bool, **given: Any) -> None:
+    """Write params.yaml for data of your own.
+
+    Classes, sizes, batches, epochs and rates come from the data and the device, and are shown.
+    """
+    from pipelines.commands.finetune import finetune as write
+
+    changes = given.pop("changes")
+    places = {task: place for task, place in given.items() if place}
+    write(places, weights, model, balance, changes)
+
+
+@main.command()
 def doctor() -> None:
     """Check what training needs, and how to fix it.
 

@@ -13,6 +13,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0)]
 
 
+DEMO_CLASSES = 11
+"""Of the demo's segmentation: ten digits and the background."""
 ELSA_ONLY = {"group_width", "lam", "gamma"}
 """Keys of section `model` that mean nothing with another operator."""
 
@@ -271,7 +273,7 @@ class Downstream(Training):
 class Detect(Downstream):
     method: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "cascade-rcnn"]
     """The last two find boxes only, and need no masks in the data."""
-    schedule: Literal["1x", "3x", "demo"]
+    schedule: Literal["1x", "3x", "demo", "finetune"]
     milestones: tuple[Positive, ...]
     """Epochs after which a stepped schedule lowers the learning rate to a tenth."""
 
@@ -283,7 +285,10 @@ class Detect(Downstream):
 
 class Segment(Downstream):
     method: Literal["upernet"]
-    schedule: Literal["160k", "demo"]
+    schedule: Literal["160k", "demo", "finetune"]
+    class_weights: tuple[Rate, ...] | None
+    """Weight of each class in the loss, in their order; null takes the schedule's, which are
+    equal but for the demo's."""
     epoch_iters: NonNegative
     """Optimizer steps that count as an epoch, to evaluate, report and resume at; 0: as many as
     one pass over the images takes."""
@@ -295,6 +300,16 @@ class Segment(Downstream):
             raise ValueError(
                 f"crop_size={self.crop_size} is larger than img_size={self.img_size};"
                 " choose a crop that fits into the image"
+            )
+        if self.class_weights and len(self.class_weights) != self.num_classes:
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} weights for num_classes="
+                f"{self.num_classes}; give one for each class, or null"
+            )
+        if self.schedule == "demo" and self.num_classes != DEMO_CLASSES and not self.class_weights:
+            raise ValueError(
+                f"schedule=demo weighs the {DEMO_CLASSES} classes of the demo, but num_classes is"
+                f" {self.num_classes}; choose segment=upernet_finetune, or give class_weights"
             )
         if self.schedule == "160k" and not self.epoch_iters:
             raise ValueError("epoch_iters=0, but schedule=160k counts steps: choose 1 or more")

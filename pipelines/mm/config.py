@@ -177,12 +177,8 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     for part in dicts_in(model):
         if "num_classes" in part:
             part.num_classes = section.num_classes
-        if part.get("class_weight") and len(part.class_weight) != section.num_classes:
-            raise PipelineError(
-                f"{job.stage}.schedule={section.schedule} weighs {len(part.class_weight)} classes,"
-                f" but {job.stage}.num_classes is {section.num_classes}",
-                "Use another schedule",
-            )
+        if isinstance(section, Segment) and section.class_weights and "loss_decode" in part:
+            part.loss_decode.class_weight = list(section.class_weights)
         if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
             part.type = "BN"  # synchronised, it has no CPU kernel
 

@@ -13,6 +13,7 @@ COMMANDS = (
     *(
         "compose",
         "params",
+        "finetune",
         "doctor",
         "plan",
         "evaluate",
