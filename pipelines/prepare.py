@@ -9,10 +9,11 @@ from typing import Any
 
 from pipelines.data.errors import DataError
 from pipelines.data.files import write_json
-from pipelines.data.layout import DATASETS
+from pipelines.data.layout import DATASETS, LAYOUTS
 from pipelines.data.manifest import MANIFEST
 from pipelines.params import Params
 from pipelines.run.stage import Stage, StageRun, run_stage
+from pipelines.tasks import TASKS
 
 
 def check(params: Params) -> None:
@@ -24,6 +25,42 @@ def check(params: Params) -> None:
             "Set those that you have to their folders (`-S data.imagenet=...`), or take the"
             " demo's data sets with `-S prepare.source=demo`",
         )
+    if params.prepare.source == "public":
+        check_tasks(params)
+
+
+def check_tasks(params: Params) -> None:
+    """Tell what the parameters and the folders show to be impossible, before anything is read.
+
+    Raises:
+        DataError: a task without data, or data with other classes than its task.
+    """
+    from pipelines.data.dataset import given_place, locate
+    from pipelines.data.images import is_shards
+    from pipelines.data.public.chunks import class_names
+
+    tasks = [TASKS[name] for name in params.tasks]
+    absent = [task for task in tasks if getattr(params.data, task.dataset) is None]
+    if absent:
+        rest = [task.name for task in tasks if task not in absent]
+        raise DataError(
+            f"tasks={[task.name for task in tasks]}, but there is no data for"
+            f" {', '.join(task.name for task in absent)}:"
+            f" {', '.join(f'data.{task.dataset}' for task in absent)} is null",
+            f"Set it, or leave it out: -S 'tasks=[{','.join(rest)}]'",
+        )
+    for task in tasks:
+        given = given_place(params, task.dataset)
+        place = Path(locate(params, task.dataset))
+        if is_shards(given) or not (place / LAYOUTS[task.dataset].images["val"]).is_dir():
+            continue  # archives and shards, which `run` looks into
+        found = len(class_names(place, task.dataset, splits=("val",)))
+        wanted = task.section(params).num_classes
+        if found != wanted:
+            raise DataError(
+                f"{place} has {found} classes, but {task.stage}.num_classes is {wanted}",
+                f"Set {task.stage}.num_classes={found}; `elsa finetune` sets all that follows",
+            )
 
 
 def run(stage: StageRun, _: None) -> None:

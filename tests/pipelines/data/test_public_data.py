@@ -309,6 +309,19 @@ def test_faulty_label_maps(copy_public: Callable[[str], Path], tmp_path: Path) -
     rejected(tmp_path, "ade20k", root, "write the names of the classes into it")
 
 
+def test_the_first_stage_tells_what_is_impossible(public_data: Path, tmp_path: Path) -> None:
+    params = with_data(tmp_path, "coco", public_data / "coco")
+    with pytest.raises(
+        DataError, match=r"no data for classify, segment: data\.imagenet, data\.ade"
+    ):
+        prepare.check(params)
+    params = params.model_copy(update={"tasks": ("detect",)})
+    prepare.check(params)
+    other = params.detect.model_copy(update={"num_classes": 3})
+    with pytest.raises(DataError, match=r"has 10 classes, but detect\.num_classes is 3"):
+        prepare.check(params.model_copy(update={"detect": other}))
+
+
 def test_nothing_given(tmp_path: Path) -> None:
     params = with_data(tmp_path, "coco", tmp_path)
     with pytest.raises(DataError, match=r"data.imagenet is null. Set it"):

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (*VARIANTS[0], "elsa_swin_tiny", MICRO),
         (*VARIANTS[1], "elsa_swin_small", MICRO),
         (
-            *("detect", "faster-rcnn_1x"),
+            *("detect", "faster-rcnn_finetune"),
             "swin_tiny",
             {"embed_dim": 24, "depths": [1, 1, 1, 2], "num_heads": [1, 2, 3, 4]},
         ),
@@ -197,6 +197,19 @@ def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
     assert batches == [16, 4, 8]
     samples = [c.train_dataloader.sampler.samples for c in (plain, split, half)]
     assert samples == [800, 800, 400]
+
+
+def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path):
+    weights = [0.5 + 0.1 * i for i in range(11)]
+    job = make_job("segment", group="upernet_finetune", num_classes=11, class_weights=weights)
+    config = build_config(job, tmp_path, 1)
+    model = build_model(job, tmp_path)
+    for head in (model.decode_head, model.auxiliary_head):
+        assert head.loss_decode.class_weight == weights
+        assert head.conv_seg.out_channels == 11
+    assert config.train_dataloader.dataset.dataset.pipeline[3].crop_size == (256, 256)
+    plain = make_job("segment", group="upernet_finetune", num_classes=7)
+    assert build_model(plain, tmp_path).decode_head.loss_decode.class_weight is None
 
 
 def test_one_image_per_pass_is_too_few_for_batch_norm(make_job, tmp_path):
