@@ -31,7 +31,8 @@ def config_name(stage: str, method: str, schedule: str) -> str:
     The backbone's size is not part of it: the parameters choose that.
     """
     neck, data = {"detect": ("_fpn", "_coco"), "segment": ("", "_ade20k-512x512")}[stage]
-    return f"{method}_elsa-swin{neck}_{schedule}" + ("" if schedule == "demo" else data)
+    suffix = "" if schedule in ("demo", "finetune") else data
+    return f"{method}_elsa-swin{neck}_{schedule}{suffix}"
 
 
 def build_config(job: Job, folder: Path, workers: int) -> Config:
