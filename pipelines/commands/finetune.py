@@ -166,6 +166,10 @@ def choices(seen: Seen, device: Device, model: str, pretrained: bool) -> list[Ch
         Choice(f"{stage}.val_interval", max(1, epochs // 4), "four evaluations"),
         Choice(f"{stage}.pretrained", pretrained, "weights to start from, or none"),
     ]
+    if seen.task == "detect" and on_gpu:
+        cuts = [max(1, epochs * 2 // 3), max(2, epochs * 11 // 12)]
+        found.append(Choice("detect.milestones", cuts, "as in the published 12 epochs"))
+        found.append(Choice("detect.amp", "auto", "bfloat16 where the GPU has it"))
     if seen.task == "segment":
         found.append(Choice("segment.crop_size", side, "as the images"))
     return found
@@ -208,7 +212,7 @@ def finetune(
         )
         if one.task == "detect":
             method = "mask-rcnn" if one.masks else "faster-rcnn"
-            groups.append(f"detect={method}_finetune")
+            groups.append(f"detect={method}_{'1x' if device.gpus else 'finetune'}")
         if one.task == "segment" and balance:
             chosen.append(Choice("segment.class_weights", balanced(one), "--balance"))
     words = ["recipe=finetune", *groups, *(choice.word for choice in chosen), *changes]

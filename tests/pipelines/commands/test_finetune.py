@@ -68,7 +68,8 @@ def test_every_device_gets_parameters_that_fit(folders, device) -> None:
     words = [choice.word for choice in common(seen, device, None, model)]
     for one in seen:
         words += [choice.word for choice in choices(one, device, model, True)]
-    params = compose(["recipe=finetune", *words])
+    groups = ["detect=mask-rcnn_1x"] if device.gpus else []
+    params = compose(["recipe=finetune", *groups, *words])
     assert params.scaling.num_workers == (device.gpus or 2)
     assert params.detect.lr == (1e-4 if device.gpus else 1e-3)
 

@@ -1,13 +1,13 @@
-"""Mask R-CNN for data of one's own, on CPU cores or a GPU: objects of any shape and size.
+"""Mask R-CNN for data of one's own, on CPU cores: objects of any shape and size.
 
-Between the demo's heads and COCO's: 128 channels, group norm (batches are small), anchors of two
+The heads are as narrow as the demo's, with group norm (batches are small); anchors of two
 sizes per level from 16 px on. Sizes, epochs, rates, classes and paths come from the parameters
 (pipelines/mm/config.py).
 """
 
 _base_ = "./mask-rcnn_elsa-swin_fpn_demo.py"
 
-channels = 128
+channels = 64
 strides = [4, 8, 16, 32, 64]
 
 model = dict(
@@ -22,24 +22,24 @@ model = dict(
             out_channels=channels,
             featmap_strides=[4, 8, 16, 32],
             finest_scale=56,
-            roi_layer=dict(sampling_ratio=2),
+            roi_layer=dict(sampling_ratio=1),
         ),
-        bbox_head=dict(in_channels=channels, fc_out_channels=512, reg_class_agnostic=False),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, reg_class_agnostic=False),
         mask_roi_extractor=dict(
             out_channels=channels,
             featmap_strides=[4, 8, 16, 32],
             finest_scale=56,
-            roi_layer=dict(output_size=14, sampling_ratio=2),
+            roi_layer=dict(output_size=14, sampling_ratio=1),
         ),
         mask_head=dict(in_channels=channels, conv_out_channels=channels),
     ),
     train_cfg=dict(
-        rpn=dict(assigner=dict(pos_iou_thr=0.7), sampler=dict(num=128)),
-        rpn_proposal=dict(nms_pre=500, max_per_img=200),
-        rcnn=dict(sampler=dict(num=96, pos_fraction=0.25), mask_size=28),
+        rpn=dict(assigner=dict(pos_iou_thr=0.6), sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=64, pos_fraction=0.25), mask_size=28),
     ),
     test_cfg=dict(
-        rpn=dict(nms_pre=500, max_per_img=200),
+        rpn=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(score_thr=0.05, max_per_img=100),
     ),
 )

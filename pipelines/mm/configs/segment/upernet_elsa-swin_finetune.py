@@ -1,12 +1,12 @@
 """UPerNet for data of one's own, on CPU cores or a GPU: any number of classes.
 
-Between the demo's heads and ADE20K's: 128 channels, group norm (batches are small). Sizes, epochs,
+Heads of 64 channels with group norm (batches are small). Sizes, epochs,
 rates, classes, their weights and paths come from the parameters (pipelines/mm/config.py).
 """
 
 _base_ = "./upernet_elsa-swin_demo.py"
 
-channels = 128
+channels = 64
 
 model = dict(
     decode_head=dict(channels=channels, dropout_ratio=0.1, loss_decode=dict(class_weight=None)),
