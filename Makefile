@@ -19,8 +19,10 @@ demo: setup
 	$(UV) run dvc repro report
 	@$(UV) run elsa results
 
+# Two at a time, but what runs whole pipelines, which use all cores themselves.
 test: setup
-	$(UV) run pytest
+	$(UV) run pytest -n 2 --dist loadfile --ignore tests/integration
+	$(UV) run pytest tests/integration
 
 test-cluster: setup
 	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/cluster tests/integration/test_cluster.py tests/integration/test_sweep.py

@@ -3,8 +3,10 @@ fresh, else a build in tmp."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,18 @@ import pytest
 # A shell script's background jobs ignore Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def built_once(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Path], object]) -> Path:
+    """The folder of one build that all processes of a parallel run share."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    directory = root / "op"
+    with (root / "op.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (directory / "build.json").is_file():
+            build(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +41,6 @@ def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except (FileNotFoundError, ops.StaleLibraryError):
         if named:
             raise
-        directory = tmp_path_factory.mktemp("op")
-        build.build(directory)
+        directory = built_once(tmp_path_factory, build.build)
     ops.load_library(directory)
     return directory

@@ -116,6 +116,9 @@ def parts_of(device: str) -> list[Part]:
         "float16": ["--amp", "float16"],
         "compiled": ["--amp", "bfloat16", "--compile"],
     }
+    if importlib.util.find_spec("mmcv"):  # with kernels for GPUs, which a lent machine may lack
+        dense = ["-m", "pipelines.benchmarks.gpu_dense", *on, *figures]
+        every.append(Part("dense", "Detection and segmentation", 120, dense))
     return [
         *every,
         Part("counters", "Counters of the operator's kernels", 60, counters, tool="ncu"),

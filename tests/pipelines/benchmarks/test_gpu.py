@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ops.benchmarks import elsa_attention
-from pipelines.benchmarks import gpu, gpu_training
+from pipelines.benchmarks import gpu, gpu_dense, gpu_training
 from pipelines.benchmarks.gpu import Outcome, Part
 
 FIGURES = """
@@ -137,3 +137,16 @@ def test_the_training_part_on_a_cpu(compiled_library: Path) -> None:
         if "difference" in name:
             assert value == 0.0, name
     assert figures["float16 with its scaler"]["skipped_steps"] >= 0
+
+
+def test_the_dense_part_on_a_cpu(compiled_library: Path) -> None:
+    found: dict[str, object] = {}
+    try:
+        assert gpu_dense.measure(torch.device("cpu"), found.__setitem__), found
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.deterministic = False
+    assert list(found) == ["detect", "segment", "detect, deterministic kernels"]
+    for figures in found.values():
+        assert figures["images_per_second"] > 0
+        assert figures["two runs differ by"] == 0
