@@ -3,9 +3,9 @@
     python -m pipelines.benchmarks.gpu_dense --device cuda
 
 Some steps of each with ELSA-Swin-T on random images, twice from one seed: images per second,
-memory, and the largest difference of a weight between the two runs; detection once more with deterministic
-kernels. It needs mmcv with kernels for the device. On a CPU a small model takes its place: a
-rehearsal, whose speeds say nothing.
+memory, and the largest difference of a weight between the two runs; detection once more with
+deterministic kernels. It needs mmcv with kernels for the device. On a CPU a small model takes its
+place: a rehearsal, whose speeds say nothing.
 """
 
 import argparse
@@ -52,7 +52,8 @@ def random_scenes(root: Path, size: int, train_images: int) -> dict[str, Dataset
     """Noise with boxes in it, in COCO's and ADE20K's layouts."""
     random = np.random.default_rng(0)
     for split, count in (("train", train_images), ("val", 2)):
-        images, annotations = [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
         for number in range(1, count + 1):
             pixels = random.integers(0, 90, (size, size, 3))
             labels = np.full((size, size), len(CLASSES))
