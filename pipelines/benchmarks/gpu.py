@@ -31,6 +31,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "timm", "safetensors", "ninja", "pytest", "pydantic", "natten")
+GPU_TESTS = ("tests/ops/test_cuda.py", "tests/elsa/test_layers.py")
 TOOLS = ("nvcc", "ninja", "c++", "ncu", "compute-sanitizer")
 ERRORS = ".stderr.log"
 STAGES = ["tiny, small stage 1", "tiny, small stage 2", "tiny, small stage 3"]
@@ -100,23 +101,19 @@ def parts_of(device: str) -> list[Part]:
         return every
     every[0].command.append("--thorough")
     every[1].command.extend(["--seconds", "0.15"])
-    where = ["tests/ops/test_cuda.py", "tests/elsa/test_layers.py"]
-    tests = ["-m", "pytest", "-q", "-m", "gpu", *where, "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *GPU_TESTS]
     if importlib.util.find_spec("xdist"):  # a kernel that faults spoils its own process alone
         tests += ["-n", "4"]
     every.insert(1, Part("tests", "pytest -m gpu", 120, tests))
-    once = ["-m", "ops.benchmarks.elsa_attention", *on, "--once", "--shapes", *STAGES]
     counters = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none"]
-    counters += ["--metrics", ",".join(COUNTERS)]
-    counters += ["-k", "regex:product_kernel|gradient_kernel", sys.executable, *once]
+    counters += ["--metrics", ",".join(COUNTERS), "-k", "regex:product_kernel|gradient_kernel"]
+    counters += [sys.executable, *operator[:2], *on, "--once", "--shapes", *STAGES]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     check = [sys.executable, "-m", "ops.check", *on]
-    kinds = {
-        "channels_last": ["--amp", "bfloat16", "--channels-last"],
-        "float16": ["--amp", "float16"],
-        "compiled": ["--amp", "bfloat16", "--compile"],
-    }
-    if importlib.util.find_spec("mmcv"):  # with kernels for GPUs, which a lent machine may lack
+    halves = ["--amp", "bfloat16"]
+    kinds = {"channels_last": [*halves, "--channels-last"], "float16": ["--amp", "float16"]}
+    kinds["compiled"] = [*halves, "--compile"]
+    if importlib.util.find_spec("mmcv"):
         dense = ["-m", "pipelines.benchmarks.gpu_dense", *on, *figures]
         every.append(Part("dense", "Detection and segmentation", 120, dense))
     return [

@@ -90,16 +90,13 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
             for item in items:
                 crowd = item.get("iscrowd", 0)
                 color = (1.0, 1.0, 1.0) if crowd else COLORS[item["category_id"] % len(COLORS)]
-                box_of_item = item.get("bbox")
+                mask = None
                 if kind == "segm":
                     mask = truth.annToMask(item | {"image_id": image["id"]}).astype(bool)
                     if not mask.any():
                         continue
-                    overlay = np.zeros((*mask.shape, 4))
-                    overlay[mask] = (*to_rgb(color), 0.55)
-                    axis.imshow(overlay)
-                    box_of_item = box_of_item or _box(mask)
-                x, y, w, h = box_of_item
+                    _overlay(axis, mask, color)
+                x, y, w, h = item.get("bbox") or _box(mask)
                 key = (image["id"], item["category_id"], round(item.get("score", -1), 4))
                 if boxes.get(key):
                     x, y, w, h = boxes[key][0]
@@ -295,6 +292,12 @@ def _spread(items: list[Any], count: int) -> list[Any]:
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
     ys, xs = np.where(mask)
     return xs.min(), ys.min(), xs.max() - xs.min() + 1, ys.max() - ys.min() + 1
+
+
+def _overlay(axis: Any, mask: np.ndarray, color: Any) -> None:
+    pixels = np.zeros((*mask.shape, 4))
+    pixels[mask] = (*to_rgb(color), 0.55)
+    axis.imshow(pixels)
 
 
 def _plain(axis: Any, pixels: np.ndarray, **options: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import PipelineError
 from pipelines.train.checkpoint import read_checkpoint, write_checkpoint
@@ -99,11 +100,9 @@ class Classifier:
         self.steps = self.loaders.sampler.steps
         self.scheduler, epochs = make_scheduler(self.optimizer, p, self.steps)
         self.epochs = epochs if p.epochs else 0  # no cooldown after nothing
-        self.wrapped = (
-            nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-            if reporter.world_size > 1
-            else self.model
-        )
+        self.wrapped = self.model
+        if reporter.world_size > 1:
+            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if p.compile:
             self.wrapped.compile()  # in place: the names of the weights stay
         self.peak = self._peak()
@@ -119,7 +118,6 @@ class Classifier:
         """FLOP/s of the GPU, if they are known; then `self.flops` are those of an image."""
         if self.device.type != "cuda":
             return None
-        # It may choose another kernel each time.
         torch.backends.cudnn.benchmark = not self.params.deterministic
         peak = peak_flops(torch.cuda.get_device_name(self.device)) if self.amp else None
         if peak:
