@@ -90,13 +90,14 @@ def detections(data: Path, results: Path, count: int, worst: bool = False) -> Fi
             for item in items:
                 crowd = item.get("iscrowd", 0)
                 color = (1.0, 1.0, 1.0) if crowd else COLORS[item["category_id"] % len(COLORS)]
-                mask = None
+                corners = item.get("bbox")
                 if kind == "segm":
                     mask = truth.annToMask(item | {"image_id": image["id"]}).astype(bool)
                     if not mask.any():
                         continue
                     _overlay(axis, mask, color)
-                x, y, w, h = item.get("bbox") or _box(mask)
+                    corners = corners or _box(mask)
+                x, y, w, h = corners
                 key = (image["id"], item["category_id"], round(item.get("score", -1), 4))
                 if boxes.get(key):
                     x, y, w, h = boxes[key][0]
