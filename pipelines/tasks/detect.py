@@ -29,7 +29,7 @@ class Detect(DenseTask):
     name: ClassVar[str] = "detect"
     stage: ClassVar[str] = "detect"
     dataset: ClassVar[str] = "coco"
-    title: ClassVar[str] = "detection and masks (COCO layout)"
+    title: ClassVar[str] = "detection (COCO layout)"
     metric: ClassVar[str] = "bbox_mAP"
     reported: ClassVar[tuple[str, ...]] = ("bbox_mAP", "bbox_mAP_50", "segm_mAP", "segm_mAP_50")
     headline: ClassVar[tuple[str, ...]] = reported

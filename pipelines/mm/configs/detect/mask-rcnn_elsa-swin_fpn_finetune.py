@@ -52,11 +52,13 @@ train_pipeline = [
     dict(type="RandomResize", scale=scale, ratio_range=(0.75, 1.33), keep_ratio=True),
     dict(type="RandomCrop", crop_size=(800, 800), allow_negative_crop=True),
     dict(type="RandomFlip", prob=0.5),
-    dict(type="FilterAnnotations", min_gt_bbox_wh=(2, 2), by_mask=True),
+    dict(type="PhotoMetricDistortion"),
+    # An image without objects teaches what is none.
+    dict(type="FilterAnnotations", min_gt_bbox_wh=(2, 2), by_mask=True, keep_empty=False),
     dict(type="PackDetInputs"),
 ]
 train_dataloader = dict(
-    dataset=dict(filter_cfg=dict(filter_empty_gt=True, min_size=4), pipeline=train_pipeline)
+    dataset=dict(filter_cfg=dict(filter_empty_gt=False, min_size=4), pipeline=train_pipeline)
 )
 val_dataloader = dict(
     dataset=dict(
