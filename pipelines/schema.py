@@ -260,6 +260,10 @@ class Downstream(Training):
     num_classes: Positive
     pretrained: bool
     """Start the backbone from the weights of `pretrain`; false starts it from scratch."""
+    weights: str | None
+    """A checkpoint whose backbone to start from instead: a classifier, a detector or a segmentor,
+    published or ours, as a file or a folder that a stage wrote. Its content counts, not its name,
+    but DVC compares the name alone."""
     with_cp: bool
     """Recompute the backbone's activations in the backward pass, to save memory."""
     img_size: Annotated[int, Field(ge=32)]

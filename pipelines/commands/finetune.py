@@ -129,7 +129,10 @@ def common(seen: Sequence[Seen], device: Device, weights: str | None, model: str
     if device.gpus:
         found.append(Choice("loader.data_workers", 4, "loader processes of each GPU"))
     if weights:
-        found.append(Choice("pretrain.weights", weights, "--weights"))
+        # The other tasks start from the classifier that is trained first, where there is one.
+        first = {"classify": "pretrain"} if seen[0].task == "classify" else {}
+        stages = first.values() or [TASKS[one.task].stage for one in seen]
+        found += [Choice(f"{stage}.weights", weights, "--weights") for stage in stages]
     return found
 
 

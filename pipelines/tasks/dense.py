@@ -4,7 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pipelines.data.weights import WeightsDescription, check_architecture, read_description
+from pipelines.data.files import sha256_file
+from pipelines.data.weights import (
+    DESCRIPTION,
+    WeightsDescription,
+    check_architecture,
+    read_description,
+    weights_file,
+)
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
@@ -32,12 +39,16 @@ class DenseTask(Task):
         from pipelines.mm.config import build_config
 
         require_operator()
-        weights = None
-        if self.section(params).pretrained:
+        weights, given = None, self.section(params).weights
+        if given:
+            weights = str(weights_file(given).resolve())
+        elif self.section(params).pretrained:
             check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
             weights = str(PRETRAINED / "model.safetensors")
         job = Job(self.stage, params, self.find_dataset(params), weights)
-        build_config(job, ROOT, params.scaling.num_workers)
+        config = build_config(job, ROOT, params.scaling.num_workers)
+        if given:
+            _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
         if params.scaling.use_gpu:
             from pipelines.train.cost import model_flops
 
@@ -51,7 +62,8 @@ class DenseTask(Task):
         return self.check(params.model_copy(update={self.stage: section}))
 
     def trial(self, job: Job, params: Params) -> Job:
-        weights = job.weights if self.section(params).pretrained else None
+        section = self.section(params)
+        weights = job.weights if section.pretrained or section.weights else None
         return Job(self.stage, params, job.dataset, weights, job.flops)
 
     @property
@@ -74,7 +86,21 @@ class DenseTask(Task):
         return super().model(params) | {"method": section.method, "schedule": section.schedule}
 
     def upstream(self, job: Job) -> WeightsDescription | None:
-        return read_description(PRETRAINED) if job.weights else None
+        if not job.weights:
+            return None
+        if not job.section.weights:
+            return read_description(PRETRAINED)
+        file = Path(job.weights)
+        if (file.parent / DESCRIPTION).is_file():
+            return read_description(file.parent)
+        digest = sha256_file(file)
+        return WeightsDescription(
+            super().model(job.params),
+            identity=digest[:12],
+            mlflow_run_id="",
+            metrics={},
+            sha256=digest,
+        )
 
     def published_as(self, params: Params) -> dict[str, str]:
         section = self.section(params)
@@ -123,9 +149,25 @@ def _pretrained(params: Params) -> WeightsDescription:
         raise PipelineError(
             "there are no pretrained weights: `tasks` leaves out classify, and pretrain.weights is"
             " null",
-            "Set pretrain.weights to a checkpoint, or pretrained=false to start from random ones",
+            "Set the stage's own `weights` to a checkpoint, or pretrained=false for random ones",
         )
     return read_description(PRETRAINED)
+
+
+def _check_backbone(backbone: Any, given: str) -> None:
+    """Load the weights once, so that a fault is told before Ray starts.
+
+    Raises:
+        PipelineError: they are not of this backbone.
+    """
+    from mmengine.registry import MODELS
+
+    import elsa
+
+    try:
+        MODELS.build(backbone).init_weights()
+    except (elsa.CheckpointError, RuntimeError, ValueError) as error:
+        raise PipelineError(f"{given}: {error}", "Choose the model that they are of") from None
 
 
 def tensors(value: Any) -> "list[Tensor]":

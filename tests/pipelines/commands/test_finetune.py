@@ -89,6 +89,16 @@ def test_one_box_without_a_mask_asks_for_a_method_of_boxes(folders, written, tmp
     assert params.tasks == ("detect",)
 
 
+def test_weights_go_to_the_first_stage_that_trains(folders, written, tmp_path) -> None:
+    file = tmp_path / "published.pth"
+    file.write_bytes(b"")
+    finetune(folders, str(file), None, False, [])
+    finetune({"detect": folders["detect"]}, str(file), None, False, [])
+    both, alone = written
+    assert (both.pretrain.weights, both.detect.weights) == (str(file), None)
+    assert (alone.pretrain.weights, alone.detect.weights) == (None, str(file))
+
+
 def test_rare_classes_weigh_more(folders) -> None:
     seen = look("segment", folders["segment"])
     weights = dict(zip(seen.classes, balanced(seen), strict=True))

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from mmengine.registry import DefaultScope, init_default_scope
+from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from safetensors.torch import load_file, save_file
 
 import elsa
 from elsa.mm import ELSASwin, TimmBackbone
+from pipelines.data.files import sha256_file
 from pipelines.data.images import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import BEGUN, HISTORY, STATE
@@ -22,6 +23,7 @@ from pipelines.mm.hooks import PREDICTIONS, WEIGHTS, percentages
 from pipelines.mm.loading import epoch_seed
 from pipelines.mm.train import train
 from pipelines.params import compose
+from pipelines.tasks import TASKS
 from pipelines.train.job import Job
 from pipelines.train.reporter import LocalReporter
 
@@ -332,3 +334,41 @@ class Harmful:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "detector"])
+def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatch):
+    """Of a classifier or of a whole detector; told before anything starts if they do not fit."""
+    changes = {"amp": "none"}
+    job = make_job("detect", data, **changes)
+    file = tmp_path / "given.safetensors"
+    classifier = timm.create_model(SMALL["name"], depths=SMALL["depths"], num_classes=7)
+    state = {k: torch.randn_like(v) for k, v in classifier.state_dict().items()}
+    if kind == "detector":
+        config = build_config(job, tmp_path, 1)
+        init_default_scope("mmdet")
+        model = MODELS.build(config.model)
+        state = {k: v.clone() for k, v in model.state_dict().items()}
+    save_file(state, file)
+    task = TASKS["detect"]
+    monkeypatch.setattr(type(task), "find_dataset", lambda *_: job.dataset)
+    monkeypatch.setattr("pipelines.tasks.dense.require_operator", lambda: None)
+    section = job.params.detect.model_copy(update={"weights": str(file), "pretrained": False})
+    params = job.params.model_copy(update={"detect": section})
+    ready = task.check(params)
+    assert ready.weights == str(file)
+    backbone = MODELS.build(build_config(ready, tmp_path, 1).model.backbone)
+    backbone.init_weights()
+
+    def first_layer(state):
+        [found] = [v for k, v in state.items() if k.endswith("0.blocks.0.attn.pre_proj.weight")]
+        return found
+
+    assert torch.equal(first_layer(backbone.state_dict()), first_layer(state))
+    assert task.upstream(ready).sha256 == sha256_file(file)
+
+    other = params.model_copy(
+        update={"model": params.model.model_copy(update={"depths": (1, 1, 1, 2)})}
+    )
+    with pytest.raises(PipelineError, match=r"(?s)detect\.weights=.*missing key"):
+        task.check(other)
