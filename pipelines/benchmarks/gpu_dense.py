@@ -9,7 +9,6 @@ place: a rehearsal, whose speeds say nothing.
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ops
+from pipelines.benchmarks.figures import Figures
 from pipelines.data.files import write_json
 from pipelines.data.images import Dataset
 from pipelines.data.layout import LAYOUTS
@@ -157,18 +157,8 @@ def main() -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("error: torch sees no GPU", file=sys.stderr)
         return 2
-    figures: dict[str, Any] = {}
-
-    def note(name: str, value: Any) -> None:
-        figures[name] = value
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-        print(f"{name}: {value}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
     ops.set_backend("compiled")
-    return 0 if measure(torch.device(arguments.device), note) else 1
+    return 0 if measure(torch.device(arguments.device), Figures(arguments.json)) else 1
 
 
 if __name__ == "__main__":

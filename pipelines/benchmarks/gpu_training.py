@@ -9,7 +9,6 @@ its scaler. On a CPU a small model takes its place: a rehearsal, whose speeds sa
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ import torch
 from PIL import Image
 
 import ops
+from pipelines.benchmarks.figures import Figures
 from pipelines.data.images import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params, override
@@ -220,20 +220,9 @@ def main() -> int:
     workers = arguments.workers
     if workers is None:
         workers = max((os.cpu_count() or 1) - 2, 1) if device.type == "cuda" else 0
-    figures: dict[str, Any] = {}
-
-    def note(name: str, value: Any) -> None:
-        figures[name] = value
-        shown = value
-        if isinstance(value, dict):
-            shown = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-        print(f"{name}: {shown}", flush=True)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
-
     try:
         ops.set_backend("compiled")
-        return 0 if measure(device, workers, note) else 1
+        return 0 if measure(device, workers, Figures(arguments.json)) else 1
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -113,7 +113,7 @@ def _set_optimizer(config: Config, job: Job) -> None:
         if job.stage == "detect":
             from pipelines.mm.float32 import keep_float32  # it imports mmdet
 
-            keep_float32(config.model)
+            keep_float32(config)
         # bfloat16 has the range of float32: nothing to scale.
         scale = "dynamic" if precision == "float16" else {"enabled": False}
         wrapper.update(type="AmpOptimWrapper", dtype=precision, loss_scale=scale)

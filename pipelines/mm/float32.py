@@ -18,6 +18,8 @@ from pipelines.mm.tree import dicts_in
 
 HEADS = ("rpn_head", "bbox_head", "mask_head")
 """Keys of heads in mmdet's configs."""
+KINDS = ("RPNHead", "Shared2FCBBoxHead", "ConvFCBBoxHead", "FCNMaskHead")
+"""Of our configs: registered with this module, so that a written config can be read elsewhere."""
 METHODS = (
     "loss_by_feat",
     "predict_by_feat",
@@ -42,11 +44,12 @@ class Float32RoIExtractor(SingleRoIExtractor):
         return super().forward(tuple(x.float() for x in feats), rois.float(), roi_scale_factor)
 
 
-def keep_float32(model: Any) -> None:
+def keep_float32(config: Any) -> None:
     """Change the config of a detector to heads and extractors that compute as above."""
-    for head in _heads(model):
+    config.custom_imports.imports.append(__name__)
+    for head in heads_in(config.model):
         head.type = float32_head(head.type)
-    for part in dicts_in(model):
+    for part in dicts_in(config.model):
         if part.get("type") == "SingleRoIExtractor":
             part.type = "Float32RoIExtractor"
 
@@ -82,10 +85,15 @@ def _widened(value: Any) -> Any:
     return value
 
 
-def _heads(config: Any) -> Iterator[Any]:
+def heads_in(config: Any) -> Iterator[Any]:
+    """The configs of the heads in a detector's config."""
     for part in dicts_in(config):
         for key in HEADS:
             found = part.get(key)
             for head in found if isinstance(found, list) else [found]:
                 if isinstance(head, dict) and "type" in head:
                     yield head
+
+
+for _kind in KINDS:
+    float32_head(_kind)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipelines.data.files import sha256_file
 from pipelines.data.weights import (
     DESCRIPTION,
+    TENSORS,
     WeightsDescription,
     check_architecture,
     read_description,
@@ -91,7 +92,7 @@ class DenseTask(Task):
         if not job.section.weights:
             return read_description(PRETRAINED)
         file = Path(job.weights)
-        if (file.parent / DESCRIPTION).is_file():
+        if file.name == TENSORS and (file.parent / DESCRIPTION).is_file():
             return read_description(file.parent)
         digest = sha256_file(file)
         return WeightsDescription(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import HISTORY
 from pipelines.mm.config import build_config
+from pipelines.mm.float32 import KINDS, heads_in
 from pipelines.mm.hooks import WEIGHTS
 from pipelines.mm.train import train
 from pipelines.train.reporter import LocalReporter
@@ -315,6 +316,11 @@ def test_mixed_precision_keeps_scores_boxes_and_losses_in_float32(make_job, tmp_
     init_default_scope("mmdet")
     model = MODELS.build(config.model)
     assert type(model.rpn_head).__name__ == "Float32RPNHead"
+    # Who reads the written config registers what it names.
+    assert "pipelines.mm.float32" in config.custom_imports.imports
+    for group in ("mask-rcnn_1x", "cascade-mask-rcnn_3x", "faster-rcnn_finetune"):
+        plain = build_config(make_job("detect", group=group), tmp_path, 1)
+        assert {head.type for head in heads_in(plain.model)} <= set(KINDS)
     mixed = torch.autocast("cpu", torch.bfloat16)
 
     sizes = [16, 8, 4, 2, 1]
