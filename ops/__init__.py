@@ -1,20 +1,24 @@
 """The ELSA operator: a schema, a compiled CPU kernel and a plain PyTorch fallback.
 
-`ops` imports only torch and the standard library. See `ops/README.md` for the maths, the
-accepted types and layouts, and measured times.
+`ops` imports only torch and the standard library, and torch only where a name below is used. See
+`ops/README.md` for the maths, the accepted types and layouts, and measured times.
 """
 
-from ops.functional import elsa_attention
-from ops.library import (
-    StaleLibraryError,
-    get_backend,
-    load_library,
-    loaded_library,
-    set_backend,
-    use_backend,
-)
-from ops.neighborhood import na2d_av, na2d_qk
-from ops.reference import elsa_attention_reference
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ops.functional import elsa_attention
+    from ops.library import (
+        StaleLibraryError,
+        get_backend,
+        load_library,
+        loaded_library,
+        set_backend,
+        use_backend,
+    )
+    from ops.neighborhood import na2d_av, na2d_qk
+    from ops.reference import elsa_attention_reference
 
 __all__ = [
     "StaleLibraryError",
@@ -28,3 +32,13 @@ __all__ = [
     "set_backend",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `__all__`, from the module that defines it (PEP 562)."""
+    if name in __all__:
+        for module in ("functional", "neighborhood", "reference", "library"):
+            found = import_module(f"ops.{module}")
+            if hasattr(found, name):
+                return getattr(found, name)
+    raise AttributeError(f"module 'ops' has no attribute {name!r}")

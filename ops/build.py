@@ -22,6 +22,7 @@ import torch
 
 from ops import library
 from ops.check import check, devices
+from ops.sources import SOURCE_DIR, file_digest
 
 # No -march: every instruction set is compiled into its own file and chosen when the op runs.
 CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
@@ -67,7 +68,7 @@ def build(
     out = Path(out_dir).resolve()
     out.mkdir(parents=True, exist_ok=True)
     suffixes = (".cpp", ".cu") if cuda else (".cpp",)
-    sources = sorted(str(p) for p in library.SOURCE_DIR.rglob("*") if p.suffix in suffixes)
+    sources = sorted(str(p) for p in SOURCE_DIR.rglob("*") if p.suffix in suffixes)
     cxx_flags, link_flags = list(CXX_FLAGS), list(LINK_FLAGS)
     if sanitize:
         cxx_flags += SANITIZE_FLAGS
@@ -109,7 +110,7 @@ def build(
             "link_flags": link_flags,
             "instruction_sets": _instruction_sets(),
             "cuda": {k: v for k, v in cuda.items() if k != "home"} if cuda else False,
-            "library_sha256": library.file_digest(built),
+            "library_sha256": file_digest(built),
         }
         text = json.dumps(record, indent=2, sort_keys=True) + "\n"
         (Path(work) / library.RECORD_NAME).write_text(text)
@@ -189,7 +190,7 @@ def _tools_env() -> dict[str, str]:
 def _path_maps() -> list[str]:
     """Keep this machine's folders out of __FILE__, hence out of the library."""
     return [
-        f"-ffile-prefix-map={library.SOURCE_DIR}=ops/csrc",
+        f"-ffile-prefix-map={SOURCE_DIR}=ops/csrc",
         f"-ffile-prefix-map={Path(torch.__file__).parent}=torch",
     ]
 

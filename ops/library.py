@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import re
 import sys
 import threading
 import warnings
@@ -17,7 +15,8 @@ from typing import Any
 
 import torch
 
-SOURCE_DIR = Path(__file__).parent / "csrc"
+from ops.sources import file_digest, source_digest
+
 DEFAULT_DIR = Path(__file__).parent.parent / "build" / "op"
 LIBRARY_NAME = "elsa_ops.so"
 RECORD_NAME = "build.json"
@@ -38,43 +37,6 @@ def environment() -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "source_sha256": source_digest(),
     }
-
-
-# A comment, or what looks like one within a literal and is not.
-_CPP = re.compile(
-    r"""R"(?P<mark>[^(\s]*)\(.*?\)(?P=mark)"|"(?:\\.|[^"\\\n])*"|(?<!\w)'(?:\\.|[^'\\\n])+"""
-    r"""'|//[^\n]*|/\*.*?\*/""",
-    re.DOTALL,
-)
-
-
-def code_digest(path: Path) -> str:
-    """SHA-256 of a C++ or CUDA file without its comments, blank lines and indentation."""
-    text = path.read_text()
-    bare = _CPP.sub(lambda found: " " if found[0].startswith("/") else found[0], text)
-    lines = [" ".join(line.split()) for line in bare.splitlines()]
-    return hashlib.sha256("\n".join(line for line in lines if line).encode()).hexdigest()
-
-
-def source_digest() -> str:
-    """SHA-256 over the code in the files under `ops/csrc`; comments do not count."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in SOURCE_DIR.rglob("*") if p.is_file() and p.suffix != ".md"):
-        digest.update(f"{path.relative_to(SOURCE_DIR).as_posix()}\0{code_digest(path)}\0".encode())
-    return digest.hexdigest()
-
-
-def computing_part(record: dict[str, Any]) -> dict[str, Any]:
-    """Of a build record, what decides the operator's results: its sources and flags.
-
-    The same sources built by another compiler, or for another torch, pass the same check.
-    """
-    return {key: record[key] for key in ("source_sha256", "flags", "link_flags")}
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of one file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -176,9 +138,6 @@ def _warn_once(message: str) -> None:
         warnings.warn(message, stacklevel=4)
 
 
-# Under torch.compile this runs once, at trace time; `backend` is a guarded global there, so a
-# change of it compiles anew.
-@torch.compiler.assume_constant_result
 def use_compiled(device_type: str, backend: str) -> bool:
     """Whether a call on `device_type` goes to the compiled operator; loads it on first use."""
     if backend == "reference":
@@ -198,6 +157,12 @@ def use_compiled(device_type: str, backend: str) -> bool:
         raise RuntimeError(f"the backend 'compiled' was asked for, but {reason}")
     _warn_once(f"{reason}; using the slow plain PyTorch reference")
     return False
+
+
+# Under torch.compile it runs once, at trace time; `backend` is a guarded global there, so a change
+# of it compiles anew. This is all that `torch.compiler.assume_constant_result` does, but that
+# imports dynamo for it, which takes as long as the rest of torch.
+use_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def get_backend() -> str:

@@ -36,8 +36,8 @@ def check_tasks(params: Params) -> None:
         DataError: a task without data, or data with other classes than its task.
     """
     from pipelines.data.dataset import given_place, locate
-    from pipelines.data.images import is_shards
     from pipelines.data.public.chunks import class_names
+    from pipelines.data.store import is_shards
 
     tasks = [TASKS[name] for name in params.tasks]
     absent = [task for task in tasks if getattr(params.data, task.dataset) is None]

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.data.dataset import locate
-from pipelines.data.images import Dataset
 from pipelines.data.manifest import MANIFEST, read_manifest
+from pipelines.data.store import Dataset
 from pipelines.params import Params, changed
 from pipelines.paths import ROOT
 from pipelines.results.page import Drawn, Page, StageRow, write_html, write_markdown

@@ -6,7 +6,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ def built_once(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Path],
         if not (directory / "build.json").is_file():
             build(directory)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def compiles_for_itself() -> Iterator[None]:
+    """No test meets what `torch.compile` learned in one before it: after other shapes of the same
+    code it compiles for symbolic ones, which takes minutes."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        import torch
+
+        torch.compiler.reset()
 
 
 @pytest.fixture(scope="session")

@@ -98,6 +98,18 @@ def test_loops_load_without_ray_mlflow_and_dvc(package: str) -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_stages_load_without_what_computes() -> None:
+    """So a stage whose inputs are those of a finished run says so within a second or two."""
+    stages = ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "report"]
+    code = (
+        "import importlib, sys\n"
+        "heavy = ['torch', 'timm', 'ray', 'mlflow', 'dvc', 'matplotlib', 'pandas', 'scipy']\n"
+        "sys.modules.update(dict.fromkeys(heavy))\n"
+        f"for name in {stages!r}: importlib.import_module(f'pipelines.{{name}}')"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
 def test_elsa_loads_without_mmengine() -> None:
     code = "import sys; sys.modules['mmengine'] = None; import elsa"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -23,8 +23,8 @@ from safetensors.torch import load_file
 import ops
 from pipelines.benchmarks.figures import Figures
 from pipelines.data.files import write_json
-from pipelines.data.images import Dataset
 from pipelines.data.layout import LAYOUTS
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import WEIGHTS
 from pipelines.mm.train import train

@@ -26,7 +26,7 @@ from PIL import Image
 
 import ops
 from pipelines.benchmarks.figures import Figures
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params, override
 from pipelines.paths import ROOT

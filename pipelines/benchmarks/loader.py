@@ -18,7 +18,7 @@ import torch
 from timm.data import create_loader
 from timm.utils import random_seed
 
-from pipelines.data import images
+from pipelines.data import images, store
 from pipelines.data.dataset import locate
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain, compose, load_params
@@ -95,7 +95,7 @@ def main() -> None:
             rate = result["images_per_second"]
             per_core = rate / max(1, arguments.workers)
             print(
-                f"{images.public_url(place)}: {rate:.0f} images/s with {arguments.workers} workers,"
+                f"{store.public_url(place)}: {rate:.0f} images/s with {arguments.workers} workers,"
                 f" {per_core:.0f} per core; a GPU needs {math.ceil(arguments.need / per_core)}"
                 " cores for its workers (loader.data_workers)"
             )

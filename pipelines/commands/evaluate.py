@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.data import images
+from pipelines.data import store
 from pipelines.data.errors import DataError
 from pipelines.data.files import sha256_file
-from pipelines.data.images import Dataset
 from pipelines.data.layout import LAYOUTS
 from pipelines.data.manifest import MANIFEST, read_manifest
+from pipelines.data.store import Dataset
 from pipelines.data.weights import DESCRIPTION, weights_file
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose, load_params, override, parse_change, recipe_names
@@ -193,11 +193,11 @@ def find_data(task: Task, params: Params, given: str | None) -> Dataset:
         return task.find_dataset(params)
     name, num_classes = task.dataset, task.section(params).num_classes
     layout = LAYOUTS[name]
-    place = given.rstrip("/") if images.is_url(given) else str(Path(given).expanduser().resolve())
-    if images.is_url(place) and layout.annotations:
+    place = given.rstrip("/") if store.is_url(given) else str(Path(given).expanduser().resolve())
+    if store.is_url(place) and layout.annotations:
         raise DataError(f"--data {given}: only ImageNet's shards can be at a URL")
-    if not layout.annotations and images.is_shards(place):
-        classes = images.ShardSet(place).classes
+    if not layout.annotations and store.is_shards(place):
+        classes = store.ShardSet(place).classes
     elif not (Path(place) / layout.images["val"]).is_dir():
         raise DataError(f"--data {given}: there is no folder {layout.images['val']} in it")
     elif (manifest := read_manifest(Path(place) / MANIFEST)) and manifest["dataset"] == name:
@@ -277,7 +277,7 @@ def _tracked(evaluation: Evaluation) -> Iterator[Any]:
         "recipe": params.recipe,
         "weights": evaluation.sha256,
         "upstream_run_id": evaluation.upstream_run,
-        "data": images.public_url(evaluation.what.dataset.place),
+        "data": store.public_url(evaluation.what.dataset.place),
         **tracking.git_tags(),
     }
     tracker = tracking.start_run("evaluate", pipeline_name(params), tags)

@@ -6,7 +6,7 @@ An object store's address and keys come from the environment (`AWS_ENDPOINT_URL`
 
 from pathlib import Path
 
-from pipelines.data import images, pack
+from pipelines.data import pack, store
 from pipelines.data.dataset import locate
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.errors import PipelineError
@@ -28,14 +28,14 @@ def pack_imagenet(target: str, shard_mb: int, resize: int) -> None:
     params = load_params()
     place = locate(params, "imagenet")
     manifest = read_manifest(ROOT / "data/imagenet" / MANIFEST)
-    if params.prepare.source != "public" or images.is_shards(place) or not manifest:
+    if params.prepare.source != "public" or store.is_shards(place) or not manifest:
         raise PipelineError(
             "there is no verified folder to pack",
             "Set prepare.source=public and data.imagenet to ImageNet's folder or archives, then"
             " run `dvc repro prepare`",
         )
     target = target.rstrip("/")
-    if not images.is_url(target):
+    if not store.is_url(target):
         target = str(Path(target).expanduser().resolve())
     from pipelines.run import session
 
@@ -51,5 +51,5 @@ def pack_imagenet(target: str, shard_mb: int, resize: int) -> None:
     counts = packed["counts"]
     print(
         f"{counts['train']} training and {counts['val']} validation images in"
-        f" {images.public_url(target)}; to train on them: -S data.imagenet=..."
+        f" {store.public_url(target)}; to train on them: -S data.imagenet=..."
     )

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.data import images
 from pipelines.data.checks import check_dataset
 from pipelines.data.errors import DataError
-from pipelines.data.images import Dataset
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.public import archives, verify
+from pipelines.data.store import Dataset, is_url, public_url
 from pipelines.params import Params
 from pipelines.paths import ROOT, SHARED
 
@@ -36,11 +35,10 @@ def given_place(params: Params, name: str) -> str:
             "Set it to the folder of that data set or of its archives"
             f" (`-S data.{name}=...`), or take the demo's with `-S prepare.source=demo`",
         )
-    if images.is_url(given):
+    if is_url(given):
         if name != "imagenet":
             raise DataError(
-                f"data.{name}={images.public_url(given)} is a URL, which only ImageNet's shards"
-                " can be at",
+                f"data.{name}={public_url(given)} is a URL, which only ImageNet's shards can be at",
                 "Set it to a folder that all nodes see",
             )
         return str(given).rstrip("/")
@@ -52,7 +50,7 @@ def locate(params: Params, name: str) -> str:
     if params.prepare.source == "demo":
         return str(ROOT / "data" / name)
     given = given_place(params, name)
-    if not images.is_url(given) and archives.found(Path(given), name):
+    if not is_url(given) and archives.found(Path(given), name):
         return str(storage(params) / name)
     return given
 
@@ -74,19 +72,19 @@ def find_dataset(params: Params, name: str, num_classes: int) -> Dataset:
     manifest = read_manifest(root / MANIFEST)
     if manifest is None or "chunks" not in manifest or manifest["dataset"] != name:
         raise DataError(
-            f"data/{name} has no manifest of the data set in {images.public_url(place)}",
+            f"data/{name} has no manifest of the data set in {public_url(place)}",
             "Run `dvc repro prepare`",
         )
     classes = tuple(manifest["classes"])
     if len(classes) != num_classes:
         raise DataError(
-            f"{name} in {images.public_url(place)} has {len(classes)} classes, but num_classes is"
+            f"{name} in {public_url(place)} has {len(classes)} classes, but num_classes is"
             f" {num_classes} in the parameters",
             f"Set num_classes to {len(classes)}",
         )
     if fault := verify.difference(place, manifest):
         raise DataError(
-            f"{name} in {images.public_url(place)} is not what was verified: {fault}",
+            f"{name} in {public_url(place)} is not what was verified: {fault}",
             "Restore it, or verify it again with `dvc repro --force prepare`",
         )
     counts, skipped = dict(manifest["counts"]), tuple(manifest["skipped"])

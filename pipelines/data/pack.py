@@ -24,10 +24,11 @@ import numpy as np
 from PIL import Image
 
 from pipelines.data.errors import DataError
-from pipelines.data.images import INDEX, Folder, ShardSet, Store, is_url, public_url
+from pipelines.data.images import Folder
 from pipelines.data.manifest import MANIFEST, chunk_manifest
 from pipelines.data.public import verify
 from pipelines.data.public.shards import index_chunks
+from pipelines.data.store import INDEX, ShardSet, Store, is_url, public_url
 
 QUALITY = 95
 """JPEG quality of resized images."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipelines.train.evaluation import scores_of
+from pipelines.train.scores import scores_of
 
 COCO_NAMES = (
     *("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l"),
@@ -37,7 +37,7 @@ class Scores:
 
 
 def classification(predictions: Mapping[str, np.ndarray], classes: Sequence[str]) -> Scores:
-    """Scores of `pipelines.train.evaluation.predict`'s arrays, as `scores_of` there gives them."""
+    """Scores of `pipelines.train.evaluation.predict`'s arrays."""
     target, found = predictions["target"], predictions["classes"]
     right = found == target[:, None]
     count = np.bincount(target, minlength=len(classes))

@@ -148,7 +148,7 @@ def _of_module(module: str, names: set[str], root: Path) -> Iterator[Path]:
     tree = ast.parse(file.read_text())
     handed_on = {
         alias.asname or alias.name: (_absolute(node, file, root), alias)
-        for node in _executed(tree)
+        for node in ast.walk(tree)  # also what it imports when it is asked for, as `ops` does
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }

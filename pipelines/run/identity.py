@@ -20,8 +20,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ops.library import code_digest as cpp_digest
-from ops.library import computing_part
+from ops.sources import code_digest as cpp_digest
+from ops.sources import computing_part
 from pipelines.data.files import sha256_file, write_whole
 from pipelines.data.weights import weights_file
 from pipelines.errors import PipelineError

@@ -306,13 +306,13 @@ def _tracking(uri: str, node: str, driver: bool) -> Finding:
 
 
 def _data(node: str, name: str, place: str) -> Finding:
-    from pipelines.data import images
+    from pipelines.data import store
 
-    shown = images.public_url(place)
+    shown = store.public_url(place)
     fix = "Every node must read it at this path or URL: mount it there, or use shards at a URL"
     try:
-        if images.is_url(place):
-            images.Store(place).read(images.INDEX)
+        if store.is_url(place):
+            store.Store(place).read(store.INDEX)
         else:
             first = next((path for path in Path(place).rglob("*") if path.is_file()), None)
             if first is None:

@@ -5,7 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import images
+from pipelines.data import store
 from pipelines.run.finding import Finding, short
 
 NEEDED_DISK = 256 * 2**20
@@ -74,7 +74,7 @@ class Mark:
             file.write(self.name.encode())
 
     def _shown(self) -> str:
-        return images.public_url(self.storage)
+        return store.public_url(self.storage)
 
     def _rejected(self, node: str, error: OSError) -> Finding:
         fix = (

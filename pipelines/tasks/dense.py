@@ -129,7 +129,7 @@ class DenseTask(Task):
         """The whole model that the parameters name, for a count of its cost."""
         from mmengine.registry import MODELS, init_default_scope
 
-        from pipelines.data.images import Dataset
+        from pipelines.data.store import Dataset
         from pipelines.mm.config import build_config
 
         classes = tuple(str(i) for i in range(self.section(params).num_classes))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
-    from pipelines.data.images import Dataset
+    from pipelines.data.store import Dataset
     from pipelines.results.scores import Scores
 
 BOXES = {"mask-rcnn": "faster-rcnn", "cascade-mask-rcnn": "cascade-rcnn"}

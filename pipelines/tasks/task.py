@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.data.dataset import find_dataset
-from pipelines.data.images import Dataset
 from pipelines.data.layout import LAYOUTS
+from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription
 from pipelines.errors import PipelineError
 from pipelines.params import Params

@@ -1,8 +1,7 @@
 """Training of an image classifier: timm's parts in a plain loop, free of Ray.
 
-Runs in one process, or in each process of an initialised `torch.distributed` group. Each
-epoch starts from seeds of its own, so it depends on the checkpoint before it and nothing
-else: a resumed run repeats an undisturbed one bit for bit on the CPU.
+Runs in one process, or in each of an initialised `torch.distributed` group. Each epoch starts from
+seeds of its own: a resumed run repeats an undisturbed one bit for bit on the CPU.
 """
 
 import math
@@ -39,10 +38,11 @@ from pipelines.train.cost import (
     peak_flops,
 )
 from pipelines.train.determinism import use_deterministic_kernels
-from pipelines.train.evaluation import amp_dtype, predict, scores_of, sums_of_scores
+from pipelines.train.evaluation import amp_dtype, predict, sums_of_scores
 from pipelines.train.job import Job
 from pipelines.train.models import build_model
 from pipelines.train.resume import Requests, gather, resume_random, rng_state
+from pipelines.train.scores import scores_of
 
 if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter

@@ -1,6 +1,5 @@
 """Predictions of a classifier for every validation image, by one or several processes."""
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -50,16 +49,6 @@ def sums_of_scores(
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([top1, top5, loss, torch.ones_like(loss)]).double() * len(target)
     return sums
-
-
-def scores_of(predictions: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """`top1` and `top5` in percent and `loss` in nats of the arrays that `predict` returns."""
-    right = predictions["classes"] == predictions["target"][:, None]
-    return {
-        "top1": 100 * float(right[:, 0].mean()),
-        "top5": 100 * float(right.any(1).mean()),
-        "loss": float(predictions["loss"].astype(np.float64).mean()),
-    }
 
 
 @torch.inference_mode()

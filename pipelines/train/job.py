@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.params import Params
 
 

@@ -298,7 +298,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from pipelines.data.demo.draw import prepare
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.params import compose
 from pipelines.run import preflight, tracking
 from pipelines.run.fit import RunSpec, fit

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import ops
-from ops import build, elsa_attention, library
+from ops import build, elsa_attention, library, sources
 from tests.ops.oracle import make_inputs
 
 
@@ -78,8 +78,8 @@ def test_altered_library_or_broken_record_is_refused(copied):
 
 
 def test_changed_source_makes_the_library_stale(compiled_library, tmp_path, monkeypatch):
-    shutil.copytree(library.SOURCE_DIR, tmp_path / "csrc")
-    monkeypatch.setattr(library, "SOURCE_DIR", tmp_path / "csrc")
+    shutil.copytree(sources.SOURCE_DIR, tmp_path / "csrc")
+    monkeypatch.setattr(sources, "SOURCE_DIR", tmp_path / "csrc")
     with (tmp_path / "csrc" / "ops.cpp").open("a") as source:
         source.write("// a comment\n")
     assert ops.load_library(compiled_library)
@@ -170,7 +170,7 @@ def test_compiler_error_is_shown_and_nothing_is_left(tmp_path, monkeypatch):
     source = tmp_path / "csrc"
     source.mkdir()
     (source / "ops.cpp").write_text("#error this cannot compile\n")
-    monkeypatch.setattr(library, "SOURCE_DIR", source)
+    monkeypatch.setattr(build, "SOURCE_DIR", source)
     with pytest.raises(build.BuildError, match="this cannot compile"):
         build.build(tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

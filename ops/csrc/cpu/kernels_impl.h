@@ -186,13 +186,10 @@ ELSA_INLINE void zero_row(A* dst, int64_t n) {
   }
 }
 
-// Writes the first n lanes of an accumulator.
+// Converts n lanes, up to all. Not inlined: at each of the places where vectors end, the conversions
+// would be most of the code, and of the time to compile it.
 template <class A, class T>
-ELSA_INLINE void narrow_lanes(T* dst, V<A> x, int64_t n) {
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (n >= Vec<A>::lanes) return store<A>(dst, x);
-    if constexpr (kMaskedAccess) return store_lanes(dst, x, n);
-  }
+__attribute__((noinline)) void convert_lanes(T* dst, V<A> x, int64_t n) {
   A lanes[Vec<A>::lanes];
   store(lanes, x);
   if (n >= Vec<A>::lanes) return narrow_piece<Vec<A>::lanes>(dst, lanes);
@@ -201,6 +198,16 @@ ELSA_INLINE void narrow_lanes(T* dst, V<A> x, int64_t n) {
   if (n & 4) narrow_piece<4>(dst + i, lanes + i), i += 4;
   if (n & 2) narrow_piece<2>(dst + i, lanes + i), i += 2;
   if (n & 1) narrow_piece<1>(dst + i, lanes + i);
+}
+
+// Writes the first n lanes of an accumulator.
+template <class A, class T>
+ELSA_INLINE void narrow_lanes(T* dst, V<A> x, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (n >= Vec<A>::lanes) return store<A>(dst, x);
+    if constexpr (kMaskedAccess) return store_lanes(dst, x, n);
+  }
+  convert_lanes<A>(dst, x, n);
 }
 
 template <class T>
@@ -302,14 +309,9 @@ void set_columns(const Padded<A>& padded, const Problem& p, int64_t stride) {
   }
 }
 
-// The first n elements of a row, n up to the lanes, and zeros.
+// n elements of a row, converted or apart; likewise not inlined.
 template <class T, class A>
-ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
-  if constexpr (sizeof(T) == sizeof(A)) {
-    if (pitch == 1 && n == Vec<A>::lanes) return load(src);
-    if constexpr (kMaskedAccess)
-      if (pitch == 1) return load_lanes(src, 0, n);
-  }
+__attribute__((noinline)) V<A> gather_lanes(const T* src, int64_t pitch, int64_t n) {
   A lanes[Vec<A>::lanes] = {};
   if (pitch != 1) {
     for (int64_t i = 0; i < n; ++i) lanes[i] = widen(src[i * pitch]);
@@ -319,6 +321,17 @@ ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
     widen_row(lanes, src, n);
   }
   return load(lanes);
+}
+
+// The first n elements of a row, n up to the lanes, and zeros.
+template <class T, class A>
+ELSA_INLINE V<A> gather(const T* src, int64_t pitch, int64_t n) {
+  if constexpr (sizeof(T) == sizeof(A)) {
+    if (pitch == 1 && n == Vec<A>::lanes) return load(src);
+    if constexpr (kMaskedAccess)
+      if (pitch == 1) return load_lanes(src, 0, n);
+  }
+  return gather_lanes<T, A>(src, pitch, n);
 }
 
 // Rows a plane apart, which no hardware prefetcher follows. Fetched a few at a time, each `parts`th
@@ -895,24 +908,18 @@ void grad_h(const Problem& p, Planes<T> grad_out, Planes<T> v, const typename Ac
 }  // namespace
 }  // namespace elsa
 
-#ifndef ELSA_HALVES
 #include "shifted_impl.h"
-#endif
 
 namespace elsa {
 namespace ELSA_ISA {
 #define ELSA_KERNELS(T) \
   {forward_scratch<T>, forward<T>, grad_v_scratch<T>, grad_v<T>, grad_h_scratch<T>, grad_h<T>}
-// Halves are in a file of their own (kernels_*_halves.cpp): two cores then compile side by side.
-#ifdef ELSA_HALVES
-extern const Kernels<BFloat16> bf16 = ELSA_KERNELS(BFloat16);
-extern const Kernels<Float16> f16 = ELSA_KERNELS(Float16);
-#else
 extern const Kernels<float> f32 = ELSA_KERNELS(float);
 extern const Kernels<double> f64 = ELSA_KERNELS(double);
+extern const Kernels<BFloat16> bf16 = ELSA_KERNELS(BFloat16);
+extern const Kernels<Float16> f16 = ELSA_KERNELS(Float16);
 extern const ShiftedKernels<float> shifted_f32 = {shifted_forward<float>, shifted_backward<float>};
 extern const ShiftedKernels<double> shifted_f64 = {shifted_forward<double>,
                                                    shifted_backward<double>};
-#endif
 }  // namespace ELSA_ISA
 }  // namespace elsa

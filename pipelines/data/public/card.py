@@ -59,7 +59,8 @@ def _public_samples(
     dataset: str, manifest: dict[str, Any], place: str, count: int
 ) -> list[Image.Image]:
     """Validation images spread over the data set."""
-    from pipelines.data.images import Images, is_shards  # with torch, which the demo's do not need
+    from pipelines.data.images import Images  # with torch, which the demo's do not need
+    from pipelines.data.store import is_shards
 
     if is_shards(place):
         images = Images(place, "val")

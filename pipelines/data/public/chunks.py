@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.utils.misc import natural_key
-
 from pipelines.data.checks import IMAGES, by, decode, folders, read_label_map
 from pipelines.data.errors import DataError
 from pipelines.data.layout import LAYOUTS
@@ -132,6 +130,8 @@ def _class_folders(place: Path, split: str) -> list[str]:
             f"{place / split} needs a folder for each class with the images of that class in it,"
             f" but has {len(loose)} images outside of any ({', '.join(sorted(loose)[:2])})"
         )
+    from timm.utils.misc import natural_key  # with torch, which a driver has no need of
+
     return sorted(folders, key=natural_key)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from pipelines.data import images
+from pipelines.data import store
 from pipelines.data.dataset import given_place, locate, storage
 from pipelines.data.files import write_json
 from pipelines.data.manifest import MANIFEST
@@ -18,7 +18,7 @@ def take_one(params: Params, name: str, each: verify.Each) -> dict[str, Any]:
         DataError: what is wrong with it.
     """
     given = given_place(params, name)
-    unpacked = not images.is_url(given) and archives.found(Path(given), name)
+    unpacked = not store.is_url(given) and archives.found(Path(given), name)
     place = locate(params, name)
     if unpacked:
         archives.unpack(Path(given), name, Path(place), each)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipelines.data import images
+from pipelines.data import store
 from pipelines.data.checks import check_coco
 from pipelines.data.errors import DataError
 from pipelines.data.layout import LAYOUTS
@@ -92,7 +92,7 @@ def verify(
     Raises:
         DataError: all that is wrong, in one message.
     """
-    if images.is_shards(place):
+    if store.is_shards(place):
         manifest = _verify_shards(kind, place, settings, each)
     else:
         manifest = _verify_folder(kind, place, settings, storage, each)
@@ -109,7 +109,7 @@ def verify(
     ]
     if wrong:
         raise DataError(
-            f"{images.public_url(place)} has {'; '.join(wrong)}. Complete it, or set what is"
+            f"{store.public_url(place)} has {'; '.join(wrong)}. Complete it, or set what is"
             " expected (0 expects nothing)"
         )
     return manifest
@@ -215,8 +215,8 @@ def difference(place: str, manifest: Mapping[str, Any]) -> str | None:
 
     Reads no image: 1.3 million files take seconds on a local disk, a minute or two over NFS.
     """
-    if images.is_shards(place):
-        shard_set = images.ShardSet(place)
+    if store.is_shards(place):
+        shard_set = store.ShardSet(place)
         wrong = index_difference(shard_set, manifest)
         return wrong or shard_set.cut()
     root, skipped = Path(place), manifest["skipped"]
@@ -244,11 +244,11 @@ def difference(place: str, manifest: Mapping[str, Any]) -> str | None:
 
 def _verify_shards(kind: str, place: str, settings: Settings, each: Each) -> dict[str, Any]:
     if kind != "imagenet":
-        raise DataError(f"{images.public_url(place)} is a shard set, which only ImageNet can be")
-    shard_set = images.ShardSet(place)
+        raise DataError(f"{store.public_url(place)} is a shard set, which only ImageNet can be")
+    shard_set = store.ShardSet(place)
     manifest = parse_manifest(shard_set.store.read(MANIFEST))
     if manifest is None or "chunks" not in manifest:
-        raise DataError(f"{images.public_url(place)}/{MANIFEST} is not a manifest of this pipeline")
+        raise DataError(f"{store.public_url(place)}/{MANIFEST} is not a manifest of this pipeline")
     faults = [f for f in (difference(place, manifest),) if f]
     if settings.check == "content" and not faults:
 
@@ -260,5 +260,5 @@ def _verify_shards(kind: str, place: str, settings: Settings, each: Each) -> dic
         each(check_shard, arguments, "shards", done)
     if faults:
         shown = "\n  ".join(sorted(faults)[:SHOWN])
-        raise DataError(f"{images.public_url(place)} is not as it was packed:\n  {shown}")
+        raise DataError(f"{store.public_url(place)} is not as it was packed:\n  {shown}")
     return manifest

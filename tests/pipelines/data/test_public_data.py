@@ -16,9 +16,9 @@ from pipelines.data import dataset, images
 from pipelines.data.demo import draw as demo
 from pipelines.data.errors import DataError
 from pipelines.data.files import write_json
-from pipelines.data.images import Dataset
 from pipelines.data.public import verify
 from pipelines.data.public.take import take_one
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.config import build_config
 from pipelines.params import Params, compose

@@ -13,22 +13,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.data import create_loader
-from timm.utils import random_seed
+from timm.data import create_transform
 
 from pipelines.benchmarks.loader import measure
-from pipelines.data import images, pack
+from pipelines.data import images, pack, store
 from pipelines.data.demo import draw as demo
 from pipelines.data.errors import DataError
-from pipelines.data.images import Dataset
 from pipelines.data.public import verify
+from pipelines.data.store import Dataset
 from pipelines.params import Model, compose
 from pipelines.train.classify import Classifier
 from pipelines.train.job import Job
-from pipelines.train.loading import Part
+from pipelines.train.loading import MicroBatchSampler, Part, make_loader
 from pipelines.train.reporter import LocalReporter
 
 SETTINGS = compose().prepare
+SMOKE = compose(["recipe=smoke"])
 CONTENT = SETTINGS.model_copy(update={"check": "content"})
 
 
@@ -79,22 +79,21 @@ def bucket(root: Path) -> Iterator[str]:
     server.stop()
 
 
-def batches(place: str, workers: int, training: bool, split: str = "train") -> list[Any]:
-    """Two epochs of timm's loader over three quarters of the images, as training builds it."""
-    data = images.Images(place, split)
-    part = Part(data, list(range(0, len(data), 4)) + list(range(1, len(data), 4)))
-    random_seed(7, 0)
-    loader = create_loader(
-        part,
-        (3, 32, 32),
-        batch_size=7,
-        is_training=training,
-        auto_augment="rand-m9-mstd0.5-inc1" if training else None,
-        num_workers=workers,
-        use_prefetcher=False,
-        persistent_workers=False,
-    )
-    return [batch for _ in range(2) for batch in loader]
+def batches(place: str, workers: int, training: bool) -> list[Any]:
+    """Two epochs over half of the images, as training or evaluation loads them."""
+    p = SMOKE.pretrain.model_copy(update={"batch_size": 7})
+    loading = SMOKE.loader.model_copy(update={"data_workers": workers})
+    data = images.Images(place, "train")
+    part = Part(data, list(range(0, len(data), 4)) + list(range(1, len(data), 4)), seed=7)
+    augment = "rand-m9-mstd0.5-inc1" if training else None
+    part.transform = create_transform((3, 32, 32), training, auto_augment=augment)
+    sampler = MicroBatchSampler(len(part), p, planned=1, rank=0, world_size=1)
+    order: dict[str, Any] = {"batch_sampler": sampler} if training else {"batch_size": 7}
+    loader = make_loader(loading, part, torch.device("cpu"), **order)
+    found = []
+    for sampler.epoch in range(2):
+        found += list(loader)
+    return found
 
 
 @pytest.mark.parametrize(("workers", "training"), [(0, False), (0, True), (2, True)])
@@ -258,12 +257,12 @@ def test_a_full_disk_leaves_no_half_shard(root: Path, tmp_path: Path, monkeypatc
 
 def test_an_unreachable_url_is_named_without_its_credentials(bucket: str, monkeypatch: Any) -> None:
     tried = []
-    monkeypatch.setattr(images.time, "sleep", tried.append)
+    monkeypatch.setattr(store.time, "sleep", tried.append)
     with pytest.raises(DataError, match=r"s3://data/nothing/index.json can't be read"):
-        images.ShardSet("s3://data/nothing")
+        store.ShardSet("s3://data/nothing")
     assert not tried, "what is not there is not tried again"
     with pytest.raises(DataError) as caught:
-        images.ShardSet("http://user:hush@127.0.0.1:9/imagenet")
+        store.ShardSet("http://user:hush@127.0.0.1:9/imagenet")
     assert "http://127.0.0.1:9/imagenet/index.json can't be reached after 4 tries" in str(
         caught.value
     )
@@ -276,15 +275,15 @@ def test_a_lost_connection_is_tried_again(bucket: str, monkeypatch: Any) -> None
     reader = images.Shards(bucket, "train")
     whole = [file.read() for file, _ in reader.read([3, 60, 9])]
     failures = [TimeoutError("lost"), ConnectionResetError("lost")]
-    ranges = images.Store._ranges
+    ranges = store.Store._ranges
 
     def flaky(*arguments: Any) -> Any:
         if failures:
             raise failures.pop()
         return ranges(*arguments)
 
-    monkeypatch.setattr(images.Store, "_ranges", staticmethod(flaky))
-    monkeypatch.setattr(images, "BACKOFF", 0.01)
+    monkeypatch.setattr(store.Store, "_ranges", staticmethod(flaky))
+    monkeypatch.setattr(store, "BACKOFF", 0.01)
     assert [file.read() for file, _ in reader.read([3, 60, 9])] == whole
     assert not failures
 

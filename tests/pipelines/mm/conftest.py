@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.params import compose, flatten, override
 from pipelines.train.job import Job
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import elsa
 from elsa.mm import ELSASwin, TimmBackbone
 from pipelines.data.files import sha256_file
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import BEGUN, HISTORY, STATE
 from pipelines.mm.config import build_config

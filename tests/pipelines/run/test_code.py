@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.library import code_digest as cpp_digest
+from ops.sources import code_digest as cpp_digest
 from pipelines.run.code import closure, code_digest
 
 FILES = {

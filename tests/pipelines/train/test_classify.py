@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.data import create_transform
 from torch import multiprocessing
 
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, compose
 from pipelines.train.classify import Classifier

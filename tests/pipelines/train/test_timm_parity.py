@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
-from pipelines.data.images import Dataset
+from pipelines.data.store import Dataset
 from pipelines.params import Params, compose
 from pipelines.train.classify import Classifier
 from pipelines.train.job import Job

@@ -1,2 +1,0 @@
-#define ELSA_HALVES
-#include "kernels_avx512.cpp"
