@@ -21,7 +21,7 @@ demo: setup
 
 # Two at a time, but what runs whole pipelines, which use all cores themselves.
 test: setup
-	$(UV) run pytest -n 2 --dist loadfile --ignore tests/integration
+	$(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
 	$(UV) run pytest tests/integration
 
 test-cluster: setup

@@ -29,6 +29,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # The node's agent collects what the dashboard would show, every 5 s otherwise.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # Processes of an environment that none of ours has.
+    "RAY_prestart_worker_first_driver": "0",
 }
 """Variables, without a promise of Ray, that a Ray of this driver's own reads."""
 LOOPBACK = {"_node_ip_address": "127.0.0.1"}

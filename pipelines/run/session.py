@@ -1,6 +1,8 @@
 """Ray as a stage uses it: a local instance, or the cluster of `RAY_ADDRESS`."""
 
+import importlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT, SHARED
-from pipelines.run import preflight, tracking
+from pipelines.run import preflight
 from pipelines.run.display import track
 from pipelines.run.ray_internals import LOOPBACK, prepare_local_environment, stop_log_monitor
 
@@ -55,6 +57,7 @@ def ray_session(trials: bool = False) -> Iterator[Session]:
             "object_store_memory": preflight.OBJECT_STORE,
             **LOOPBACK,
         }
+    threading.Thread(target=_import_for_driver, daemon=True).start()
     try:
         ray.init(runtime_env={"env_vars": environment}, **common)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
@@ -65,6 +68,12 @@ def ray_session(trials: bool = False) -> Iterator[Session]:
         yield Session(local=not address)
     finally:
         ray.shutdown()
+
+
+def _import_for_driver() -> None:
+    """Import what the driver needs next and takes seconds, beside the start of Ray's processes."""
+    for module in ("torch", "mlflow.store.tracking.sqlalchemy_store"):
+        importlib.import_module(module)
 
 
 def _unusable(address: str | None, error: Exception) -> PipelineError:
@@ -84,6 +93,8 @@ def at_once(stage: str, params: Params, data: Mapping[str, str]) -> int:
     Raises:
         PipelineError: a node lacks something, or there is no room for one.
     """
+    from pipelines.run import tracking
+
     scaling = params.scaling
     needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
     preflight.require(stage, scaling, needs)

@@ -188,10 +188,12 @@ def _export(stage: Stage, run: StageRun, checked: Any) -> bool:
 
 def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
     # Imported late: they take seconds, and bad parameters should be told at once.
-    from pipelines.run import session, tracking
+    from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
     with session.ray_session(trials=stage.trials) as run._session:
+        from pipelines.run import tracking
+
         tags = _tags(run)
         tracker = tracking.start_run(
             run.name, pipeline_name(run.params), tags, run.state.mlflow_run_id

@@ -45,6 +45,7 @@ class Classify(Task):
     reported: ClassVar[tuple[str, ...]] = ("top1", "top5")
     headline: ClassVar[tuple[str, ...]] = ("top1", "top5", "loss")
     class_score: ClassVar[str] = "top1"
+    loop: ClassVar[Loop] = Loop("pipelines.train.classify")
     loop_metric: ClassVar[str] = "step/loss"
     weights: ClassVar[str] = "best.safetensors"
     sections: ClassVar[tuple[str, ...]] = ("model", "pretrain", "scaling")
@@ -62,12 +63,6 @@ class Classify(Task):
             load_weights(build_model(params.model, params.pretrain.num_classes), params.pretrain)
         file = str(weights_file(weights)) if weights else None
         return Job(self.stage, params, self.find_dataset(params), file)
-
-    @property
-    def loop(self) -> Loop:
-        from pipelines.train.classify import train
-
-        return train
 
     def result(self, folder: Path) -> Result:
         return classification_result(folder)

@@ -33,6 +33,7 @@ PRETRAINED = ROOT / "weights" / "pretrain"
 class DenseTask(Task):
     """A task that mmengine trains, in `pipelines.mm.train`."""
 
+    loop: ClassVar[Loop] = Loop("pipelines.mm.train")
     loop_metric: ClassVar[str] = "train/loss"
     weights: ClassVar[str] = "model.safetensors"
 
@@ -66,12 +67,6 @@ class DenseTask(Task):
         section = self.section(params)
         weights = job.weights if section.pretrained or section.weights else None
         return Job(self.stage, params, job.dataset, weights, job.flops)
-
-    @property
-    def loop(self) -> Loop:
-        from pipelines.mm.train import train
-
-        return train
 
     def result(self, folder: Path) -> Result:
         return dense_result(folder)

@@ -7,6 +7,7 @@ tasks through this class only.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,9 +31,19 @@ if TYPE_CHECKING:
     from pipelines.run.stage import StageRun
     from pipelines.train.reporter import Reporter
 
-Loop = Callable[[Job, "torch.device", "Reporter"], None]
 Forward = Callable[["nn.Module", int, "torch.device"], "list[Tensor]"]
 """Outputs of a model for a number of empty images on a device, as a training step has them."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A task's training loop, which is imported where it runs: on the workers."""
+
+    module: str
+    """Whose function `train` it is."""
+
+    def __call__(self, job: Job, device: "torch.device", reporter: "Reporter") -> None:
+        import_module(self.module).train(job, device, reporter)
 
 
 @dataclass(frozen=True)
@@ -105,6 +116,8 @@ class Task(ABC):
     """Metrics that the description of the weights has."""
     class_score: ClassVar[str]
     """The score of each class in `per_class.csv`."""
+    loop: ClassVar[Loop]
+    """What each worker runs to train."""
     loop_metric: ClassVar[str]
     """Name of the loss by step in MLflow."""
     weights: ClassVar[str]
@@ -167,11 +180,6 @@ class Task(ABC):
     def check_for_trials(self, params: Params) -> Job:
         """Like `check`, with all that any trial of a sweep may need."""
         return self.check(params)
-
-    @property
-    @abstractmethod
-    def loop(self) -> Loop:
-        """What each worker runs to train."""
 
     @abstractmethod
     def result(self, folder: Path) -> Result:
