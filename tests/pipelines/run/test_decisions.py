@@ -37,7 +37,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
     )
     with (root / "pipelines/run/session.py").open("a") as session:
         session.write(
-            "\n\n@contextmanager\ndef ray_session(*arguments):\n    yield Session(local=True)\n"
+            "\n\n@contextmanager\ndef ray_session(trials=False):\n    yield Session(local=True)\n"
         )
     commit_all(root)
     workspace = Workspace(root)
