@@ -16,21 +16,9 @@ from ruamel.yaml import YAML, YAMLError
 
 from pipelines.errors import PipelineError
 from pipelines.paths import RECIPES, ROOT
-from pipelines.schema import (
-    BuildOp,
-    Detect,
-    Downstream,
-    Loader,
-    Model,
-    Params,
-    Positive,
-    Prepare,
-    Pretrain,
-    Scaling,
-    Section,
-    Segment,
-    Training,
-)
+from pipelines.schema import BuildOp, Loader, Model, Params, Prepare, Scaling
+from pipelines.schema.training import Detect, Downstream, Pretrain, Segment, Training
+from pipelines.schema.values import Positive, Section
 
 __all__ = [
     "BuildOp",

@@ -21,14 +21,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import PipelineError
+from pipelines.train import components
 from pipelines.train.checkpoint import read_checkpoint, write_checkpoint
-from pipelines.train.components import (
-    make_loaders,
-    make_mixing,
-    make_model,
-    make_optimizer,
-    make_scheduler,
-)
 from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,
@@ -88,17 +82,17 @@ class Classifier:
         if p.deterministic:
             use_deterministic_kernels()
         random_seed(p.seed, 0)  # the same initial weights on every rank
-        self.model = make_model(job, device)
+        self.model = components.make_model(job, device)
         self.memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
         self.ema = ModelEmaV3(self.model, decay=p.model_ema_decay) if p.model_ema else None
-        self.optimizer = make_optimizer(self.model, p)
+        self.optimizer = components.make_optimizer(self.model, p)
         self.amp = amp_dtype(p.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
-        mixing = make_mixing(p, prefetch=device.type == "cuda")
+        mixing = components.make_mixing(p, prefetch=device.type == "cuda")
         self.mixup, self.loss = mixing.mixup, mixing.loss
-        self.loaders = make_loaders(job, self.planned, device, mixing.collate, reporter)
+        self.loaders = components.make_loaders(job, self.planned, device, mixing.collate, reporter)
         self.steps = self.loaders.sampler.steps
-        self.scheduler, epochs = make_scheduler(self.optimizer, p, self.steps)
+        self.scheduler, epochs = components.make_scheduler(self.optimizer, p, self.steps)
         self.epochs = epochs if p.epochs else 0  # no cooldown after nothing
         self.wrapped = self.model
         if reporter.world_size > 1:
@@ -298,7 +292,7 @@ class Classifier:
             clock.mark("backward")  # with what DDP's all-reduce does not hide behind it
         if p.clip_grad:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), p.clip_grad)
+            components.clip_gradients(self.model, p)
         # float16's scale falls when gradients overflowed, and that step left the weights alone. The
         # schedule advances: it follows the images seen. Without a scaler the scale is always 1.
         scale = self.scaler.get_scale()

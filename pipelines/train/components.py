@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_transform
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import dispatch_clip_grad
 from torch import nn
 
 from pipelines.data.images import Images
@@ -78,12 +80,35 @@ def make_model(job: Job, device: torch.device) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, p: Pretrain) -> torch.optim.Optimizer:
-    """timm's optimizer for the model."""
-    fused: dict[str, Any] = {"fused": True} if p.opt in FUSED else {}
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model, opt=p.opt, lr=scaled_lr(p), weight_decay=p.weight_decay, **fused
-    )
+    """timm's optimizer for the model.
+
+    Raises:
+        PipelineError: it takes no such arguments.
+    """
+    further: dict[str, Any] = {"fused": True} if p.opt in FUSED else {}
+    if p.layer_decay < 1:
+        further["layer_decay"] = p.layer_decay
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=p.opt,
+            lr=scaled_lr(p),
+            weight_decay=p.weight_decay,
+            **further,
+            **p.opt_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise PipelineError(
+            f"pretrain.opt={p.opt} can't be made with pretrain.opt_kwargs={p.opt_kwargs}: {error}",
+            "Give arguments that this optimizer of timm takes",
+        ) from error
     return optimizer
+
+
+def clip_gradients(model: nn.Module, p: Pretrain) -> None:
+    """Clip them by `p.clip_mode`, as timm's script does: AGC leaves the classifier alone."""
+    parameters = model_parameters(model, exclude_head=p.clip_mode == "agc")
+    dispatch_clip_grad(parameters, p.clip_grad, p.clip_mode)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, p: Pretrain, steps: int) -> tuple[Any, int]:
@@ -105,15 +130,20 @@ def make_scheduler(optimizer: torch.optim.Optimizer, p: Pretrain, steps: int) ->
 def make_mixing(p: Pretrain, prefetch: bool) -> Mixing:
     """Mixup, CutMix, label smoothing and the loss that goes with them."""
     mixes = p.mixup > 0 or p.cutmix > 0
+    loss: nn.Module = SoftTargetCrossEntropy() if mixes else LabelSmoothingCrossEntropy(p.smoothing)
+    if p.bce_loss:
+        loss = BinaryCrossEntropy(p.smoothing, p.bce_target_thresh)
     if not mixes:
-        return Mixing(None, None, LabelSmoothingCrossEntropy(p.smoothing))
+        return Mixing(None, None, loss)
     arguments = {
         "mixup_alpha": p.mixup,
         "cutmix_alpha": p.cutmix,
+        "prob": p.mixup_prob,
+        "switch_prob": p.mixup_switch_prob,
+        "mode": p.mixup_mode,
         "label_smoothing": p.smoothing,
         "num_classes": p.num_classes,
     }
-    loss = SoftTargetCrossEntropy()
     if prefetch:
         return Mixing(None, FastCollateMixup(**arguments), loss)
     return Mixing(Mixup(**arguments), None, loss)
@@ -138,8 +168,12 @@ def make_loaders(
         p.img_size,
         is_training=True,
         scale=(p.scale_min, 1.0),
+        train_crop_mode=p.train_crop_mode,
         hflip=p.hflip,
+        vflip=p.vflip,
         color_jitter=p.color_jitter,
+        grayscale_prob=p.grayscale_prob,
+        gaussian_blur_prob=p.gaussian_blur_prob,
         auto_augment=p.aa or None,
         interpolation=p.train_interpolation,
         re_prob=p.reprob,

@@ -200,6 +200,7 @@ def evaluation_loader(
     mine.transform = create_transform(
         p.img_size,
         crop_pct=p.crop_pct,
+        crop_mode=p.crop_mode,
         interpolation=p.interpolation,
         use_prefetcher=device.type == "cuda",
     )

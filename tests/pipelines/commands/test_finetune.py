@@ -10,7 +10,7 @@ from pipelines.commands.finetune import Device, balanced, choices, common, finet
 from pipelines.data.errors import DataError
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
-from pipelines.schema import Segment
+from pipelines.schema.training import Segment
 
 CPU, GPUS = Device(0, 2), Device(8, 64)
 

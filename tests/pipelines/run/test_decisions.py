@@ -150,7 +150,7 @@ ROWS = {
     ),
     "a parameter of the schema that no stage has": (
         edit(
-            "pipelines/schema.py",
+            "pipelines/schema/__init__.py",
             r"^class Report\(Section\):",
             "class Unused(Section):\n    x: int\n\n\nclass Report(Section):",
         ),

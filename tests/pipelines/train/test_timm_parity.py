@@ -1,6 +1,8 @@
 """Augmentation, schedule and optimizer of the published recipe, against timm's own objects."""
 
 import argparse
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
 
 from pipelines.data.store import Dataset
+from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
 from pipelines.train.classify import Classifier
+from pipelines.train.components import clip_gradients
 from pipelines.train.job import Job
 from pipelines.train.reporter import LocalReporter
 
@@ -156,3 +160,104 @@ def test_mixing_and_averaging_are_those_of_timm(published: Classifier) -> None:
         actual = published.mixup(images.clone(), labels)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
     assert (published.ema.decay, published.ema.use_warmup) == (0.99992, False)
+
+
+OTHER = {
+    "opt_kwargs": {"betas": [0.9, 0.98]},
+    "layer_decay": 0.7,
+    "clip_grad": 0.02,
+    "clip_mode": "agc",
+    "bce_loss": True,
+    "bce_target_thresh": 0.2,
+    "mixup_prob": 0.7,
+    "mixup_switch_prob": 0.3,
+    "mixup_mode": "elem",
+    "aa": "",
+    "grayscale_prob": 0.1,
+    "gaussian_blur_prob": 0.2,
+    "vflip": 0.3,
+    "train_crop_mode": "rkrc",
+    "crop_mode": "squash",
+}
+"""What the published recipe leaves as timm has it."""
+
+
+@pytest.fixture(scope="module")
+def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
+    return classifier(data, LocalReporter(tmp_path_factory.mktemp("other"), quiet=True), **OTHER)
+
+
+def test_other_transforms_are_those_of_timm(other: Classifier, data: Path) -> None:
+    names = ("vflip", "grayscale_prob", "gaussian_blur_prob", "train_crop_mode", "crop_mode")
+    for split, loader in (("train", other.loaders.train), ("val", other.loaders.val)):
+        theirs = create_loader(
+            ImageDataset(str(data / split)),
+            input_size=(3, 32, 32),
+            batch_size=8,
+            is_training=split == "train",
+            use_prefetcher=False,
+            interpolation="random" if split == "train" else "bicubic",
+            crop_pct=0.9,
+            re_prob=0.25,
+            re_mode="pixel",
+            scale=(0.08, 1.0),
+            num_workers=0,
+            **{name: OTHER[name] for name in names},
+        )
+        assert repr(loader.dataset.transform) == repr(theirs.dataset.transform)
+
+
+def test_other_optimizers_are_those_of_timm(other: Classifier) -> None:
+    expected = create_optimizer_v2(
+        other.model, "adamw", 5e-4, weight_decay=0.05, layer_decay=0.7, betas=(0.9, 0.98)
+    )
+    scales = set()
+    for ours, theirs in zip(other.optimizer.param_groups, expected.param_groups, strict=True):
+        assert [id(p) for p in ours["params"]] == [id(p) for p in theirs["params"]]
+        assert ours["lr_scale"] == theirs["lr_scale"]
+        assert list(ours["betas"]) == [0.9, 0.98]
+        scales.add(ours["lr_scale"])
+    depth = sum(other.job.params.model.depths or ())
+    assert len(scales) > depth  # each block has its own
+    assert max(scales) == 1.0
+    other.optimizer.step()
+    other.scheduler.step_update(7)
+    rates = {group["lr"] / group["lr_scale"] for group in other.optimizer.param_groups}
+    assert max(rates) == pytest.approx(min(rates))
+
+
+def test_other_losses_mixing_and_clipping_are_those_of_timm(other: Classifier) -> None:
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8)
+    theirs = Mixup(0.8, 1.0, None, 0.7, 0.3, "elem", label_smoothing=0.1, num_classes=10)
+    for seed in range(4):
+        np.random.seed(seed)
+        expected = theirs(images.clone(), labels)
+        np.random.seed(seed)
+        actual = other.mixup(images.clone(), labels)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    scores = torch.randn(8, 10)
+    right = (actual[1] > 0.2).float()
+    expected_loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, right)
+    torch.testing.assert_close(other.loss(scores, actual[1]), expected_loss)
+
+    parameters = list(other.model.parameters())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    before = [parameter.grad.clone() for parameter in parameters]
+    clip_gradients(other.model, other.params)
+    changed = [not torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True)]
+    assert changed[-2:] == [False, False]  # the classifier's
+    assert sum(changed) > len(parameters) / 2
+
+
+def test_training_runs_with_the_other_options(data: Path, tmp_path: Path) -> None:
+    reporter = LocalReporter(tmp_path / "run", quiet=True)
+    classifier(data, reporter, **OTHER, epochs=1, warmup_epochs=0, cooldown_epochs=0).fit()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert math.isfinite(result["history"][-1]["train_loss"])
+
+
+def test_arguments_that_an_optimizer_does_not_take_are_told(data: Path, tmp_path: Path) -> None:
+    reporter = LocalReporter(tmp_path, quiet=True)
+    with pytest.raises(PipelineError, match=r"pretrain.opt=adamw can't be made .*momentun"):
+        classifier(data, reporter, opt_kwargs={"momentun": 0.9})
