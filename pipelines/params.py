@@ -56,6 +56,10 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in (RECIPES / "recipe").glob("*.yaml"))
 
 
+OPEN = ("opt_kwargs", "cfg_options")
+"""Parameters that are mappings with any keys."""
+
+
 def load_params(path: Path = ROOT / "params.yaml") -> Params:
     """The parameters of a file, by default of what runs.
 
@@ -130,10 +134,10 @@ def changed(params: Params) -> dict[str, tuple[Any, Any]]:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings to dotted names."""
+    """Nested mappings to dotted names; a parameter whose keys are the user's is one value."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and key not in OPEN:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

@@ -14,7 +14,7 @@ BASE = {"errors", "paths", "schema", "params"}
 LAYERS = {
     "errors": set(),
     "paths": set(),
-    "schema": {"errors", "paths"},
+    "schema": {"errors", "paths", "schema"},
     "params": BASE,
     "data": BASE | {"data"},
     "train": BASE | {"data", "train"},

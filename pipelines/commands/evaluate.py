@@ -93,12 +93,13 @@ def choose_params(
     if (RECIPES / task.stage / f"{group}.yaml").is_file() and not given:
         changes = [f"{task.stage}={group}", *changes]
     if recipe:
-        return compose([f"recipe={recipe}", *changes])
+        return _as_described(compose([f"recipe={recipe}", *changes]), task, described)
     faults = {}
     for name in ("params.yaml", *recipe_names()):
         try:
             params = _params_yaml(changes) if name == "params.yaml" else None
             params = params or compose([f"recipe={name}", *changes])
+            params = _as_described(params, task, described)
         except PipelineError as error:
             faults[name] = str(error)  # a change that is not for this recipe
             continue
@@ -111,6 +112,15 @@ def choose_params(
         f"{weights} fits the model of no recipe. Tried:\n{shown}",
         "Name one with --recipe, and change it with -S model.<key>=<value>, to see what differs",
     )
+
+
+def _as_described(params: Params, task: Task, described: Mapping[str, Any]) -> Params:
+    """With the changes to the config that the weights were trained with."""
+    options = described.get("cfg_options")
+    if not options:
+        return params
+    section = task.section(params).model_copy(update={"cfg_options": options})
+    return params.model_copy(update={task.stage: section})
 
 
 def _params_yaml(changes: list[str]) -> Params:

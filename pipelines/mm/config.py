@@ -9,6 +9,7 @@ from mmengine.config import utils as config_utils
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS
+from pipelines.mm.options import change
 from pipelines.mm.tree import dicts_in
 from pipelines.params import Detect, Downstream, Segment
 from pipelines.train.job import Job
@@ -43,7 +44,8 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
         workers: how many processes share the global batch.
 
     Raises:
-        PipelineError: no config for this method and schedule, or one for other classes.
+        PipelineError: no config for this method and schedule, or one for other classes, or without
+            a place for one of `cfg_options`.
     """
     section = job.section
     method = WITH_MASKS.get(section.method, section.method)
@@ -61,6 +63,7 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     import pipelines.mm.loop  # noqa: F401
 
     config = Config.fromfile(file)
+    change(config, section.cfg_options, job.stage)
     if section.method in WITH_MASKS:
         _leave_out_masks(config)
     _set_model(config.model, job)

@@ -121,6 +121,9 @@ class Downstream(Training):
     """A checkpoint whose backbone to start from instead: a classifier, a detector or a segmentor,
     published or ours, as a file or a folder that a stage wrote. Its content counts, not its name,
     but DVC compares the name alone."""
+    cfg_options: dict[str, Any]
+    """Changes to the config of the method and schedule, as mmdet's and mmseg's `--cfg-options` take
+    them: `{model.rpn_head.anchor_generator.scales: [4]}`. What is a parameter here is set after."""
     with_cp: bool
     """Recompute the backbone's activations in the backward pass, to save memory."""
     img_size: Annotated[int, Field(ge=32)]

@@ -49,6 +49,10 @@ class DenseTask(Task):
             weights = str(PRETRAINED / "model.safetensors")
         job = Job(self.stage, params, self.find_dataset(params), weights)
         config = build_config(job, ROOT, params.scaling.num_workers)
+        if self.section(params).cfg_options:
+            from pipelines.mm.options import check
+
+            check(job)
         if given:
             _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
         if params.scaling.use_gpu:
@@ -79,7 +83,9 @@ class DenseTask(Task):
 
     def model(self, params: Params) -> dict[str, Any]:
         section = self.section(params)
-        return super().model(params) | {"method": section.method, "schedule": section.schedule}
+        changed = {"cfg_options": section.cfg_options} if section.cfg_options else {}
+        found = {"method": section.method, "schedule": section.schedule, **changed}
+        return super().model(params) | found
 
     def upstream(self, job: Job) -> WeightsDescription | None:
         if not job.weights:
@@ -100,7 +106,9 @@ class DenseTask(Task):
 
     def published_as(self, params: Params) -> dict[str, str]:
         section = self.section(params)
-        return {"method": section.method, "schedule": section.schedule}
+        # With other options it is nobody's but the user's.
+        schedule = f"{section.schedule}, changed" if section.cfg_options else section.schedule
+        return {"method": section.method, "schedule": schedule}
 
     def evaluation_model(self, what: Prediction) -> "nn.Module":
         from pipelines.mm.evaluation import build_model
