@@ -40,5 +40,6 @@ def __getattr__(name: str) -> Any:
         for module in ("functional", "neighborhood", "reference", "library"):
             found = import_module(f"ops.{module}")
             if hasattr(found, name):
-                return getattr(found, name)
+                globals()[name] = getattr(found, name)  # the next access, and dynamo, find it there
+                return globals()[name]
     raise AttributeError(f"module 'ops' has no attribute {name!r}")
