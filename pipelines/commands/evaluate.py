@@ -115,9 +115,9 @@ def choose_params(
 
 
 def _as_described(params: Params, task: Task, described: Mapping[str, Any]) -> Params:
-    """With the changes to the config that the weights were trained with."""
+    """With the changes to the config that the weights were trained with, unless it has others."""
     options = described.get("cfg_options")
-    if not options:
+    if not options or task.section(params).cfg_options:
         return params
     section = task.section(params).model_copy(update={"cfg_options": options})
     return params.model_copy(update={task.stage: section})
@@ -147,8 +147,9 @@ def _misfit(task: Task, weights: Path, params: Params, use_ema: bool) -> str | N
 
     theirs = _description(weights)
     if theirs:
-        ours = {key: value for key, value in task.model(params).items() if key in theirs}
-        differing = [key for key in ours if theirs[key] != ours[key]]
+        known = {*theirs, "cfg_options"}  # which is left out where there are none
+        ours = {key: value for key, value in task.model(params).items() if key in known}
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
         return f"{DESCRIPTION} has another {', '.join(differing)}" if differing else None
     whole = task.name == "classify"
     kind = {"num_classes": params.pretrain.num_classes} if whole else {"features_only": True}

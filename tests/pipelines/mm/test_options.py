@@ -79,6 +79,9 @@ def test_weights_name_their_options_and_evaluation_takes_them(tmp_path: Path) ->
     write_weights(tmp_path / "weights", model.state_dict(), description)
     chosen = evaluate.choose_params(task, tmp_path / "weights/model.safetensors", "demo", [])
     assert chosen.detect.cfg_options == {ANCHORS: [4]}
+    other = override(chosen, {"detect.cfg_options": {ANCHORS: [3]}}, "test")
+    fault = evaluate._misfit(task, tmp_path / "weights/model.safetensors", other, True)
+    assert fault == "model.json has another cfg_options"
     assert "changed" in task.published_as(chosen)["schedule"]  # no published result is of it
 
 
