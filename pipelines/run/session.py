@@ -38,7 +38,8 @@ def ray_session(trials: bool = False) -> Iterator[Session]:
         trials: `fit` is to run trials of a sweep in it.
 
     Raises:
-        PipelineError: too little memory for a local Ray, or no cluster at the address.
+        PipelineError: too little memory for a local Ray, one that does not start, or no cluster at
+            the address.
     """
     address = os.environ.get("RAY_ADDRESS")
     environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -60,7 +61,8 @@ def ray_session(trials: bool = False) -> Iterator[Session]:
     threading.Thread(target=_import_for_driver, daemon=True).start()
     try:
         ray.init(runtime_env={"env_vars": environment}, **common)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray has no class for processes that are too slow to start
+        ray.shutdown()
         raise _unusable(address, error) from error
     try:
         if not address:
@@ -78,7 +80,10 @@ def _import_for_driver() -> None:
 
 def _unusable(address: str | None, error: Exception) -> PipelineError:
     if not address:
-        fix = "See /tmp/ray/session_latest/logs"
+        fix = (
+            "Start it again where other programs have kept the processors or the memory busy; else"
+            " see /tmp/ray/session_latest/logs"
+        )
         return PipelineError(f"a local Ray can't be started: {error}", fix)
     return PipelineError(
         f"the cluster at RAY_ADDRESS={address} can't be used: {error}",
