@@ -76,29 +76,33 @@ TIMM = argparse.Namespace(
 """The arguments of timm's train.py for the published recipe."""
 
 
-def test_transforms_are_those_of_timm(published: Classifier, data: Path) -> None:
-    train, val = (
-        create_loader(
-            ImageDataset(str(data / split)),
-            input_size=(3, 32, 32),
-            batch_size=8,
-            is_training=split == "train",
-            use_prefetcher=False,
-            interpolation="random" if split == "train" else "bicubic",
-            crop_pct=0.9,
-            re_prob=0.25,
-            re_mode="pixel",
-            color_jitter=0.4,
-            auto_augment="rand-m9-mstd0.5-inc1",
-            num_workers=0,
-        ).dataset
-        for split in ("train", "val")
+def transform_of_timm(data: Path, split: str, **options: Any) -> Any:
+    """The transform of the published recipe, with other options, as timm's loader has it."""
+    loader = create_loader(
+        ImageDataset(str(data / split)),
+        input_size=(3, 32, 32),
+        batch_size=8,
+        is_training=split == "train",
+        use_prefetcher=False,
+        interpolation="random" if split == "train" else "bicubic",
+        crop_pct=0.9,
+        re_prob=0.25,
+        re_mode="pixel",
+        color_jitter=0.4,
+        num_workers=0,
+        **options,
     )
+    return loader.dataset.transform
+
+
+def test_transforms_are_those_of_timm(published: Classifier, data: Path) -> None:
+    augment = {"auto_augment": "rand-m9-mstd0.5-inc1"}
+    train, val = (transform_of_timm(data, split, **augment) for split in ("train", "val"))
     ours = published.loaders.train.dataset.transform
     assert "RandAugment" in repr(ours)
     assert "RandomErasing" in repr([type(t) for t in ours.transforms])
-    assert repr(ours) == repr(train.transform)
-    assert repr(published.loaders.val.dataset.transform) == repr(val.transform)
+    assert repr(ours) == repr(train)
+    assert repr(published.loaders.val.dataset.transform) == repr(val)
 
 
 @pytest.mark.parametrize("on_updates", [True, False])
@@ -189,22 +193,10 @@ def other(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Classifier:
 
 def test_other_transforms_are_those_of_timm(other: Classifier, data: Path) -> None:
     names = ("vflip", "grayscale_prob", "gaussian_blur_prob", "train_crop_mode", "crop_mode")
+    options = {name: OTHER[name] for name in names} | {"scale": (0.08, 1.0)}
     for split, loader in (("train", other.loaders.train), ("val", other.loaders.val)):
-        theirs = create_loader(
-            ImageDataset(str(data / split)),
-            input_size=(3, 32, 32),
-            batch_size=8,
-            is_training=split == "train",
-            use_prefetcher=False,
-            interpolation="random" if split == "train" else "bicubic",
-            crop_pct=0.9,
-            re_prob=0.25,
-            re_mode="pixel",
-            scale=(0.08, 1.0),
-            num_workers=0,
-            **{name: OTHER[name] for name in names},
-        )
-        assert repr(loader.dataset.transform) == repr(theirs.dataset.transform)
+        theirs = transform_of_timm(data, split, **options)
+        assert repr(loader.dataset.transform) == repr(theirs)
 
 
 def test_other_optimizers_are_those_of_timm(other: Classifier) -> None:
