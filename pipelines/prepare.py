@@ -11,9 +11,11 @@ from pipelines.data.errors import DataError
 from pipelines.data.files import write_json
 from pipelines.data.layout import DATASETS, LAYOUTS
 from pipelines.data.manifest import MANIFEST
+from pipelines.data.store import Dataset
 from pipelines.params import Params
 from pipelines.run.stage import Stage, StageRun, run_stage
 from pipelines.tasks import TASKS
+from pipelines.train.job import Job
 
 
 def check(params: Params) -> None:
@@ -27,6 +29,21 @@ def check(params: Params) -> None:
         )
     if params.prepare.source == "public":
         check_tasks(params)
+    check_options(params)
+
+
+def check_options(params: Params) -> None:
+    """Tell of `cfg_options` that can't be before anything is prepared or trained.
+
+    Raises:
+        PipelineError: one has no place, changes nothing, or makes no model.
+    """
+    for task in (TASKS[name] for name in params.tasks):
+        if getattr(task.section(params), "cfg_options", None):
+            from pipelines.mm.options import check  # with mmdet, which takes seconds
+
+            classes = tuple(str(i) for i in range(task.section(params).num_classes))
+            check(Job(task.stage, params, Dataset(task.dataset, "", classes, {}, "")))
 
 
 def check_tasks(params: Params) -> None:

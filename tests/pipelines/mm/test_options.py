@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from pipelines import prepare
 from pipelines.commands import evaluate
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
@@ -65,6 +66,13 @@ def test_an_option_that_can_not_be_is_told(make_job: Any, options: Any, message:
     job = make_job("detect", group="mask-rcnn_1x", cfg_options=options)
     with pytest.raises(PipelineError, match=rf"detect.cfg_options: .*{message}"):
         check(job)
+
+
+def test_the_first_stage_tells_of_a_wrong_option() -> None:
+    options = {"detect.cfg_options": {"model.rpn_hed.x": 1}}
+    params = override(compose(["recipe=smoke"]), options, "test")
+    with pytest.raises(PipelineError, match="model has no rpn_hed"):
+        prepare.STAGE.check(params)
 
 
 def test_weights_name_their_options_and_evaluation_takes_them(tmp_path: Path) -> None:
