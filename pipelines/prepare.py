@@ -12,9 +12,11 @@ from pipelines.data.files import write_json
 from pipelines.data.layout import DATASETS, LAYOUTS
 from pipelines.data.manifest import MANIFEST
 from pipelines.data.store import Dataset
+from pipelines.data.weights import PRETRAINED, weights_file
 from pipelines.params import Params
 from pipelines.run.stage import Stage, StageRun, run_stage
 from pipelines.tasks import TASKS
+from pipelines.tasks.dense import DenseTask
 from pipelines.train.job import Job
 
 
@@ -29,17 +31,31 @@ def check(params: Params) -> None:
         )
     if params.prepare.source == "public":
         check_tasks(params)
+    check_weights(params)
     check_options(params)
 
 
-def check_options(params: Params) -> None:
-    """Tell of `cfg_options` that can't be before anything is prepared or trained.
+def check_weights(params: Params) -> None:
+    """Tell of weights to start from that are not there.
 
     Raises:
-        PipelineError: one has no place, changes nothing, or makes no model.
+        PipelineError: names them.
     """
     for task in (TASKS[name] for name in params.tasks):
-        if getattr(task.section(params), "cfg_options", None):
+        section = task.section(params)
+        given = section.weights if getattr(section, "pretrained", True) else None
+        if given and given != PRETRAINED:
+            weights_file(given)
+
+
+def check_options(params: Params) -> None:
+    """Tell of a `config` and `cfg_options` that can't be before anything is prepared or trained.
+
+    Raises:
+        PipelineError: one can't be read, has no place, changes nothing, or makes no model.
+    """
+    for task in (TASKS[name] for name in params.tasks):
+        if isinstance(task, DenseTask) and task.has_changed_config(params):
             from pipelines.mm.options import check  # with mmdet, which takes seconds
 
             classes = tuple(str(i) for i in range(task.section(params).num_classes))

@@ -91,7 +91,8 @@ def choose_params(
     group = f"{described.get('method')}_{described.get('schedule')}"
     given = any(change.startswith(f"{task.stage}=") for change in changes)
     if (RECIPES / task.stage / f"{group}.yaml").is_file() and not given:
-        changes = [f"{task.stage}={group}", *changes]
+        own = [f"{task.stage}.config={described['config']}"] if "config" in described else []
+        changes = [f"{task.stage}={group}", *own, *changes]
     if recipe:
         return _as_described(compose([f"recipe={recipe}", *changes]), task, described)
     faults = {}
@@ -147,7 +148,7 @@ def _misfit(task: Task, weights: Path, params: Params, use_ema: bool) -> str | N
 
     theirs = _description(weights)
     if theirs:
-        known = {*theirs, "cfg_options"}  # which is left out where there are none
+        known = {*theirs, "cfg_options", "config"}  # which are left out where there are none
         ours = {key: value for key, value in task.model(params).items() if key in known}
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         return f"{DESCRIPTION} has another {', '.join(differing)}" if differing else None

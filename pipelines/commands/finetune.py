@@ -213,7 +213,8 @@ def finetune(
         chosen += choices(
             one, device, name, bool(weights) or (one.task != "classify" and pretrained)
         )
-        if one.task == "detect":
+        given = any(change.startswith(f"{TASKS[one.task].stage}=") for change in changes)
+        if one.task == "detect" and not given:
             method = "mask-rcnn" if one.masks else "faster-rcnn"
             groups.append(f"detect={method}_{'1x' if device.gpus else 'finetune'}")
         if one.task == "segment" and balance:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TENSORS, DESCRIPTION = "model.safetensors", "model.json"
+PRETRAINED = "weights/pretrain"
+"""Where `pretrain` leaves its weights."""
 
 
 @dataclass(frozen=True)

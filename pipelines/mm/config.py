@@ -9,9 +9,12 @@ from mmengine.config import utils as config_utils
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS
+from pipelines.mm.model import set_channels, set_classes, set_equal_weights
 from pipelines.mm.options import change
+from pipelines.mm.own_config import graft, read
 from pipelines.mm.tree import dicts_in
 from pipelines.params import Detect, Downstream, Segment
+from pipelines.paths import ROOT
 from pipelines.train.job import Job
 from pipelines.train.schedule import micro_batch, scaled_lr
 
@@ -22,6 +25,8 @@ CONFIGS = Path(__file__).parent / "configs"
 config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
+BASE = {"detect": "mask-rcnn", "segment": "upernet"}
+"""Methods whose schedules a config of the user's own is trained by."""
 WITH_MASKS = {"faster-rcnn": "mask-rcnn", "cascade-rcnn": "cascade-mask-rcnn"}
 """Methods that are another one without its masks."""
 
@@ -36,6 +41,17 @@ def config_name(stage: str, method: str, schedule: str) -> str:
     return f"{method}_elsa-swin{neck}_{schedule}{suffix}"
 
 
+def learns_masks(section: Detect) -> bool:
+    """Whether a detector learns masks.
+
+    Raises:
+        PipelineError: a config of the user's own can't be read.
+    """
+    if section.method == "config":
+        return read(section.config, "detect").masks
+    return "mask" in section.method
+
+
 def build_config(job: Job, folder: Path, workers: int) -> Config:
     """The stage's mmengine config with everything that the parameters decide.
 
@@ -47,29 +63,25 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
         PipelineError: no config for this method and schedule, or one for other classes, or without
             a place for one of `cfg_options`.
     """
-    section = job.section
-    method = WITH_MASKS.get(section.method, section.method)
-    name = config_name(job.stage, method, section.schedule)
-    file = CONFIGS / job.stage / f"{name}.py"
-    if not file.is_file():
-        raise PipelineError(
-            f"{job.stage}.method={section.method}, {job.stage}.schedule={section.schedule}:"
-            f" there is no config {name} in pipelines/mm/configs/{job.stage}",
-            f"Choose a group with `elsa compose {job.stage}=...`",
-        )
     # They register what the config names.
     import elsa.mm  # noqa: F401
     import pipelines.mm.loading
     import pipelines.mm.loop  # noqa: F401
 
-    config = Config.fromfile(file)
+    section = job.section
+    config = _start(job)
     change(config, section.cfg_options, job.stage)
-    if section.method in WITH_MASKS:
+    masks = job.stage == "detect" and learns_masks(section)
+    if job.stage == "detect" and not masks:
         _leave_out_masks(config)
     _set_model(config.model, job)
     _set_data(config, job, workers)
-    evaluators = {"detect": _coco_evaluators, "segment": _ade20k_evaluators}[job.stage]
-    config.val_evaluator = evaluators(job, folder / PREDICTIONS)
+    predictions = folder / PREDICTIONS
+    config.val_evaluator = (
+        _coco_evaluators(job, predictions, masks)
+        if job.stage == "detect"
+        else _ade20k_evaluators(predictions)
+    )
     config.test_evaluator = config.val_evaluator
     _set_optimizer(config, job)
 
@@ -86,11 +98,33 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     return config
 
 
+def _start(job: Job) -> Config:
+    """The config of the method and schedule, as it is in its file."""
+    section = job.section
+    own = section.method == "config"
+    method = BASE[job.stage] if own else WITH_MASKS.get(section.method, section.method)
+    name = config_name(job.stage, method, section.schedule)
+    folder = CONFIGS / job.stage if own else ROOT / section.config
+    file = folder / f"{name}.py"
+    if not file.is_file():
+        raise PipelineError(
+            f"{job.stage}.method={section.method}, {job.stage}.schedule={section.schedule}:"
+            f" there is no config {name} in {folder}",
+            f"Choose a group with `elsa compose {job.stage}=...`",
+        )
+    config = Config.fromfile(file)
+    if own:
+        graft(config, read(section.config, job.stage))
+        set_equal_weights(config.model, section.num_classes)
+    return config
+
+
 def _leave_out_masks(config: Config) -> None:
     """Make a config of boxes and masks one of boxes alone."""
     if config.model.type == "MaskRCNN":
         config.model.type = "FasterRCNN"
-    del config.model.roi_head["mask_head"], config.model.roi_head["mask_roi_extractor"]
+    for key in ("mask_head", "mask_roi_extractor"):
+        config.model.get("roi_head", {}).pop(key, None)
     for key in ("train_dataloader", "val_dataloader"):
         for part in dicts_in(config[key]):
             if part.get("type") == "LoadAnnotations":
@@ -175,12 +209,9 @@ def _set_model(model: ConfigDict, job: Job) -> None:
         if key in model.backbone:
             backbone[key] = model.backbone[key]
     model.backbone = ConfigDict(backbone)
-    (model.neck if "neck" in model else model.decode_head).in_channels = channels
-    if "auxiliary_head" in model:
-        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
+    set_channels(model, channels)
+    set_classes(model, section.num_classes)
     for part in dicts_in(model):
-        if "num_classes" in part:
-            part.num_classes = section.num_classes
         if isinstance(section, Segment) and section.class_weights and "loss_decode" in part:
             part.loss_decode.class_weight = list(section.class_weights)
         if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
@@ -211,11 +242,8 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
     per_pass = micro_batch(section, workers)
     config.train_dataloader.update(batch_size=per_pass, **loader)
     normed = per_pass * (workers if job.params.scaling.use_gpu else 1)
-    if (
-        normed < 2
-        and "decode_head" in config.model
-        and "BN" in config.model.decode_head.norm_cfg.type
-    ):
+    norms = {part.get("type") for part in dicts_in(config.model)}
+    if normed < 2 and job.stage == "segment" and norms & {"BN", "SyncBN"}:
         raise PipelineError(
             f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one",
             f"Lower {job.stage}.accumulate={section.accumulate} or raise"
@@ -272,19 +300,19 @@ def _set_sizes(config: Config, job: Job) -> None:
         config.model.data_preprocessor.size = crop
 
 
-def _coco_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
+def _coco_evaluators(job: Job, predictions: Path, masks: bool) -> list[dict[str, Any]]:
     return [
         {
             "type": "CocoMetric",
             "ann_file": f"{job.dataset.place}/{LAYOUTS['coco'].annotations['val']}",
-            "metric": ["bbox", "segm"] if job.section.masks else ["bbox"],
+            "metric": ["bbox", "segm"] if masks else ["bbox"],
             "outfile_prefix": str(predictions / "coco"),
             "collect_device": "gpu",  # by messages, not by files that ranks share
         }
     ]
 
 
-def _ade20k_evaluators(job: Job, predictions: Path) -> list[dict[str, Any]]:
+def _ade20k_evaluators(predictions: Path) -> list[dict[str, Any]]:
     return [
         {"type": "IoUMetric", "iou_metrics": ["mIoU"], "collect_device": "gpu"},
         {"type": "MaskImages", "folder": str(predictions)},

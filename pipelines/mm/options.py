@@ -1,4 +1,4 @@
-"""`cfg_options`: changes to an mm config by dotted keys."""
+"""What users change in mm configs: `cfg_options` by dotted keys, and a `config` of their own."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from mmengine.config import Config
 
 from pipelines.errors import PipelineError
+from pipelines.mm.own_config import read
 from pipelines.train.job import Job
 
 
@@ -37,11 +38,12 @@ def change(config: Config, options: Mapping[str, Any], stage: str) -> None:
 
 
 def check(job: Job) -> None:
-    """Check that each option changes something, and that the model can be built with all.
+    """Check that each option changes something, and that the model can be built with all. Of a
+    config of the user's own, print what is taken.
 
     Raises:
         PipelineError: one changes nothing, as it is so already or is a parameter's to decide; or
-            mmdet or mmseg does not take them.
+            mmdet or mmseg does not take the config or them.
     """
     import torch
     from mmengine.registry import MODELS, init_default_scope
@@ -56,6 +58,9 @@ def check(job: Job) -> None:
         return build_config(Job(job.stage, params, job.dataset, job.weights), Path(), workers)
 
     config = built(options)
+    if job.section.method == "config":
+        given = job.section.config
+        print(f"{job.stage}.config={given}: {read(given, job.stage).told}", flush=True)
     for key in options:
         without = built({other: value for other, value in options.items() if other != key})
         if without.to_dict() == config.to_dict():
@@ -69,7 +74,10 @@ def check(job: Job) -> None:
         with torch.device("meta"):
             MODELS.build(config.model)
     except (TypeError, KeyError, ValueError, AssertionError, RuntimeError) as error:
+        changed = "cfg_options" if options else "config"
         raise PipelineError(
-            f"{job.stage}.cfg_options: no model can be built with them: {error}",
-            "Compare them with the config that the stage's method and schedule name",
+            f"{job.stage}.{changed}: no model can be built with it: {error}",
+            "Compare it with the config that the stage's method and schedule name"
+            if options
+            else "Compare it with the file that it is based on",
         ) from error

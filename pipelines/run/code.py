@@ -5,6 +5,8 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from pipelines.errors import PipelineError
+
 PACKAGES = ("ops", "elsa", "pipelines")
 NOT_COMPUTING = (
     "pipelines/data/errors.py",
@@ -59,6 +61,25 @@ def code_digest(file: Path) -> str:
     tree = _Bare().visit(ast.parse(file.read_text()))
     text = ast.dump(tree)
     return hashlib.sha256(text.encode()).hexdigest() if tree.body else ""
+
+
+def config_files(file: Path) -> list[Path]:
+    """An mmengine config and the files that it is based on, those of installed packages apart.
+
+    Raises:
+        PipelineError: one is missing, is no Python, or has a `_base_` that is no text.
+    """
+    try:
+        assigned = [
+            ast.literal_eval(node.value)
+            for node in ast.parse(file.read_text()).body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_base_"
+        ]
+    except (OSError, SyntaxError, ValueError) as error:
+        raise PipelineError(f"config {file} can't be read: {error}", "Correct it") from None
+    bases = [one for given in assigned for one in ([given] if isinstance(given, str) else given)]
+    local = [file.parent / base for base in bases if "::" not in base and "://" not in base]
+    return [file, *(found for base in local for found in config_files(base))]
 
 
 class _Bare(ast.NodeTransformer):

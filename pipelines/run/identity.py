@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,13 +24,15 @@ from ruamel.yaml import YAML
 from ops.sources import code_digest as cpp_digest
 from ops.sources import computing_part
 from pipelines.data.files import sha256_file, write_whole
-from pipelines.data.weights import weights_file
+from pipelines.data.weights import PRETRAINED, weights_file
 from pipelines.errors import PipelineError
 from pipelines.params import Params, flatten
 from pipelines.paths import ROOT
-from pipelines.run.code import closure, code_digest
+from pipelines.run.code import closure, code_digest, config_files
 
 CPP = (".cpp", ".cu", ".h")
+PARAMETER = re.compile(r"\$\{([a-z_.]+)\}")
+"""A parameter's value in a path of `dvc.yaml`."""
 NOT_IDENTIFYING = ("tasks",)
 """What DVC must see to run a stage, and the stage itself looks at: which of them are there."""
 
@@ -89,15 +92,21 @@ def stage_inputs(stage: str, params: Params, root: Path = ROOT) -> Inputs:
     meta = definition["meta"]
     sources: dict[str, str] = {}
     data: dict[str, str] = {}
-    for given in definition.get("deps", []):
-        dep = given.replace("${sweep.space}", params.sweep.space)
-        if not dep.startswith(("ops/", "elsa/", "pipelines/")):
+    deps, named = definition.get("deps", []), flatten(params.model_dump(mode="json"))
+    for given in deps:
+        dep = PARAMETER.sub(lambda found: named[found[1]], given)
+        if given.endswith(".weights}"):  # what they are counts, not where
+            data[f"{stage}.weights"] = _weights_digest(dep, root)
+        elif given.endswith(".config}"):
+            if dep not in deps:
+                data[f"{stage}.config"] = _config_digest(root / dep)
+        elif not dep.startswith(("ops/", "elsa/", "pipelines/")):
             data[dep] = content_digest(root / dep)
         elif not dep.endswith(".py"):  # the files that a module loads come with it
             sources |= source_digests(root / dep, root)
     return Inputs(
         stage,
-        _values(definition.get("params", []), params, root),
+        _values(definition.get("params", []), deps, params, root),
         _digests(_modules(meta, params), root) | sources,
         data,
     )
@@ -125,7 +134,7 @@ def _digests(modules: list[str], root: Path) -> dict[str, str]:
     return {name: digest for name, digest in digests.items() if digest}
 
 
-def _values(names: list[str], params: Params, root: Path) -> dict[str, Any]:
+def _values(names: list[str], deps: list[str], params: Params, root: Path) -> dict[str, Any]:
     flat = flatten(params.model_dump(mode="json"))
     values = {
         key: value
@@ -133,10 +142,26 @@ def _values(names: list[str], params: Params, root: Path) -> dict[str, Any]:
         for key, value in flat.items()
         if (key == name or key.startswith(f"{name}.")) and name not in NOT_IDENTIFYING
     }
-    for key, value in values.items():
-        if key.endswith(".weights") and value:  # what they are counts, not where
-            values[key] = sha256_file(weights_file(value, root))
-    return values
+    return {
+        key: _weights_digest(value, root) if key == "pretrain.weights" and value else value
+        for key, value in values.items()
+        if f"${{{key}}}" not in deps
+    }
+
+
+def _weights_digest(given: str, root: Path) -> str:
+    if given == PRETRAINED:
+        return content_digest(root / given)
+    return sha256_file(weights_file(given, root))
+
+
+def _config_digest(path: Path) -> str:
+    """Of a config and what it is based on, or of a folder of them."""
+    _require(path)
+    if path.is_dir():
+        return content_digest(path)
+    parts = [code_digest(file) for file in config_files(path)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def source_digests(path: Path, root: Path) -> dict[str, str]:

@@ -116,11 +116,16 @@ class Downstream(Training):
     schedule: str
     num_classes: Positive
     pretrained: bool
-    """Start the backbone from the weights of `pretrain`; false starts it from scratch."""
-    weights: str | None
-    """A checkpoint whose backbone to start from instead: a classifier, a detector or a segmentor,
-    published or ours, as a file or a folder that a stage wrote. Its content counts, not its name,
-    but DVC compares the name alone."""
+    """Start the backbone from `weights`; false starts it from scratch."""
+    weights: str = Field(min_length=1)
+    """A checkpoint whose backbone to start from: a classifier, a detector or a segmentor, published
+    or ours, as a file or a folder that a stage wrote. `weights/pretrain` is what `pretrain` leaves.
+    DVC compares its content."""
+    config: str = Field(min_length=1)
+    """The folder with the configs of all methods and schedules; or, with `method: config`, a config
+    file for mmdet or mmseg (relative to the repository), whose model is trained with the project's
+    backbones, data and schedule. DVC compares the file's content, but not that of files beside it
+    that it is based on."""
     cfg_options: dict[str, Any]
     """Changes to the config of the method and schedule, as mmdet's and mmseg's `--cfg-options` take
     them: `{model.rpn_head.anchor_generator.scales: [4]}`. What is a parameter here is set after."""
@@ -133,22 +138,28 @@ class Downstream(Training):
     val_interval: Positive
     """Epochs between evaluations; the last epoch is always evaluated."""
 
+    @model_validator(mode="after")
+    def own_config(self) -> "Downstream":
+        if self.config.endswith(".py") != (self.method == "config"):
+            raise ValueError(
+                f"method={self.method} with config={self.config}: method=config goes with the path"
+                " of a config file (.py), and the other methods with the project's own configs"
+            )
+        return self
+
 
 class Detect(Downstream):
-    method: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "cascade-rcnn"]
-    """The last two find boxes only, and need no masks in the data."""
+    method: Literal["mask-rcnn", "cascade-mask-rcnn", "faster-rcnn", "cascade-rcnn", "config"]
+    """Those with a mask in their name learn masks, the others boxes only. config: what the file
+    `config` has; it learns masks if it loads them."""
     schedule: Literal["1x", "3x", "demo", "finetune"]
     milestones: tuple[Positive, ...]
     """Epochs after which a stepped schedule lowers the learning rate to a tenth."""
 
-    @property
-    def masks(self) -> bool:
-        """Whether the method predicts masks, and learns from them."""
-        return "mask" in self.method
-
 
 class Segment(Downstream):
-    method: Literal["upernet"]
+    method: Literal["upernet", "config"]
+    """config: what the file `config` has."""
     schedule: Literal["160k", "demo", "finetune"]
     class_weights: tuple[Rate, ...] | None
     """Weight of each class in the loss, in their order; null takes the schedule's, which are

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipelines.data.files import sha256_file
 from pipelines.data.weights import (
     DESCRIPTION,
+    PRETRAINED,
     TENSORS,
     WeightsDescription,
     check_architecture,
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from pipelines.run.stage import StageRun
     from pipelines.train.reporter import Reporter
 
-PRETRAINED = ROOT / "weights" / "pretrain"
-
 
 class DenseTask(Task):
     """A task that mmengine trains, in `pipelines.mm.train`."""
@@ -42,25 +41,30 @@ class DenseTask(Task):
 
         require_operator()
         weights, given = None, self.section(params).weights
-        if given:
-            weights = str(weights_file(given).resolve())
-        elif self.section(params).pretrained:
-            check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
-            weights = str(PRETRAINED / "model.safetensors")
+        if self.section(params).pretrained:
+            if given == PRETRAINED:
+                check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
+            weights = str(weights_file(given).absolute())
         job = Job(self.stage, params, self.find_dataset(params), weights)
         config = build_config(job, ROOT, params.scaling.num_workers)
-        if self.section(params).cfg_options:
+        if self.has_changed_config(params):
             from pipelines.mm.options import check
 
             check(job)
-        if given:
+        if weights and given != PRETRAINED:
             _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
-        if params.scaling.use_gpu:
+        # What a step of an unknown model computes is not known.
+        if params.scaling.use_gpu and self.section(params).method != "config":
             from pipelines.train.cost import model_flops
 
             flops = model_flops(*self.step_model(params))
             job = Job(self.stage, params, job.dataset, weights, flops)
         return job
+
+    def has_changed_config(self, params: Params) -> bool:
+        """Whether the mm config is another than the project's."""
+        section = self.section(params)
+        return section.method == "config" or bool(section.cfg_options)
 
     def check_for_trials(self, params: Params) -> Job:
         # With pretrained weights, whether a trial uses them or not.
@@ -69,7 +73,7 @@ class DenseTask(Task):
 
     def trial(self, job: Job, params: Params) -> Job:
         section = self.section(params)
-        weights = job.weights if section.pretrained or section.weights else None
+        weights = job.weights if section.pretrained else None
         return Job(self.stage, params, job.dataset, weights, job.flops)
 
     def result(self, folder: Path) -> Result:
@@ -83,15 +87,16 @@ class DenseTask(Task):
 
     def model(self, params: Params) -> dict[str, Any]:
         section = self.section(params)
-        changed = {"cfg_options": section.cfg_options} if section.cfg_options else {}
-        found = {"method": section.method, "schedule": section.schedule, **changed}
+        found = {"method": section.method, "schedule": section.schedule}
+        if section.cfg_options:
+            found["cfg_options"] = section.cfg_options
+        if section.method == "config":
+            found["config"] = section.config
         return super().model(params) | found
 
     def upstream(self, job: Job) -> WeightsDescription | None:
         if not job.weights:
             return None
-        if not job.section.weights:
-            return read_description(PRETRAINED)
         file = Path(job.weights)
         if file.name == TENSORS and (file.parent / DESCRIPTION).is_file():
             return read_description(file.parent)
@@ -155,7 +160,7 @@ def _pretrained(params: Params) -> WeightsDescription:
             " null",
             "Set the stage's own `weights` to a checkpoint, or pretrained=false for random ones",
         )
-    return read_description(PRETRAINED)
+    return read_description(ROOT / PRETRAINED)
 
 
 def _check_backbone(backbone: Any, given: str) -> None:

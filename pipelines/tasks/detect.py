@@ -47,7 +47,7 @@ class Detect(DenseTask):
             features = net.extract_feat(torch.empty(count, 3, size, size, device=device))
             outputs = list(net.rpn_head(features))
             parts = (("bbox", ROIS), ("mask", MASK_ROIS))
-            for part, regions in parts if params.detect.masks else parts[:1]:
+            for part, regions in parts if net.roi_head.with_mask else parts[:1]:
                 head = getattr(net.roi_head, f"{part}_head")
                 extractor = getattr(net.roi_head, f"{part}_roi_extractor")
                 cascade = isinstance(head, nn.ModuleList)
@@ -61,12 +61,17 @@ class Detect(DenseTask):
         return self.build(params), forward
 
     def find_dataset(self, params: Params) -> "Dataset":
+        from pipelines.mm.config import learns_masks
+
         found = super().find_dataset(params)
-        if found.without_mask and params.detect.masks:
+        method = params.detect.method
+        if found.without_mask and learns_masks(params.detect):
             raise PipelineError(
                 f"{found.without_mask} annotations of {found.place} have no segmentation, and"
-                f" detect.method={params.detect.method} learns masks",
-                f"Choose a method of boxes: detect.method={BOXES[params.detect.method]}",
+                f" detect.method={method} learns masks",
+                f"Choose a method of boxes: detect.method={BOXES[method]}"
+                if method in BOXES
+                else "Choose a config that loads no masks",
             )
         return found
 

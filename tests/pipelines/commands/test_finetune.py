@@ -8,6 +8,7 @@ import pytest
 from pipelines.commands import finetune as command
 from pipelines.commands.finetune import Device, balanced, choices, common, finetune, look
 from pipelines.data.errors import DataError
+from pipelines.data.weights import PRETRAINED
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
 from pipelines.schema.training import Segment
@@ -95,7 +96,7 @@ def test_weights_go_to_the_first_stage_that_trains(folders, written, tmp_path) -
     finetune(folders, str(file), None, False, [])
     finetune({"detect": folders["detect"]}, str(file), None, False, [])
     both, alone = written
-    assert (both.pretrain.weights, both.detect.weights) == (str(file), None)
+    assert (both.pretrain.weights, both.detect.weights) == (str(file), PRETRAINED)
     assert (alone.pretrain.weights, alone.detect.weights) == (None, str(file))
 
 

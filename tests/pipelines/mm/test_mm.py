@@ -353,7 +353,7 @@ def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatc
     task = TASKS["detect"]
     monkeypatch.setattr(type(task), "find_dataset", lambda *_: job.dataset)
     monkeypatch.setattr("pipelines.tasks.dense.require_operator", lambda: None)
-    section = job.params.detect.model_copy(update={"weights": str(file), "pretrained": False})
+    section = job.params.detect.model_copy(update={"weights": str(file)})
     params = job.params.model_copy(update={"detect": section})
     ready = task.check(params)
     assert ready.weights == str(file)

@@ -275,3 +275,27 @@ def test_outputs_of_finished_runs_come_back_without_computing(built: Workspace) 
         shutil.rmtree(built.root / ".dvc" / folder, ignore_errors=True)
     assert computed_by_repro(built, "--single-item", *TRAINING) == []
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_given_weights_and_configs_count_by_their_content(built: Workspace, tmp_path: Path) -> None:
+    original = (built.root / "params.yaml").read_text()
+    weights, base, config = (tmp_path / name for name in ("a.pth", "base.py", "own.py"))
+    weights.write_text("one")
+    base.write_text("x = 1\n")
+    config.write_text('_base_ = "./base.py"\n')
+    try:
+        params(detect__weights=str(weights))(built.root)
+        assert computed_by_repro(built, "detect") == ["detect"]
+        weights.write_text("two")  # under the same name
+        assert computed_by_repro(built, "detect") == ["detect"]
+        weights = weights.rename(tmp_path / "b.pth")
+        params(detect__weights=str(weights))(built.root)
+        assert computed_by_repro(built, "detect") == []
+        params(detect__method="config", detect__config=str(config))(built.root)
+        assert computed_by_repro(built, "detect") == ["detect"]
+        config.write_text('# Why.\n_base_ = "./base.py"\n')
+        assert computed_by_repro(built, "detect") == []
+        config.write_text('_base_ = "./base.py"\nx = 2\n')
+        assert computed_by_repro(built, "detect") == ["detect"]
+    finally:
+        (built.root / "params.yaml").write_text(original)

@@ -1,6 +1,7 @@
 """What makes a run another run, what does not, and that only one process holds it."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -91,6 +92,31 @@ def test_given_weights_count_by_what_they_are(root: Path) -> None:
         with_weights("d.pth")
 
 
+def test_a_config_counts_with_the_files_that_it_is_based_on(tmp_path: Path) -> None:
+    """DVC sees the first file alone; a stage that runs sees all."""
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases/b.py").write_text("x = 1\n")
+    (tmp_path / "bases/a.py").write_text('_base_ = "b.py"\n')
+    own = tmp_path / "own.py"
+    own.write_text('_base_ = ["mmdet::_base_/default_runtime.py", "./bases/a.py"]\n')
+
+    def digest() -> str:
+        given = {"detect.method": "config", "detect.config": str(own)}
+        changed = override(compose(["recipe=smoke"]), given, "test")
+        entry = {"meta": {"code": []}, "deps": ["${detect.config}"]}
+        (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"detect": entry}}))
+        return stage_identity("detect", changed, tmp_path)
+
+    before = digest()
+    own.write_text(own.read_text() + "# Why.\n")
+    assert digest() == before
+    (tmp_path / "bases/b.py").write_text("x = 2\n")
+    assert digest() != before
+    (tmp_path / "bases/b.py").unlink()
+    with pytest.raises(PipelineError, match=r"config .*b\.py can't be read"):
+        digest()
+
+
 def test_code_configs_and_data_change_it_and_what_does_nothing_does_not(root: Path) -> None:
     seen = {identity(root)}
     (root / "pipelines/train.py").write_text("# why\nx = 1\n")
@@ -174,7 +200,8 @@ def test_the_deps_of_dvc_are_the_code_that_the_stage_loads(stage: str) -> None:
     assert listed == closure(modules, ROOT)
     for dep in definition["deps"]:
         made = dep.startswith(("build/", "data/", "weights/", "results/", "plots/", "metrics/"))
-        assert made or (ROOT / dep.replace("${sweep.space}", "demo")).exists(), dep
+        given = re.fullmatch(r"\$\{(detect|segment)\.(weights|config)\}", dep)
+        assert made or given or (ROOT / dep.replace("${sweep.space}", "demo")).exists(), dep
 
 
 HOLDER = """

@@ -1,0 +1,137 @@
+"""A config file of the user's own: its model over the project's backbone, data and schedule."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.data.store import Dataset
+from pipelines.errors import PipelineError
+from pipelines.mm.checkpoint import HISTORY
+from pipelines.mm.config import build_config
+from pipelines.mm.options import check
+from pipelines.mm.tree import dicts_in
+from pipelines.params import compose, flatten, override
+from pipelines.tasks import TASKS
+from pipelines.train.job import Job
+
+DATASETS = {"detect": "coco", "segment": "ade20k"}
+MASK2FORMER = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py"
+SMALLER = """
+head = dict(
+    num_queries=20,
+    pixel_decoder=dict(encoder=dict(num_layers=1)),
+    transformer_decoder=dict(num_layers=1),
+)
+model = dict(panoptic_head=head, train_cfg=dict(num_points=256))
+"""
+FEWER = "model = dict(num_queries=20)"  # than positions in an image this small
+CONFIGS = {
+    "mask2former": ("detect", MASK2FORMER, SMALLER),
+    "retinanet": ("detect", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", ""),
+    "dino": ("detect", "mmdet::dino/dino-4scale_r50_8xb2-12e_coco.py", FEWER),
+    "rtmdet": ("detect", "mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py", ""),
+    "segformer": ("segment", "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py", ""),
+    "pspnet": ("segment", "mmseg::pspnet/pspnet_r50-d8_4xb4-80k_ade20k-512x512.py", ""),
+    "ocrnet": ("segment", "mmseg::ocrnet/ocrnet_hr18s_4xb4-80k_ade20k-512x512.py", ""),
+}
+
+
+@pytest.fixture
+def job(tiny_data: Path, tmp_path: Path) -> Any:
+    """A job for a config with these lines."""
+
+    def make(stage: str, text: str, **values: Any) -> Job:
+        (tmp_path / "own.py").write_text(text)
+        words = [f"{stage}=config_finetune", f"{stage}.config={tmp_path / 'own.py'}"]
+        params = compose(["recipe=finetune", *words])
+        place = tiny_data / DATASETS[stage]
+        classes = tuple(json.loads((place / "manifest.json").read_text())["classes"])
+        small = {"batch_size": 2, "epochs": 1, "img_size": 96, "warmup_iters": 1}
+        if stage == "segment":
+            small["crop_size"] = 64
+        values = small | {"num_classes": len(classes), "pretrained": False} | values
+        params = override(params, flatten({stage: values}), "test")
+        return Job(stage, params, Dataset(DATASETS[stage], str(place), classes, {}, ""))
+
+    return make
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_the_libraries_gets_our_backbone_and_classes(name, job, capsys):
+    stage, base, text = CONFIGS[name]
+    made = job(stage, f'_base_ = "{base}"\n{text}')
+    check(made)  # it builds the model
+    told = capsys.readouterr().out
+    assert "own.py: taken are model" in told
+    assert "param_scheduler" in told.partition("not taken are")[2]
+    config = build_config(made, Path("unused"), 1)
+    assert config.model.backbone.type == "ELSASwin"
+    found = {p.num_classes for p in dicts_in(config.model) if "num_classes" in p}
+    found |= {p.num_things_classes for p in dicts_in(config.model) if "num_things_classes" in p}
+    assert found == {len(made.dataset.classes)}
+    assert "80" not in str([p for p in dicts_in(config.model) if "class_weight" in p])
+    masks = name in ("mask2former", "rtmdet")
+    if stage == "detect":
+        assert config.val_evaluator[0]["metric"] == (["bbox", "segm"] if masks else ["bbox"])
+
+
+@pytest.mark.parametrize("name", ["mask2former", "dino", "segformer"])
+def test_it_trains_and_is_evaluated(name, job, tmp_path):
+    from pipelines.mm.train import train
+    from pipelines.train.reporter import LocalReporter
+
+    stage, base, text = CONFIGS[name]
+    made = job(stage, f'_base_ = "{base}"\n{text}')
+    train(made, torch.device("cpu"), LocalReporter(tmp_path / "run", quiet=True))
+    [row] = json.loads((tmp_path / "run" / HISTORY).read_text())
+    assert TASKS[stage].metric in row
+    assert row["loss"] > 0
+
+
+RETINANET = '_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(", "can't be read"),
+        ('_base_ = "./not_there.py"', "can't be read"),
+        ("with read_base():\n    from .x import *", "Name them as text"),
+        ('_base_ = "mmseg::_base_/models/fcn_r50-d8.py"\ndefault_scope = "mmseg"', "of mmseg"),
+        ('model = dict(type="X", detector=dict())', "no model.backbone to replace: its model is X"),
+        ('model = dict(type="X", backbone=dict(type="Y"))', "no neck or head with in_channels"),
+        (RETINANET + "model = dict(bbox_head=dict(scales=3))", "no model can be built.*scales"),
+        (
+            f'_base_ = "{MASK2FORMER}"\n'
+            "loss = dict(class_weight=[1.0, 2.0] * 40 + [0.1])\n"
+            "model = dict(panoptic_head=dict(loss_cls=loss))",
+            "weighs the classes of another data set",
+        ),
+    ],
+)
+def test_a_config_that_can_not_be_used_is_told(text, message, job):
+    with pytest.raises(PipelineError, match=rf"(?s){message}"):
+        check(job("detect", text))
+
+
+def test_a_missing_file_and_a_method_that_does_not_go_with_it_are_told(job, tmp_path):
+    made = job("detect", RETINANET)
+    (tmp_path / "own.py").unlink()
+    with pytest.raises(PipelineError, match=r"own\.py: there is no such file"):
+        check(made)
+    for change in ("detect.config=own.py", "detect=config_finetune"):
+        with pytest.raises(PipelineError, match="method=config goes with the path"):
+            compose(["recipe=finetune", change])
+
+
+def test_the_first_stage_reads_it(tmp_path):
+    from pipelines import prepare
+
+    (tmp_path / "own.py").write_text("model = dict(")
+    words = ["detect=config_finetune", f"detect.config={tmp_path / 'own.py'}"]
+    params = compose(["recipe=finetune", *words, "prepare.source=demo"])
+    with pytest.raises(PipelineError, match="can't be read"):
+        prepare.STAGE.check(params)
