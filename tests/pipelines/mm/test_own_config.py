@@ -27,7 +27,7 @@ head = dict(
 )
 model = dict(panoptic_head=head, train_cfg=dict(num_points=256))
 """
-FEWER = "model = dict(num_queries=20)"  # than positions in an image this small
+FEWER = "model = dict(num_queries=20, test_cfg=dict(max_per_img=50))"  # than there are positions
 CONFIGS = {
     "mask2former": ("detect", MASK2FORMER, SMALLER),
     "retinanet": ("detect", "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py", ""),
