@@ -1,5 +1,7 @@
 """timm models as backbones of mmdet and mmseg: thin wrappers, no second implementation."""
 
+import colorsys
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ import timm
 import torch.nn.functional as F
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
+from mmengine.runner.checkpoint import CheckpointLoader, load_from_local
+from safetensors import safe_open
 from torch import Tensor, nn
 
 import elsa
@@ -18,6 +22,41 @@ ARCHITECTURES = {
     "small": "elsa_swin_small",
     "base": "elsa_swin_base",
 }
+
+
+def load_checkpoint_file(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What mm's tools load from a path: safetensors too, with the classes in its header.
+
+    Args:
+        filename: safetensors by its ending, else what mmengine loads.
+        map_location: of other files. Safetensors are loaded to the CPU.
+
+    Returns:
+        `state_dict`, and `meta` with mm's `dataset_meta` where the classes are known.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        elsa.CheckpointError: no safetensors. It is never unpickled instead.
+    """
+    if not str(filename).endswith(".safetensors"):
+        return load_from_local(filename, map_location)
+    path = Path(filename).expanduser()
+    checkpoint: dict[str, Any] = {"state_dict": elsa.read_state_dict(path), "meta": {}}
+    with safe_open(path, "pt") as file:
+        classes = json.loads((file.metadata() or {}).get("classes", "[]"))
+    if classes:
+        meta = {"classes": tuple(classes), "palette": palette(len(classes))}
+        checkpoint["meta"]["dataset_meta"] = meta
+    return checkpoint
+
+
+CheckpointLoader.register_scheme("", load_checkpoint_file, force=True)
+
+
+def palette(count: int) -> list[tuple[int, int, int]]:
+    """Colours (R, G, B, 0 to 255) of classes, in order; neighbours differ in hue."""
+    colors = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, 0.9) for i in range(count))
+    return [(round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors]
 
 
 class _FeatureBackbone(BaseModule):

@@ -142,6 +142,28 @@ def evaluate(**options: Any) -> None:
 
 
 @main.command()
+@click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--weights", required=True, help="weights/<stage>, a copy of it, or models:/NAME@champion."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"))
+@click.option("--device", help="Such as cuda:1; default: a GPU if there is one.")
+@click.option("--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True)
+def predict(
+    pictures: tuple[Path, ...], weights: str, out: Path, device: str | None, min_score: float
+) -> None:
+    """Show what a model says of pictures.
+
+    PICTURES are files and folders. Classes, objects or labels, as the weights have it, are drawn
+    (objects from --min-score on) and written in the public formats to --out.
+    """
+    from pipelines.commands.predict import default_device
+    from pipelines.commands.predict import predict as run
+
+    run(pictures, weights, out, device or default_device(), min_score)
+
+
+@main.command()
 @click.argument("runs", nargs=-1)
 @click.option("--sweep", metavar="SPACE", help="All trials of its last sweep.")
 @click.option("--metric", help="Default: that of the runs' task.")

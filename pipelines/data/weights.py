@@ -7,7 +7,7 @@ scored, which run made it, and the same of the weights that it started from.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ class WeightsDescription:
     """Of the weights that the run started from."""
     sha256: str = ""
     """Of `model.safetensors`."""
+    classes: Sequence[str] = ()
+    """Names of what it tells apart, in the order of its outputs; empty if they are not known."""
 
     @classmethod
     def parse(cls, value: Mapping[str, Any]) -> WeightsDescription:
@@ -69,6 +71,8 @@ def write_weights(
 ) -> WeightsDescription:
     """Write a weights folder; its description, with the `sha256` of what was written.
 
+    The classes are in the header of the tensors' file too, where `elsa.mm` finds them.
+
     Args:
         state_dict: tensors by name; saved contiguous, on the CPU.
     """
@@ -76,7 +80,8 @@ def write_weights(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
-    save_file(tensors, str(folder / TENSORS))
+    header = {"format": "pt", "classes": json.dumps(list(description.classes))}
+    save_file(tensors, str(folder / TENSORS), header)
     description = replace(description, sha256=sha256_file(folder / TENSORS))
     write_whole(folder / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
     return description

@@ -26,6 +26,7 @@ from pipelines.mm.checkpoint import (
     write_history,
     write_state,
 )
+from pipelines.mm.inference import inference_config
 from pipelines.mm.loop import unwrapped
 from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, communication, peak_flops
 from pipelines.train.resume import Requests
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
 
 WEIGHTS = "model.safetensors"
-CONFIG = "config.py"
+CONFIG, MODEL_CONFIG = "config.py", "inference.py"
 PREDICTIONS = "predictions"
 
 
@@ -49,7 +50,8 @@ class ReportHook(Hook):
     Runs on all ranks. Each epoch ends with one `reporter.save`: after the validation where there is
     one. A checkpoint's folder holds `state.pt` (to resume), `history.json` (a row of metrics per
     epoch) and, of an epoch that is not over, `begun.json`. At the end of an epoch `config.py` and
-    the evaluators' `predictions` come with it, at the end of the last `model.safetensors`.
+    the evaluators' `predictions` come with it, at the end of the last `model.safetensors` and
+    `inference.py`, the config of that model.
 
     Args:
         reporter: see `pipelines.train.reporter.Reporter`.
@@ -242,6 +244,7 @@ class ReportHook(Hook):
                 state = unwrapped(runner).state_dict()
                 weights = {name: value.contiguous() for name, value in state.items()}
                 save_file(weights, str(self.folder / WEIGHTS))
+                inference_config(runner.cfg).dump(self.folder / MODEL_CONFIG)
         self.reporter.save(reported, epoch, self.folder if self.reporter.rank == 0 else None)
 
 

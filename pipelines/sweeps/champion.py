@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from pipelines.data.weights import WeightsDescription, write_weights
+from pipelines.data.weights import WeightsDescription
 from pipelines.errors import PipelineError
 from pipelines.params import nested
 from pipelines.run import tracking
@@ -53,24 +53,19 @@ def register_champion(stage: StageRun, plan: Plan, champion: Champion, folder: P
     Raises:
         PipelineError: its checkpoint is gone.
     """
-    from safetensors.torch import load_file
-
     outcome, trial, metric = champion.outcome, champion.outcome.trial, plan.task.metric
     checkpoint = last_checkpoint(outcome.run_name, storage_path(trial.params))
     if checkpoint is None:
         raise PipelineError(f"the checkpoint of {outcome.run_name} is gone from the storage")
-    with checkpoint.as_directory() as source:
-        weights = load_file(f"{source}/{plan.task.weights}")
-    description = write_weights(
-        folder / "champion",
-        weights,
-        WeightsDescription(
-            model=plan.task.model(trial.params),
-            identity=trial.identity,
-            mlflow_run_id=outcome.run_id,
-            metrics={metric: champion.row["seeds"][str(trial.seed)]},
-        ),
+    description = WeightsDescription(
+        model=plan.task.model(trial.params),
+        identity=trial.identity,
+        mlflow_run_id=outcome.run_id,
+        metrics={metric: champion.row["seeds"][str(trial.seed)]},
+        classes=plan.job.dataset.classes,
     )
+    with checkpoint.as_directory() as source:
+        description = plan.task.write_weights(Path(source), folder / "champion", description)
     git = tracking.git_tags()
     name = f"elsa-{stage.params.recipe}-{stage.section.space}"
     card = _card(stage, plan, champion, name, description.sha256)

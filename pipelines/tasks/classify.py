@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pipelines.data.files import sha256_file
-from pipelines.data.weights import WeightsDescription, weights_file, write_weights
+from pipelines.data.weights import PRETRAINED, WeightsDescription, weights_file, write_weights
 from pipelines.params import Params
 from pipelines.results.outputs import (
     Result,
@@ -48,6 +48,7 @@ class Classify(Task):
     loop: ClassVar[Loop] = Loop("pipelines.train.classify")
     loop_metric: ClassVar[str] = "step/loss"
     weights: ClassVar[str] = "best.safetensors"
+    model_config: ClassVar[tuple[str, str]] = ("config.json", "config.json")
     sections: ClassVar[tuple[str, ...]] = ("model", "pretrain", "scaling")
     epochs_can_stop: ClassVar[bool] = True
     elastic: ClassVar[bool] = True
@@ -75,13 +76,14 @@ class Classify(Task):
         p = params.pretrain
         if not p.weights:
             return
-        from pipelines.train.models import build_model, load_weights
+        from pipelines.train.models import build_model, load_weights, write_config
 
         model = build_model(params.model, p.num_classes)
         load_weights(model, p)
         identity = sha256_file(weights_file(p.weights))[:12]
         described = WeightsDescription(self.model(params), identity, "", {})
-        write_weights(root / "weights/pretrain", model.state_dict(), described)
+        write_weights(root / PRETRAINED, model.state_dict(), described)
+        write_config(root / PRETRAINED / self.model_config[1], model, p, ())
 
     def epoch_score(self, params: Params) -> str:
         return "holdout_top1" if params.pretrain.holdout else "val_top1"

@@ -35,6 +35,7 @@ class DenseTask(Task):
     loop: ClassVar[Loop] = Loop("pipelines.mm.train")
     loop_metric: ClassVar[str] = "train/loss"
     weights: ClassVar[str] = "model.safetensors"
+    model_config: ClassVar[tuple[str, str]] = ("inference.py", "config.py")
 
     def check(self, params: Params) -> Job:
         from pipelines.mm.config import build_config

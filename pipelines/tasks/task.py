@@ -4,6 +4,7 @@ A task is one file of this folder and one line of the registry. Stages, sweeps a
 tasks through this class only.
 """
 
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipelines.data.dataset import find_dataset
 from pipelines.data.layout import LAYOUTS
 from pipelines.data.store import Dataset
-from pipelines.data.weights import WeightsDescription
+from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
@@ -122,6 +123,9 @@ class Task(ABC):
     """Name of the loss by step in MLflow."""
     weights: ClassVar[str]
     """File of the final weights in a run's last checkpoint."""
+    model_config: ClassVar[tuple[str, str]]
+    """File there from which timm, mmdet or mmseg rebuild the model, and its name in the folder of
+    the weights."""
     sections: ClassVar[tuple[str, ...]]
     """Sections of the parameters that a trial of a sweep can vary."""
     epochs_can_stop: ClassVar[bool] = False
@@ -188,6 +192,17 @@ class Task(ABC):
     @abstractmethod
     def write_results(self, run: "StageRun", folder: Path, job: Job) -> None:
         """Write `results/<stage>` and `plots/<stage>` from the last checkpoint in `folder`."""
+
+    def write_weights(
+        self, checkpoint: Path, folder: Path, description: WeightsDescription
+    ) -> WeightsDescription:
+        """Write the folder of the final weights in a run's last checkpoint; its description."""
+        from safetensors.torch import load_file
+
+        written = write_weights(folder, load_file(str(checkpoint / self.weights)), description)
+        source, name = self.model_config
+        shutil.copy(checkpoint / source, folder / name)
+        return written
 
     def hand_on(self, params: Params, root: Path) -> None:  # noqa: B027  most have nothing
         """Where `tasks` leaves this task out: write below `root` what other tasks start from."""

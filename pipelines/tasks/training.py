@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.data.weights import WeightsDescription, write_weights
+from pipelines.data.weights import WeightsDescription
 from pipelines.run.stage import Stage, StageRun
 from pipelines.tasks.task import Task
 from pipelines.train.job import Job
@@ -76,19 +76,18 @@ def _log_inputs(task: Task, run: StageRun, job: Job) -> None:
 
 def write_outputs(task: Task, run: StageRun, folder: Path, job: Job) -> None:
     """All outputs of the stage, from the last checkpoint in `folder`."""
-    from safetensors.torch import load_file
-
     result = task.result(folder)
     task.write_results(run, folder, job)
-    write_weights(
+    task.write_weights(
+        folder,
         run.output(f"weights/{task.stage}"),
-        load_file(str(folder / task.weights)),
         WeightsDescription(
             model=task.model(run.params),
             identity=run.identity,
             mlflow_run_id=run.mlflow_run_id,
             metrics={key: result.metrics[key] for key in task.headline if key in result.metrics},
             upstream=task.upstream(job),
+            classes=job.dataset.classes,
         ),
     )
     run.write_metrics(result.metrics)

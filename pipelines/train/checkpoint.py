@@ -18,6 +18,8 @@ STATE, BEST, RESULT, PREDICTIONS = (
     "result.json",
     "predictions.npz",
 )
+MODEL_CONFIG = "config.json"
+"""Of timm, beside the weights of a finished run."""
 
 
 def write_checkpoint(

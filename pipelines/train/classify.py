@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import PipelineError
 from pipelines.train import components
-from pipelines.train.checkpoint import read_checkpoint, write_checkpoint
+from pipelines.train.checkpoint import MODEL_CONFIG, read_checkpoint, write_checkpoint
 from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,
@@ -34,7 +34,7 @@ from pipelines.train.cost import (
 from pipelines.train.determinism import use_deterministic_kernels
 from pipelines.train.evaluation import amp_dtype, predict, sums_of_scores
 from pipelines.train.job import Job
-from pipelines.train.models import build_model
+from pipelines.train.models import build_model, write_config
 from pipelines.train.resume import Requests, gather, resume_random, rng_state
 from pipelines.train.scores import scores_of
 
@@ -362,6 +362,9 @@ class Classifier:
                 }
                 whole = result and result | {"history": self.history}
                 write_checkpoint(folder, state, self.best.get("weights"), whole)
+                if whole:
+                    classes = self.job.dataset.classes
+                    write_config(folder / MODEL_CONFIG, self.model, self.params, classes)
             if metrics is None:
                 self.reporter.keep(folder)
             else:

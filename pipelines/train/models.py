@@ -1,9 +1,12 @@
 """The classifier that the parameters name, and the weights that it starts from."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import timm
 from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models._hub import save_config_for_hf
 from torch import nn
 
 import elsa
@@ -58,6 +61,19 @@ def load_weights(model: nn.Module, p: Pretrain) -> None:
             f"pretrain.weights={p.weights} has no classifier of pretrain.num_classes="
             f"{p.num_classes}, so that pretrain.epochs=0 has nothing to evaluate; train 1 or more"
         )
+
+
+def write_config(file: Path, model: nn.Module, p: Pretrain, classes: Sequence[str]) -> None:
+    """Write the config from which `timm.create_model("local-dir:...")` rebuilds the model.
+
+    Args:
+        classes: names of its outputs; empty if they are not known.
+    """
+    size = {"input_size": (3, p.img_size, p.img_size), "crop_pct": p.crop_pct}
+    data = {**size, "interpolation": p.interpolation, "crop_mode": p.crop_mode}
+    names = {"label_names": list(classes)} if classes else {}
+    normalised = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    save_config_for_hf(model, str(file), names, data_config=data | normalised)
 
 
 def load_classifier(folder: Path) -> nn.Module:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import random
+from pathlib import Path
 
 import pytest
 import timm
@@ -258,3 +260,41 @@ def test_pickles_are_not_executed(tmp_path, saved):
 def test_files_without_a_state_dict(saved, content):
     with pytest.raises(elsa.CheckpointError, match="holds no state dict"):
         elsa.read_state_dict(saved(content))
+
+
+def mutated(content: bytes, rng: random.Random) -> bytes:
+    """The content of a file, cut or with other bytes; most changes are in its first part."""
+    kind = rng.randrange(5)
+    if kind == 0:
+        return content[: rng.randrange(len(content))]
+    if kind == 1:
+        return rng.randbytes(rng.randrange(1, 200))
+    changed = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        end = len(changed) if kind == 2 else min(len(changed), 300)
+        changed[rng.randrange(end)] = rng.randrange(256)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "old torch", "text"])
+def test_a_damaged_file_is_told_in_one_way(kind: str, tmp_path: Path) -> None:
+    """500 changes of each: the file is read, or it is a CheckpointError that names it."""
+    state = {f"layer.{i}.weight": torch.randn(3, 2) for i in range(4)}
+    file = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pth")
+    if kind == "safetensors":
+        save_file(state, file)
+    elif kind == "text":
+        file.write_text("version https://git-lfs.github.com/spec/v1\n" * 3)
+    else:
+        torch.save({"state_dict": state}, file, _use_new_zipfile_serialization=kind == "torch")
+    content, rng, failed = file.read_bytes(), random.Random(kind), 0
+    for _ in range(500):
+        file.write_bytes(mutated(content, rng))
+        try:
+            found = elsa.read_state_dict(file)
+        except elsa.CheckpointError as error:
+            assert str(file) in str(error)
+            failed += 1
+        else:
+            assert all(isinstance(value, torch.Tensor) for value in found.values())
+    assert failed > 100

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Mapping
@@ -91,16 +92,21 @@ class Tracker:
         self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_model(self, name: str, folder: Path, params: Mapping[str, Any]) -> str:
-        """Log a folder (weights as safetensors, its description) as a logged model; its id."""
+        """Log a weights folder as a model that `mlflow.pyfunc` loads and MLflow serves; its id."""
+        from pipelines.run.tracking.models import write_model  # it imports torch's timm
+
         run = self.client.get_run(self.run_id)
         model = self.client.create_logged_model(
-            experiment_id=run.info.experiment_id,
+            run.info.experiment_id,
             name=name,
             source_run_id=self.run_id,
             params={k: str(v) for k, v in params.items()},
-            model_type="safetensors",
+            model_type="pyfunc",
         )
-        self.client.log_model_artifacts(model.model_id, str(folder))
+        with tempfile.TemporaryDirectory() as scratch:
+            staged = Path(scratch) / "model"
+            write_model(staged, folder, {"run_id": self.run_id, "model_id": model.model_id})
+            self.client.log_model_artifacts(model.model_id, str(staged))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model.model_id

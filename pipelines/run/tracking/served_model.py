@@ -1,0 +1,124 @@
+"""The model in MLflow's own form: code that MLflow keeps beside the weights and runs to load them.
+
+It needs `elsa` and what `elsa` needs, no pipeline. Nothing is pickled.
+"""
+
+import base64
+import binascii
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+from mlflow.pyfunc.model import PythonModel
+from PIL import Image, ImageOps
+
+from elsa.predict import Classes, Labels, Objects, load_predictor
+
+
+class ServedModel(PythonModel):
+    """Answers for each image, as JSON can hold it.
+
+    classify: `classes` and `probabilities`, the likeliest first. detect: `boxes` (left, top, width,
+    height), `classes`, `scores`, and `masks` (COCO's run lengths) where the model finds them.
+    segment: `classes` and `labels`, a PNG in base64 whose values count the classes from 0.
+    """
+
+    def load_context(self, context: Any) -> None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.predictor = load_predictor(context.artifacts["weights"], device)
+
+    def predict(
+        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """Predict images.
+
+        Args:
+            model_input: a list, or a data frame with one column: encoded images as bytes or
+                base64, arrays (H, W, 3) uint8 in RGB, or, unless a server asks, paths.
+
+        Raises:
+            MlflowException: something else; names it.
+        """
+        columns = getattr(model_input, "columns", None)
+        if columns is not None:  # MLflow makes a data frame of a list too
+            if len(columns) != 1:
+                raise _rejected(f"a table with the columns {list(columns)}; give one, of images")
+            model_input = model_input.iloc[:, 0]
+        return [self._answer(read_image(one)) for one in model_input]
+
+    def _answer(self, image: "np.ndarray[Any, Any]") -> dict[str, Any]:
+        found, names = self.predictor(image), self.predictor.classes
+        if isinstance(found, Classes):
+            order = [names[label] for label in found.labels]
+            return {"classes": order, "probabilities": found.probabilities.tolist()}
+        if isinstance(found, Labels):
+            png = io.BytesIO()
+            Image.fromarray(found.labels.astype(np.uint16)).save(png, "PNG")
+            labels = base64.b64encode(png.getvalue()).decode()
+            return {"classes": list(names), "labels": labels}
+        return _objects(found, names)
+
+
+def _objects(found: Objects, names: tuple[str, ...]) -> dict[str, Any]:
+    boxes = found.boxes.copy()
+    boxes[:, 2:] -= boxes[:, :2]
+    answer: dict[str, Any] = {
+        "boxes": boxes.tolist(),
+        "classes": [names[label] for label in found.labels],
+        "scores": found.scores.tolist(),
+    }
+    if found.masks is not None:
+        from pycocotools import mask as masks
+
+        encoded = [masks.encode(np.asfortranarray(m.astype(np.uint8))) for m in found.masks]
+        answer["masks"] = [{**one, "counts": one["counts"].decode()} for one in encoded]
+    return answer
+
+
+def read_image(value: Any) -> "np.ndarray[Any, Any]":
+    """An image of any form that `predict` takes, as (H, W, 3) uint8.
+
+    Raises:
+        MlflowException: it is none.
+    """
+    if isinstance(value, np.ndarray | list):
+        array = np.asarray(value)
+        if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+            raise _rejected(f"an array of shape {array.shape}; an image is (height, width, 3)")
+        if array.min() < 0 or array.max() > 255:
+            raise _rejected("an array with values outside 0 to 255")
+        return array.astype(np.uint8)
+    if isinstance(value, str | Path):
+        value = _bytes_of(str(value))
+    if not isinstance(value, bytes):
+        raise _rejected(f"{type(value).__name__}; give bytes, base64 or an array")
+    try:
+        with Image.open(io.BytesIO(value)) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _rejected(f"it does not decode: {error}") from None
+
+
+def _bytes_of(text: str) -> bytes:
+    # Who asks a server must not read the server's files.
+    served = "mlflow.pyfunc.scoring_server.app" in sys.modules
+    if not served and len(text) < 4096 and Path(text).is_file():
+        return Path(text).read_bytes()
+    try:
+        return base64.b64decode(text.rpartition("base64,")[2], validate=True)
+    except (binascii.Error, ValueError):
+        where = "" if served else " nor a file that is there"
+        raise _rejected(f"a text that is no base64{where}: {text[:60]!r}") from None
+
+
+def _rejected(what: str) -> mlflow.MlflowException:
+    return mlflow.MlflowException(f"no image: {what}", error_code=INVALID_PARAMETER_VALUE)
+
+
+mlflow.models.set_model(ServedModel())
