@@ -4,7 +4,9 @@ not be lost: a killed worker, a killed pipeline, and a second start beside a run
 The tests of this file build on each other's workspace and run in their order.
 """
 
+import base64
 import csv
+import io
 import json
 import os
 import signal
@@ -15,15 +17,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import mlflow
+import numpy as np
 import psutil
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
+from elsa.predict import load_predictor
 from ops import library
 from pipelines.results import scores
 from pipelines.run.checkpoints import fault
 
+from . import models
 from .conftest import Workspace, needs_chromium, rendered
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "report")
@@ -163,6 +170,53 @@ def test_evaluation_of_the_weights_repeats_what_training_reported(workspace: Wor
     assert run.data.tags["upstream_run_id"] == trained["mlflow_run_id"]
     assert run.data.metrics["final/mIoU_ms_flip"] == pytest.approx(found["mIoU_ms_flip"], abs=1e-3)
     assert not list(workspace.root.glob("storage/evaluate-*"))  # nothing to resume, nothing left
+
+
+def test_the_tools_of_the_field_load_the_weights(workspace, tmp_path, monkeypatch) -> None:
+    """And say what the stages said: timm, and the Runner and inferencers of mmdet and mmseg."""
+    monkeypatch.chdir(workspace.root)
+    top1 = models.score_of_timm(workspace.root)
+    assert top1 == pytest.approx(metrics(workspace, "pretrain")["top1"], abs=0.01)
+    for stage, name, factor in (("detect", "bbox_mAP", 100), ("segment", "mIoU", 1)):
+        found = models.score_of_mm(workspace.root, stage, tmp_path)[name]
+        assert factor * found == pytest.approx(metrics(workspace, stage)[name], abs=0.06)
+        picture = models.pictures(workspace.root, stage)[0]
+        answer = models.inferencer(workspace.root, stage)(str(picture))["predictions"]
+        ours = load_predictor(f"weights/{stage}")(models.pixels(picture))
+        if stage == "segment":
+            assert (answer == ours.labels).mean() > 0.999
+        else:
+            assert sorted(answer[0]["labels"]) == sorted(ours.labels)
+
+
+def test_pictures_and_requests_get_the_answer_of_the_weights(workspace, monkeypatch) -> None:
+    code, output = workspace.run(
+        *(sys.executable, "-m", "pipelines.cli", "predict", "data/coco/val2017"),
+        *("--weights", "weights/detect", "--out", "predicted"),
+    )
+    assert code == 0, output
+    found = json.loads((workspace.root / "predicted/predictions.json").read_text())
+    reported = json.loads((workspace.root / "results/detect/coco.bbox.json").read_text())
+    assert len(found["annotations"]) == len(reported)
+    uri = f"sqlite:///{workspace.root / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    for stage in ("pretrain", "detect", "segment"):
+        picture = models.pictures(workspace.root, stage)[0]
+        [logged] = mlflow_run(workspace, stage)[1].outputs.model_outputs
+        model = mlflow.pyfunc.load_model(f"models:/{logged.model_id}")
+        [answer] = model.predict([picture.read_bytes()])
+        predictor = load_predictor(workspace.root / f"weights/{stage}")
+        ours = predictor(models.pixels(picture))
+        if stage == "segment":
+            png = Image.open(io.BytesIO(base64.b64decode(answer["labels"])))
+            np.testing.assert_array_equal(np.asarray(png), ours.labels)
+        else:
+            assert answer["classes"] == [predictor.classes[label] for label in ours.labels]
+        if stage == "pretrain":
+            with models.served(f"models:/{logged.model_id}", uri) as url:
+                assert models.ask(url, picture.read_bytes()) == (200, {"predictions": [answer]})
+                status, told = models.ask(url, str(picture))
+            assert (status, "no image" in told["message"]) == (400, True)
 
 
 @pytest.mark.parametrize("stage", STAGES)
