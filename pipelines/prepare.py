@@ -97,11 +97,14 @@ def check_tasks(params: Params) -> None:
 
 
 def run(stage: StageRun, _: None) -> None:
+    from pipelines.data.dataset import locate
+
     root = stage.output("data")
     make = draw if stage.section.source == "demo" else take
     metrics: dict[str, Any] = {}
     for name, manifest in make(stage, root).items():
-        stage.tracker.log_dataset(name, manifest["digest"], root / name, "prepared")
+        place = locate(stage.params, name)
+        stage.tracker.log_dataset(name, manifest["digest"], place, "prepared")
         metrics |= {f"{name}_{split}": count for split, count in manifest["counts"].items()}
         metrics[f"{name}_digest"] = manifest["digest"][:12]
         if manifest.get("skipped"):

@@ -1,7 +1,6 @@
 """An ablation or search over a training stage: trials of a space, compared over their seeds."""
 
 import os
-from pathlib import Path
 
 from pipelines.params import Params
 from pipelines.run.stage import Stage, StageRun, run_stage
@@ -31,7 +30,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
         return
     stage.tracker.set_tags({"space": stage.section.space, "reference": plan.reference})
     dataset = plan.job.dataset
-    stage.tracker.log_dataset(dataset.name, dataset.digest, Path(dataset.name), "training")
+    stage.tracker.log_dataset(dataset.name, dataset.digest, dataset.place, "training")
     trials = Trials(stage, plan.space, plan.trials, plan.base)
     asha = trials.asha
     try:

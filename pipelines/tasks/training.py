@@ -70,8 +70,8 @@ def _log_inputs(task: Task, run: StageRun, job: Job) -> None:
         run.tracker.set_tags(
             {"upstream_weights": upstream.sha256, "upstream_run_id": upstream.mlflow_run_id}
         )
-    name, digest = task.dataset, job.dataset.digest
-    run.tracker.log_dataset(name, digest, Path(name), "training")
+    data = job.dataset
+    run.tracker.log_dataset(task.dataset, data.digest, data.place, "training")
 
 
 def write_outputs(task: Task, run: StageRun, folder: Path, job: Job) -> None:

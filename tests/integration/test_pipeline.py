@@ -241,7 +241,10 @@ def test_mlflow_holds_curves_params_data_and_model_of_training(workspace, stage)
     client, run = mlflow_run(workspace, stage)
     assert float(run.data.params[f"{stage}.lr"]) > 0
     assert run.data.params["model.name"] == "elsa_swin_micro"
-    assert [item.dataset.name for item in run.inputs.dataset_inputs]
+    for one in (item.dataset for item in run.inputs.dataset_inputs):
+        place = json.loads(one.source)["uri"]
+        assert (one.source_type, place) == ("local", str(workspace.root / "data" / one.name))
+    assert run.data.tags["mlflow.user"]
     assert any(key.startswith("system/") for key in run.data.metrics)
     epochs = client.get_metric_history(run.info.run_id, "images_per_second")
     assert [m.step for m in epochs] == list(range(len(epochs)))

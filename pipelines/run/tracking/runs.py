@@ -1,5 +1,6 @@
 """Runs: one that a stage writes to, its parent, and what the store holds of others."""
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from mlflow.entities import (
 )
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
 
 from pipelines.errors import PipelineError
 from pipelines.params import flatten
@@ -83,11 +85,12 @@ class Tracker:
     def log_dict(self, value: Mapping[str, Any], name: str) -> None:
         self.client.log_dict(self.run_id, dict(value), name)
 
-    def log_dataset(self, name: str, digest: str, path: Path, context: str) -> None:
-        """Record a data set as an input of the run."""
-        dataset = Dataset(
-            name=name, digest=digest[:36], source_type="local", source=f'{{"uri": "{path.name}"}}'
-        )
+    def log_dataset(self, name: str, digest: str, place: str, context: str) -> None:
+        """Record a data set, by its folder or URL, as an input of the run."""
+        place = without_password(place)
+        kind = place.partition("://")[0] if "://" in place else "local"
+        source = json.dumps({"uri": place})
+        dataset = Dataset(name=name, digest=digest[:36], source_type=kind, source=source)
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", context)])]
         self.client.log_inputs(self.run_id, datasets=inputs)
 
@@ -171,11 +174,7 @@ def start_run(
             run = client.create_run(
                 experiment_id,
                 run_name=name,
-                tags={
-                    "mlflow.parentRunId": parent,
-                    "mlflow.source.type": "JOB",
-                    "pipeline": pipeline,
-                },
+                tags={**_context(), "mlflow.parentRunId": parent, "pipeline": pipeline},
             )
             run_id = run.info.run_id
     except mlflow.exceptions.MlflowException as error:
@@ -250,13 +249,18 @@ def git_tags() -> dict[str, str]:
     return {}
 
 
+def _context() -> dict[str, str]:
+    """User and program, as MLflow's own context tells them."""
+    return {**resolve_tags(), "mlflow.source.type": "JOB"}
+
+
 def _parent(client: MlflowClient, experiment_id: str, pipeline: str) -> str:
     query = f"tags.pipeline = '{pipeline}' AND tags.stage = 'pipeline'"
     found = client.search_runs([experiment_id], query, max_results=1)
     if found:
         client.update_run(found[0].info.run_id, status="RUNNING")
         return str(found[0].info.run_id)
-    tags = {"pipeline": pipeline, "stage": "pipeline", **git_tags()}
+    tags = {**_context(), "pipeline": pipeline, "stage": "pipeline", **git_tags()}
     return str(client.create_run(experiment_id, run_name=pipeline, tags=tags).info.run_id)
 
 

@@ -12,6 +12,7 @@ from pipelines.errors import PipelineError
 from pipelines.paths import SHARED
 
 EXPERIMENT = "elsa"
+"""Where MLFLOW_EXPERIMENT_NAME names no other."""
 TrackingError = mlflow.exceptions.MlflowException
 
 
@@ -43,13 +44,14 @@ def ping(uri: str) -> None:
 
 def experiment_of(client: MlflowClient) -> str:
     """Id of the experiment, which is made if it is not there."""
-    found = client.get_experiment_by_name(EXPERIMENT)
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    found = client.get_experiment_by_name(name)
     if found:
         return found.experiment_id
     # A sqlite store would put artifacts below the current folder, wherever that is.
     local = tracking_uri().startswith("sqlite:")
     location = (SHARED / "mlartifacts").as_uri() if local else None
-    return client.create_experiment(EXPERIMENT, artifact_location=location)
+    return client.create_experiment(name, artifact_location=location)
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:
