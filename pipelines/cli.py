@@ -144,23 +144,28 @@ def evaluate(**options: Any) -> None:
 @main.command()
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--weights", required=True, help="weights/<stage>, a copy of it, or models:/NAME@champion."
+    "--weights", required=True, help="weights/<stage>, models:/NAME@champion, or a published file."
 )
+@click.option(
+    "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."
+)
+@click.option("--recipe", help="Whose model a published file is of; default: what fits.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("predictions"))
 @click.option("--device", help="Such as cuda:1; default: a GPU if there is one.")
 @click.option("--min-score", type=click.FloatRange(0, 1), default=0.3, show_default=True)
 def predict(
-    pictures: tuple[Path, ...], weights: str, out: Path, device: str | None, min_score: float
+    pictures: tuple[Path, ...], out: Path, device: str | None, min_score: float, **weights: Any
 ) -> None:
     """Show what a model says of pictures.
 
     PICTURES are files and folders. Classes, objects or labels, as the weights have it, are drawn
     (objects from --min-score on) and written in the public formats to --out.
     """
-    from pipelines.commands.predict import default_device
+    from pipelines.commands.predict import Weights, default_device
     from pipelines.commands.predict import predict as run
 
-    run(pictures, weights, out, device or default_device(), min_score)
+    place = weights.pop("weights")
+    run(pictures, Weights(place, **weights), out, device or default_device(), min_score)
 
 
 @main.command()

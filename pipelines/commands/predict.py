@@ -25,6 +25,18 @@ MARK = "classes.txt"
 """Every folder of predictions has it."""
 
 
+@dataclass(frozen=True)
+class Weights:
+    """Which weights to predict with."""
+
+    place: str
+    """A folder that a stage wrote, a model in MLflow (`models:/...`), or a published file."""
+    task: str | None = None
+    """Of a file: what it is for."""
+    recipe: str | None = None
+    """Of a file: whose model it is of; None finds the one that fits."""
+
+
 @dataclass
 class Written:
     """What is collected for the file of all pictures."""
@@ -78,7 +90,7 @@ def open_picture(file: Path) -> Image.Image:
 
 
 def predict(
-    pictures: Iterable[Path], weights: str, out: Path, device: str, min_score: float
+    pictures: Iterable[Path], weights: Weights, out: Path, device: str, min_score: float
 ) -> None:
     """Predict pictures into the folder `out`, which appears whole.
 
@@ -115,21 +127,27 @@ def predict(
     _tell(written, predictor, len(files), out)
 
 
-def load(weights: str, device: str) -> Predictor:
-    """The predictor of a weights folder, or of a model in MLflow's registry (`models:/...`).
+def load(given: Weights, device: str) -> Predictor:
+    """The predictor of the weights.
 
     Raises:
-        PipelineError: there is none, or it can't be read.
+        PipelineError: there are none, or they can't be read.
     """
+    weights = given.place
     folder = _registered(weights) if weights.startswith("models:/") else Path(weights).expanduser()
-    if folder.is_file():
-        raise PipelineError(
-            f"--weights {weights} is a file, and nothing in it says what model it is of",
-            "Give the folder that a stage wrote, such as weights/detect; `elsa evaluate` takes"
-            " files of weights",
-        )
     try:
-        return load_predictor(folder, device)
+        if not folder.is_file():
+            return load_predictor(folder, device)
+        if not given.task:
+            raise PipelineError(
+                f"--weights {weights} is a file, and nothing in it says what model it is of",
+                "Add --task, or give the folder that a stage wrote, such as weights/detect",
+            )
+        from pipelines.commands.complete import complete
+
+        with tempfile.TemporaryDirectory() as scratch:
+            complete(folder, given.task, given.recipe, Path(scratch))
+            return load_predictor(scratch, device)
     except (FileNotFoundError, elsa.CheckpointError) as error:
         raise PipelineError(
             f"--weights {weights}: {error}",

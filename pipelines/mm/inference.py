@@ -26,6 +26,8 @@ KEPT = (
 EVALUATORS = ("CocoMetric", "IoUMetric")
 IN_FLOAT32 = "Float32"
 """Prefix of the heads of mixed precision, which compute as the plain ones do without it."""
+PLAIN = {"Float32RoIExtractor": "SingleRoIExtractor"}
+"""Of those that are not named so after the plain one."""
 
 
 def inference_config(config: Config) -> Config:
@@ -39,7 +41,7 @@ def inference_config(config: Config) -> Config:
     kept["model"].backbone.pop("init_cfg", None)
     for part in dicts_in(kept["model"]):
         if str(part.get("type", "")).startswith(IN_FLOAT32):
-            part.type = part.type.removeprefix(IN_FLOAT32)
+            part.type = PLAIN.get(part.type, part.type.removeprefix(IN_FLOAT32))
     kept["test_dataloader"].dataset.data_root = f"data/{dataset}"
     kept["test_dataloader"].update(num_workers=0, persistent_workers=False)
     kept["test_dataloader"].pop("prefetch_factor", None)

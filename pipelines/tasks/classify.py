@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pipelines.data.files import sha256_file
+from pipelines.data.store import Dataset
 from pipelines.data.weights import PRETRAINED, WeightsDescription, weights_file, write_weights
 from pipelines.params import Params
 from pipelines.results.outputs import (
@@ -76,14 +77,22 @@ class Classify(Task):
         p = params.pretrain
         if not p.weights:
             return
-        from pipelines.train.models import build_model, load_weights, write_config
+        from pipelines.train.models import build_model, load_weights
 
         model = build_model(params.model, p.num_classes)
         load_weights(model, p)
         identity = sha256_file(weights_file(p.weights))[:12]
         described = WeightsDescription(self.model(params), identity, "", {})
         write_weights(root / PRETRAINED, model.state_dict(), described)
-        write_config(root / PRETRAINED / self.model_config[1], model, p, ())
+        nowhere = Dataset(self.dataset, "", (), {}, "")
+        self.write_model_config(root / PRETRAINED, Prediction(params, nowhere))
+
+    def write_model_config(self, folder: Path, what: Prediction) -> None:
+        from pipelines.train.models import build_model, write_config
+
+        p = what.params.pretrain
+        model = build_model(what.params.model, p.num_classes)
+        write_config(folder / self.model_config[1], model, p, what.classes)
 
     def epoch_score(self, params: Params) -> str:
         return "holdout_top1" if params.pretrain.holdout else "val_top1"

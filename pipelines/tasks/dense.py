@@ -86,6 +86,13 @@ class DenseTask(Task):
     def epoch_score(self, params: Params) -> str:
         return self.metric
 
+    def write_model_config(self, folder: Path, what: Prediction) -> None:
+        from pipelines.mm.config import build_config
+        from pipelines.mm.inference import inference_config
+
+        config = build_config(Job(self.stage, what.params, what.dataset), Path(), 1)
+        inference_config(config).dump(folder / self.model_config[1])
+
     def model(self, params: Params) -> dict[str, Any]:
         section = self.section(params)
         found = {"method": section.method, "schedule": section.schedule}

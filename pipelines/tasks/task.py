@@ -204,6 +204,10 @@ class Task(ABC):
         shutil.copy(checkpoint / source, folder / name)
         return written
 
+    @abstractmethod
+    def write_model_config(self, folder: Path, what: Prediction) -> None:
+        """Write what timm, mmdet or mmseg rebuild the model from into the folder of its weights."""
+
     def hand_on(self, params: Params, root: Path) -> None:  # noqa: B027  most have nothing
         """Where `tasks` leaves this task out: write below `root` what other tasks start from."""
 

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
 from elsa.predict import Classes, Labels, Objects
 from pipelines.commands import predict as command
+from pipelines.commands.predict import Weights
+from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
+from pipelines.params import compose
+from pipelines.tasks import TASKS, Prediction
 
 CLASSES = ("cat", "dog", "a longer name")
 
@@ -48,7 +53,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def predicted(task: str, pictures: list[Path], out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "load", lambda *_: StandIn(task))
-    command.predict(pictures, "weights", out, "cpu", 0.5)
+    command.predict(pictures, Weights("weights"), out, "cpu", 0.5)
 
 
 @pytest.mark.parametrize("task", ["classify", "detect", "segment"])
@@ -137,10 +142,27 @@ def test_weights_that_say_nothing_of_their_model_are_told(make, message, tmp_pat
     make(tmp_path / "weights")
     given = next(iter(tmp_path.iterdir()), tmp_path / "weights")
     with pytest.raises(PipelineError, match=message):
-        command.load(str(given), "cpu")
+        command.load(Weights(str(given)), "cpu")
 
 
 def test_a_registered_model_that_is_not_there_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     with pytest.raises(PipelineError, match=r"--weights models:/none@champion: .*not found"):
-        command.load("models:/none@champion", "cpu")
+        command.load(Weights("models:/none@champion"), "cpu")
+
+
+@pytest.mark.parametrize("task", ["classify", "detect"])
+def test_a_published_file_is_of_the_recipe_that_it_fits(task: str, tmp_path: Path) -> None:
+    params = compose(["recipe=swin_tiny" if task == "detect" else "recipe=elsa_swin_tiny"])
+    what = Prediction(params, Dataset(TASKS[task].dataset, "", (), {}, ""))
+    state = TASKS[task].evaluation_model(what).state_dict()
+    torch.save({"state_dict": state}, tmp_path / "published.pth")
+    recipe = params.recipe if task == "detect" else None
+    predictor = command.load(Weights(str(tmp_path / "published.pth"), task, recipe), "cpu")
+    assert len(predictor.classes) == {"classify": 1000, "detect": 80}[task]
+    assert predictor.classes[0] == {"classify": "tench, Tinca tinca", "detect": "person"}[task]
+    found = predictor(np.zeros((48, 64, 3), np.uint8))
+    if task == "classify":
+        assert found.probabilities.sum() == pytest.approx(1, abs=1e-4)
+    else:
+        assert found.masks.shape[1:] == (48, 64)
