@@ -28,7 +28,8 @@ LAYERS = {
 may import all of these, and nothing imports them."""
 OUTSIDE = {
     "ops": {"torch", "ops"},
-    "elsa": {"torch", "timm", "safetensors", "mmengine", "ops", "elsa"},
+    "elsa": {"torch", "timm", "safetensors", "numpy", "PIL", "ops", "elsa"}
+    | {"mmengine", "mmdet", "mmseg"},  # in `elsa.mm`, and for their models
 }
 
 

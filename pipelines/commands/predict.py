@@ -168,20 +168,12 @@ def default_device() -> str:
 
 
 def _registered(uri: str) -> Path:
-    import mlflow
+    from pipelines.run.tracking import download_model
 
-    from pipelines.run.tracking import tracking_uri, without_password
-
-    mlflow.set_tracking_uri(tracking_uri())
-    try:
-        found = Path(mlflow.artifacts.download_artifacts(uri))
-    except mlflow.exceptions.MlflowException as error:
-        raise PipelineError(
-            f"--weights {uri}: {without_password(error.message)}",
-            "`make ui` lists the registered models under Models",
-        ) from None
-    [file] = found.rglob("model.safetensors") or [found]
-    return file.parent
+    folder = download_model(uri)
+    for file in folder.rglob("model.safetensors"):
+        return file.parent
+    return folder
 
 
 def _progress(files: list[tuple[Path, Path]]) -> Iterator[tuple[Path, Path]]:

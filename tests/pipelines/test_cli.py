@@ -17,6 +17,7 @@ COMMANDS = (
         "doctor",
         "plan",
         "evaluate",
+        "predict",
         "compare",
         "published",
         "results",

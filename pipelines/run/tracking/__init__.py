@@ -15,7 +15,13 @@ from pipelines.run.tracking.runs import (
     start_run,
     system_metrics,
 )
-from pipelines.run.tracking.store import TrackingError, ping, tracking_uri, without_password
+from pipelines.run.tracking.store import (
+    TrackingError,
+    download_model,
+    ping,
+    tracking_uri,
+    without_password,
+)
 from pipelines.run.tracking.sweeps import comparison_path, find_sweep, register, sweep_trials
 
 __all__ = [
@@ -24,6 +30,7 @@ __all__ = [
     "Tracker",
     "TrackingError",
     "comparison_path",
+    "download_model",
     "end_pipeline",
     "find_sweep",
     "git_tags",

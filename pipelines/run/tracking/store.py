@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
@@ -52,6 +53,22 @@ def experiment_of(client: MlflowClient) -> str:
     local = tracking_uri().startswith("sqlite:")
     location = (SHARED / "mlartifacts").as_uri() if local else None
     return client.create_experiment(name, artifact_location=location)
+
+
+def download_model(uri: str) -> Path:
+    """The files of a logged or registered model (`models:/...`) in a folder of this machine.
+
+    Raises:
+        PipelineError: the store has no such model, or does not answer.
+    """
+    mlflow.set_tracking_uri(tracking_uri())
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri))
+    except mlflow.exceptions.MlflowException as error:
+        raise PipelineError(
+            f"{uri}: {without_password(error.message)}",
+            "`make ui` lists the registered models under Models",
+        ) from None
 
 
 def run_exists(client: MlflowClient, run_id: str) -> bool:

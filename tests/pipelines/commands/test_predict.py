@@ -147,7 +147,7 @@ def test_weights_that_say_nothing_of_their_model_are_told(make, message, tmp_pat
 
 def test_a_registered_model_that_is_not_there_is_told(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    with pytest.raises(PipelineError, match=r"--weights models:/none@champion: .*not found"):
+    with pytest.raises(PipelineError, match=r"models:/none@champion: .*not found"):
         command.load(Weights("models:/none@champion"), "cpu")
 
 
