@@ -55,6 +55,24 @@ def params(overrides: tuple[str, ...]) -> None:
     print(show_params(overrides))
 
 
+@main.command("import")
+@click.argument("kind", type=click.Choice(["voc", "yolo", "labelme", "folders"]))
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--val", default="0.2", show_default=True, help="A share, or a folder as SOURCE.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--tile", type=click.IntRange(0), default=0, help="Cut images into such squares.")
+def import_(kind: str, source: Path, target: Path, val: str, seed: int, tile: int) -> None:
+    """Bring boxes of other formats into COCO's layout.
+
+    SOURCE is a folder of images with their VOC or labelme files, YOLO's data.yaml, or a folder with
+    a folder of images for each class. TARGET is what `elsa finetune` takes.
+    """
+    from pipelines.commands.import_data import Options, import_data
+
+    import_data(kind, source, target, Options(val, seed, tile))
+
+
 @main.command()
 @click.option("--classify", type=click.Path(path_type=Path), help="Folder in ImageNet's layout.")
 @click.option("--detect", type=click.Path(path_type=Path), help="In COCO's; masks or boxes alone.")

@@ -13,6 +13,7 @@ COMMANDS = (
     *(
         "compose",
         "params",
+        "import",
         "finetune",
         "doctor",
         "plan",
