@@ -13,7 +13,7 @@ from pipelines.mm.model import set_channels, set_classes, set_equal_weights
 from pipelines.mm.options import change
 from pipelines.mm.own_config import graft, read
 from pipelines.mm.tree import dicts_in
-from pipelines.params import Detect, Downstream, Segment
+from pipelines.params import Detect, Downstream, Model, Segment
 from pipelines.paths import ROOT
 from pipelines.train.job import Job
 from pipelines.train.schedule import micro_batch, scaled_lr
@@ -25,6 +25,8 @@ CONFIGS = Path(__file__).parent / "configs"
 config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
+STRIDES = (4, 8, 16, 32)
+"""Pixels of the image per pixel of each map that a backbone hands on."""
 BASE = {"detect": "mask-rcnn", "segment": "upernet"}
 """Methods whose schedules a config of the user's own is trained by."""
 WITH_MASKS = {"faster-rcnn": "mask-rcnn", "cascade-rcnn": "cascade-mask-rcnn"}
@@ -198,16 +200,20 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     backbone: dict[str, Any] = {"drop_path_rate": section.drop_path_rate}
     if params.name.startswith("elsa_swin_"):
         backbone |= {"type": "ELSASwin", "arch": {"name": params.name, **params.overrides()}}
+        stages = list(range(len(STRIDES)))
     else:
         backbone |= {"type": "TimmBackbone", "model_name": params.name, **params.overrides()}
+        stages = _pyramid(params)
+    backbone["out_indices"] = stages
     channels = _channels(backbone)
     if section.with_cp:
         backbone["with_cp"] = True
     if job.weights:
         backbone["init_cfg"] = {"type": "Pretrained", "checkpoint": job.weights}
-    for key in ("out_indices", "frozen_stages"):
-        if key in model.backbone:
-            backbone[key] = model.backbone[key]
+    if "out_indices" in model.backbone:
+        backbone["out_indices"] = [stages[i] for i in model.backbone.out_indices]
+    if "frozen_stages" in model.backbone:
+        backbone["frozen_stages"] = model.backbone.frozen_stages
     model.backbone = ConfigDict(backbone)
     set_channels(model, channels)
     set_classes(model, section.num_classes)
@@ -216,6 +222,32 @@ def _set_model(model: ConfigDict, job: Job) -> None:
             part.loss_decode.class_weight = list(section.class_weights)
         if part.get("type") == "SyncBN" and not job.params.scaling.use_gpu:
             part.type = "BN"  # synchronised, it has no CPU kernel
+
+
+def _pyramid(model: Model) -> list[int]:
+    """Which of a timm model's maps have the strides that necks and heads are made for.
+
+    Raises:
+        PipelineError: it has no such maps, or timm has no such model.
+    """
+    import timm
+    import torch
+
+    try:
+        with torch.device("meta"):
+            made: Any = timm.create_model(
+                model.name, features_only=True, feature_cls="getter", **model.overrides()
+            )
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError) as error:
+        raise PipelineError(f"model: {model.name} makes no backbone: {error}") from error
+    found = [info["reduction"] for info in made.feature_info.info]
+    if not set(STRIDES) <= set(found):
+        raise PipelineError(
+            f"model.name={model.name} has maps with strides {', '.join(map(str, found))}, and"
+            f" detection and segmentation take {', '.join(map(str, STRIDES))}",
+            "Choose a model whose maps get smaller from stage to stage",
+        )
+    return [max(i for i, stride in enumerate(found) if stride == wanted) for wanted in STRIDES]
 
 
 def _channels(backbone: dict[str, Any]) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.registry import MODELS
 
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
@@ -135,3 +136,24 @@ def test_the_first_stage_reads_it(tmp_path):
     params = compose(["recipe=finetune", *words, "prepare.source=demo"])
     with pytest.raises(PipelineError, match="can't be read"):
         prepare.STAGE.check(params)
+
+
+@pytest.mark.parametrize("stage", ["detect", "segment"])
+@pytest.mark.parametrize("name", ["resnet10t", "convnext_atto"])
+def test_any_timm_model_with_a_pyramid_is_a_backbone(stage, name, make_job, tmp_path):
+    """Models that begin with a map at half the size too: heads get strides 4 to 32."""
+    group = {"detect": "mask-rcnn_finetune", "segment": "upernet_finetune"}[stage]
+    made = make_job(stage, recipe="finetune", group=group, model={"name": name})
+    config = build_config(made, tmp_path, 1)
+    backbone = MODELS.build(config.model.backbone)
+    assert backbone.out_strides == [4, 8, 16, 32]
+    first = config.model.neck if stage == "detect" else config.model.decode_head
+    assert first.in_channels == backbone.out_channels
+    maps = backbone(torch.rand(1, 3, 64, 64))
+    assert [y.shape[-1] for y in maps] == [16, 8, 4, 2]
+
+
+def test_a_backbone_without_a_pyramid_is_told(make_job, tmp_path):
+    made = make_job("detect", group="mask-rcnn_1x", model={"name": "vit_tiny_patch16_224"})
+    with pytest.raises(PipelineError, match="vit_tiny_patch16_224 has maps with strides 16, 16"):
+        build_config(made, tmp_path, 1)
