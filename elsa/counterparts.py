@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ops import elsa_attention
@@ -104,6 +105,7 @@ class FilterNorm(nn.Module):
         return normed * self.weight.view(shape) + self.bias.view(shape)
 
 
+@register_notrace_module
 class DynamicFilter(_Counterpart):
     """The decoupled dynamic filter (DDF, arXiv 2104.14107): a spatial filter that a 1x1 convolution
     makes from the pixel in the middle, times a channel filter that two linear layers make from the
@@ -142,6 +144,7 @@ class DynamicFilter(_Counterpart):
         return out.view_as(x)
 
 
+@register_notrace_module
 class LocalAttention(_Counterpart):
     """Softmax over products of the query with each neighbour's key, and a relative position bias.
 

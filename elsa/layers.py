@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.models import register_notrace_module
 from torch import Tensor, nn
 
 from ops import elsa_attention
@@ -32,6 +33,7 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+@register_notrace_module  # as one node of an FX graph: sizes are looked at when it runs
 class ELSA(nn.Module):
     """Enhanced local self-attention: Hadamard attention with a ghost head.
 

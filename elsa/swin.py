@@ -29,6 +29,8 @@ from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
     register_model,
+    register_notrace_function,
+    register_notrace_module,
 )
 from timm.models._features import feature_take_indices
 from timm.models.swin_transformer import PatchMerging, WindowAttention
@@ -40,6 +42,18 @@ from .layers import ELSA, ELSABlock, refuse_scripting
 __all__ = ["ELSASwin", "WindowBlock", "checkpoint_filter_fn"]
 
 
+@register_notrace_function
+def with_a_patch(x: Tensor, patch: tuple[int, int]) -> Tensor:
+    """The images (B, C, H, W), if they are large enough. FX wraps names without underscore."""
+    if x.shape[-2] < patch[0] or x.shape[-1] < patch[1]:
+        raise ValueError(
+            f"the image must hold at least one patch of {patch[0]} x {patch[1]} (patch_size), "
+            f"got {x.shape[-2]} x {x.shape[-1]}"
+        )
+    return x
+
+
+@register_notrace_module
 class WindowBlock(nn.Module):
     """Swin's (shifted) window attention block for feature maps of any size.
 
@@ -358,13 +372,7 @@ class ELSASwin(nn.Module):
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> (B, ceil(H / patch), ceil(W / patch), embed_dim)."""
-        patch_h, patch_w = self.patch_embed.patch_size
-        if x.shape[-2] < patch_h or x.shape[-1] < patch_w:
-            raise ValueError(
-                f"the image must hold at least one patch of {patch_h} x {patch_w} (patch_size), "
-                f"got {x.shape[-2]} x {x.shape[-1]}"
-            )
-        return self.patch_embed(x)
+        return self.patch_embed(with_a_patch(x, self.patch_embed.patch_size))
 
     def forward_intermediates(
         self,

@@ -47,7 +47,7 @@ fi
 
 # Exact pins and a date instead of a lock file (pyproject.toml), so all nodes get the same set. A
 # cache for each kind: uv would take a wheel of mmcv that was built without CUDA for one with it.
-UV_CACHE_DIR=$cache/uv-$kind UV_LINK_MODE=copy flock "$cache/uv-$kind.lock" make setup
+UV_CACHE_DIR=$cache/uv-$kind UV_LINK_MODE=copy XDG_CACHE_HOME=$cache flock "$cache/uv-$kind.lock" make setup
 
 fits() {
   .venv/bin/python - "$1" "$kind" <<'PYTHON'
