@@ -36,14 +36,16 @@ def check(params: Params) -> None:
 
 
 def check_weights(params: Params) -> None:
-    """Tell of weights to start from that are not there.
+    """Tell of weights to start from that are not there, or would not be used.
 
     Raises:
         PipelineError: names them.
     """
     for task in (TASKS[name] for name in params.tasks):
-        section = task.section(params)
-        given = section.weights if getattr(section, "pretrained", True) else None
+        if isinstance(task, DenseTask):
+            given = task.given_weights(params)
+        else:
+            given = task.section(params).weights
         if given and given != PRETRAINED:
             weights_file(given)
 

@@ -36,7 +36,9 @@ def inference_config(config: Config) -> Config:
     Its data are in `data/<data set>`, as the demo's are from the root of the repository.
     """
     kept = {key: deepcopy(config[key]) for key in KEPT if config.get(key) is not None}
-    kept["custom_imports"] = {"imports": ["elsa.mm"], "allow_failed_imports": False}
+    imports = dict.fromkeys(["elsa.mm", *config.custom_imports.imports])  # each once
+    theirs = [name for name in imports if not name.startswith("pipelines.")]
+    kept["custom_imports"] = {"imports": theirs, "allow_failed_imports": False}
     dataset = {"mmdet": "coco", "mmseg": "ade20k"}[config.default_scope]
     kept["model"].backbone.pop("init_cfg", None)
     for part in dicts_in(kept["model"]):
@@ -46,8 +48,8 @@ def inference_config(config: Config) -> Config:
     kept["test_dataloader"].update(num_workers=0, persistent_workers=False)
     kept["test_dataloader"].pop("prefetch_factor", None)
     kept["test_pipeline"] = deepcopy(kept["test_dataloader"].dataset.pipeline)  # mmseg looks here
-    theirs = [one for one in config.test_evaluator if one["type"] in EVALUATORS]
-    kept["test_evaluator"] = [_evaluator(one, dataset) for one in theirs]
+    evaluators = [one for one in config.test_evaluator if one["type"] in EVALUATORS]
+    kept["test_evaluator"] = [_evaluator(one, dataset) for one in evaluators]
     kept["work_dir"] = "work_dirs"
     return Config(kept)
 

@@ -27,6 +27,8 @@ class OwnConfig:
     model: ConfigDict
     paramwise_cfg: ConfigDict | None
     """Rates and decays of the optimizer by parameter; None takes the schedule's."""
+    imports: tuple[str, ...]
+    """Modules that register what the model names."""
     masks: bool
     """Of a detector: it learns masks."""
     left: tuple[str, ...]
@@ -78,10 +80,13 @@ def read(given: str, stage: str) -> OwnConfig:
             "Choose a config of a detector or segmentor with a backbone of its own",
         )
     loaded = (p for p in dicts_in(config.get("train_dataloader", {})) if "type" in p)
-    masks = any(p.type == "LoadAnnotations" and p.get("with_mask") for p in loaded)
+    masks = any(
+        str(p.type).endswith("LoadAnnotations") and bool(p.get("with_mask")) for p in loaded
+    )
     paramwise = config.get("optim_wrapper", {}).get("paramwise_cfg")
+    imports = tuple(config.get("custom_imports", {}).get("imports", ()))
     left = tuple(sorted(k for k in config.keys() - {"model"} - KNOWN if _counts(config[k])))
-    return OwnConfig(model, paramwise, masks, left)
+    return OwnConfig(model, paramwise, imports, masks, left)
 
 
 def _counts(value: Any) -> bool:
@@ -105,5 +110,6 @@ def graft(config: Config, own: OwnConfig) -> None:
     outputs = max(map(len, taken), default=STAGES)
     model.backbone = ConfigDict(out_indices=tuple(range(STAGES - outputs, STAGES)))
     config.model = model
+    config.custom_imports.imports.extend(own.imports)
     if own.paramwise_cfg is not None:
         config.optim_wrapper.paramwise_cfg = own.paramwise_cfg

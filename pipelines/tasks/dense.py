@@ -41,10 +41,10 @@ class DenseTask(Task):
         from pipelines.mm.config import build_config
 
         require_operator()
-        weights, given = None, self.section(params).weights
-        if self.section(params).pretrained:
-            if given == PRETRAINED:
-                check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
+        weights, given = None, self.given_weights(params)
+        if given == PRETRAINED:
+            check_architecture(_pretrained(params), params.model.model_dump(mode="json"))
+        if given:
             weights = str(weights_file(given).absolute())
         job = Job(self.stage, params, self.find_dataset(params), weights)
         config = build_config(job, ROOT, params.scaling.num_workers)
@@ -52,7 +52,7 @@ class DenseTask(Task):
             from pipelines.mm.options import check
 
             check(job)
-        if weights and given != PRETRAINED:
+        if given and given != PRETRAINED:
             _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
         # What a step of an unknown model computes is not known.
         if params.scaling.use_gpu and self.section(params).method != "config":
@@ -61,6 +61,23 @@ class DenseTask(Task):
             flops = model_flops(*self.step_model(params))
             job = Job(self.stage, params, job.dataset, weights, flops)
         return job
+
+    def given_weights(self, params: Params) -> str | None:
+        """The weights to start from, as they are given; None starts from random ones.
+
+        Raises:
+            PipelineError: some are named, and would not be used.
+        """
+        section = self.section(params)
+        if section.pretrained:
+            return str(section.weights)
+        if section.weights != PRETRAINED:
+            raise PipelineError(
+                f"{self.stage}.weights={section.weights} would not be used, as"
+                f" {self.stage}.pretrained is false",
+                f"Set {self.stage}.pretrained=true, or leave out the weights",
+            )
+        return None
 
     def has_changed_config(self, params: Params) -> bool:
         """Whether the mm config is another than the project's."""

@@ -372,3 +372,6 @@ def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatc
     )
     with pytest.raises(PipelineError, match=r"(?s)detect\.weights=.*missing key"):
         task.check(other)
+    unused = section.model_copy(update={"pretrained": False})
+    with pytest.raises(PipelineError, match=r"would not be used, as detect\.pretrained is false"):
+        task.check(params.model_copy(update={"detect": unused}))
