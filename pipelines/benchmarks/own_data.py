@@ -89,9 +89,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    about, _, _ = (__doc__ or "").partition("\n")
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.benchmarks.own_data",
-        description=(__doc__ or "").partition("\n")[0],
+        prog="python -m pipelines.benchmarks.own_data", description=about
     )
     parser.add_argument("data", type=Path, help="A folder in COCO's layout.")
     parser.add_argument("--minutes", type=float, default=5.0)
