@@ -79,6 +79,20 @@ class DenseTask(Task):
             )
         return None
 
+    def require_known_method(self, params: Params) -> None:
+        """Check that the method is one of the project's, whose steps are known.
+
+        Raises:
+            PipelineError: it is a config of the user's own.
+        """
+        section = self.section(params)
+        if section.method == "config":
+            raise PipelineError(
+                f"what a step of {self.stage}.config={section.config} computes is not known, so"
+                " that neither `elsa plan` nor a sweep can tell its cost",
+                f"Choose a method with `elsa compose {self.stage}=...`",
+            )
+
     def has_changed_config(self, params: Params) -> bool:
         """Whether the mm config is another than the project's."""
         section = self.section(params)

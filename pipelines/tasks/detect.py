@@ -41,6 +41,7 @@ class Detect(DenseTask):
         import torch
         from torch import nn
 
+        self.require_known_method(params)
         size = params.detect.img_size
 
         def forward(net: Any, count: int, device: "torch.device") -> "list[Tensor]":

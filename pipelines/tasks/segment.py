@@ -34,6 +34,7 @@ class Segment(DenseTask):
     def step_model(self, params: Params) -> "tuple[nn.Module, Forward]":
         import torch
 
+        self.require_known_method(params)
         size = params.segment.crop_size
 
         def forward(net: Any, count: int, device: "torch.device") -> "list[Tensor]":

@@ -157,3 +157,10 @@ def test_a_backbone_without_a_pyramid_is_told(make_job, tmp_path):
     made = make_job("detect", group="mask-rcnn_1x", model={"name": "vit_tiny_patch16_224"})
     with pytest.raises(PipelineError, match="vit_tiny_patch16_224 has maps with strides 16, 16"):
         build_config(made, tmp_path, 1)
+
+
+@pytest.mark.parametrize("stage", ["detect", "segment"])
+def test_what_its_steps_cost_is_not_known_and_told(stage, job):
+    made = job(stage, "model = dict()")
+    with pytest.raises(PipelineError, match=r"own\.py computes is not known, so that neither"):
+        TASKS[stage].step_model(made.params)
