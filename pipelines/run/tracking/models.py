@@ -2,13 +2,18 @@
 
 import base64
 import io
+import logging
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlflow.pyfunc
-from mlflow.environment_variables import MLFLOW_LOG_UV_FILES
+from mlflow.environment_variables import (
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR,
+    MLFLOW_LOG_UV_FILES,
+)
 from mlflow.models import Model, ModelSignature
 from mlflow.types import ColSpec, Schema
 from mlflow.types.schema import AnyType
@@ -37,17 +42,20 @@ def write_model(folder: Path, weights: Path, ids: Mapping[str, Any]) -> None:
     """
     dense = (weights / "config.py").is_file()
     MLFLOW_LOG_UV_FILES.set(False)  # uv.lock holds addresses of registries
+    MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR.set(False)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)  # what it tells is no one's concern here
     names = (*BASE, *MM) if dense else BASE
-    mlflow.pyfunc.save_model(
-        folder,
-        python_model=str(CODE),
-        artifacts={"weights": str(weights)},
-        code_paths=[str(ROOT / "elsa"), str(ROOT / "ops")],
-        signature=ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec(AnyType())])),
-        input_example=[example()],
-        pip_requirements=[f"{name}=={version(name)}" for name in names],
-        mlflow_model=Model(**ids),
-    )
+    with warnings.catch_warnings(action="ignore"):
+        mlflow.pyfunc.save_model(
+            folder,
+            python_model=str(CODE),
+            artifacts={"weights": str(weights)},
+            code_paths=[str(ROOT / "elsa"), str(ROOT / "ops")],
+            signature=ModelSignature(Schema([ColSpec(AnyType())]), Schema([ColSpec(AnyType())])),
+            input_example=[example()],
+            pip_requirements=[f"{name}=={version(name)}" for name in names],
+            mlflow_model=Model(**ids),
+        )
 
 
 def example() -> str:

@@ -33,9 +33,8 @@ class ServedModel(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predictor = load_predictor(context.artifacts["weights"], device)
 
-    def predict(
-        self, context: Any, model_input: Any, params: dict[str, Any] | None = None
-    ) -> list[dict[str, Any]]:
+    # Without types: of types MLflow would make a signature of its own.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Predict images.
 
         Args:
