@@ -12,6 +12,7 @@ from typing import Any
 
 import mlflow
 import numpy as np
+import pandas as pd
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image, ImageOps
@@ -33,23 +34,22 @@ class ServedModel(PythonModel):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predictor = load_predictor(context.artifacts["weights"], device)
 
-    # Without types: of types MLflow would make a signature of its own.
-    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
         """Predict images.
 
         Args:
-            model_input: a list, or a data frame with one column: encoded images as bytes or
+            model_input: one column (MLflow makes it of a list): encoded images as bytes or
                 base64, arrays (H, W, 3) uint8 in RGB, or, unless a server asks, paths.
 
         Raises:
             MlflowException: something else; names it.
         """
-        columns = getattr(model_input, "columns", None)
-        if columns is not None:  # MLflow makes a data frame of a list too
-            if len(columns) != 1:
-                raise _rejected(f"a table with the columns {list(columns)}; give one, of images")
-            model_input = model_input.iloc[:, 0]
-        return [self._answer(read_image(one)) for one in model_input]
+        if len(model_input.columns) != 1:
+            names = list(model_input.columns)
+            raise _rejected(f"a table with the columns {names}; give one, of images")
+        return [self._answer(read_image(one)) for one in model_input.iloc[:, 0]]
 
     def _answer(self, image: "np.ndarray[Any, Any]") -> dict[str, Any]:
         found, names = self.predictor(image), self.predictor.classes
