@@ -103,9 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = Table("detector", "epochs", "minutes", "box AP50", "box mAP", title=str(options.data))
     with tempfile.TemporaryDirectory() as scratch:
         for row in rows(weights, Path(scratch) / "stock.py"):
-            _, once = run(row, options.data, 1)
-            epochs = max(1, round(60 * options.minutes / once))
-            found, seconds = run(row, options.data, epochs)
+            found, seconds = run(row, options.data, 1)
+            epochs = max(1, round(60 * options.minutes / seconds))
+            if epochs > 1:
+                found, seconds = run(row, options.data, epochs)
             shown = (f"{found[key]:.1f}" for key in ("bbox_mAP_50", "bbox_mAP"))
             table.add_row(row.name, str(epochs), f"{seconds / 60:.1f}", *shown)
             print(f"{row.name}: AP50 {found['bbox_mAP_50']:.1f}", flush=True)
