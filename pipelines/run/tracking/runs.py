@@ -103,7 +103,7 @@ class Tracker:
             run.info.experiment_id,
             name=name,
             source_run_id=self.run_id,
-            params={k: str(v) for k, v in params.items()},
+            params={k: str(v) for k, v in params.items() if v is not None},
             model_type="pyfunc",
         )
         with tempfile.TemporaryDirectory() as scratch:
