@@ -153,13 +153,12 @@ def _link(file: Path, target: Path) -> None:
 def _boxes(kind: str, source: Path, target: Path, options: Options) -> dict[str, int]:
     """Boxes or masks, into COCO's layout."""
     read = {"train": _read(kind, source, "train")}
-    share = None
-    if (val := _yolo_split(source, "val") if kind == "yolo" else None) is not None:
-        read["val"] = _read(kind, source, "val") if val else read["train"]
-    else:
-        share = _share(options)
-        if share is None:
-            read["val"] = _read(kind, Path(options.val), "train")
+    named = kind == "yolo" and _yolo_split(source, "val") is not None
+    share = None if named else _share(options)
+    if named:
+        read["val"] = _read(kind, source, "val")
+    elif share is None:
+        read["val"] = _read(kind, Path(options.val), "train")
     # Images that nobody annotated are no images without objects, but for YOLO.
     names = {split: _annotated(kind, dataset) for split, dataset in read.items()}
     if share is not None:
