@@ -80,8 +80,8 @@ def write_weights(
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
-    header = {"format": "pt", "classes": json.dumps(list(description.classes))}
-    save_file(tensors, str(folder / TENSORS), header)
+    # One entry: several would be written in any order, and the same weights as other bytes.
+    save_file(tensors, str(folder / TENSORS), {"classes": json.dumps(list(description.classes))})
     description = replace(description, sha256=sha256_file(folder / TENSORS))
     write_whole(folder / DESCRIPTION, json.dumps(asdict(description), indent=2) + "\n")
     return description

@@ -8,9 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
-from timm.models._features_fx import get_notrace_functions, get_notrace_modules
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
-from torchvision.models.feature_extraction import NodePathTracer
 
 import elsa
 from elsa.counterparts import DynamicFilter, LocalAttention
@@ -284,19 +282,6 @@ def test_compile_fullgraph():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     compiled(x).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("operator", ["elsa", "window", "depthwise", "dynamic", "local"])
-def test_fx_traces_the_model_as_timm_does(operator):
-    torch.manual_seed(0)
-    model = timm.create_model("elsa_swin_micro", operator=operator).eval()
-    tracer = NodePathTracer(
-        leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions())
-    )
-    traced = torch.fx.GraphModule(model, tracer.trace(model))
-    for size in (56, 48):  # the graph holds no size
-        x = torch.randn(2, 3, size, size)
-        torch.testing.assert_close(traced(x), model(x), rtol=0, atol=0)
 
 
 def test_export():

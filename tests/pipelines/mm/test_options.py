@@ -7,12 +7,13 @@ import pytest
 
 from pipelines import prepare
 from pipelines.commands import evaluate
+from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
 from pipelines.mm.config import build_config
 from pipelines.mm.options import check
 from pipelines.params import compose, flatten, override
-from pipelines.tasks import TASKS
+from pipelines.tasks import TASKS, Prediction
 
 ANCHORS = "model.rpn_head.anchor_generator.scales"
 
@@ -91,6 +92,19 @@ def test_weights_name_their_options_and_evaluation_takes_them(tmp_path: Path) ->
     fault = evaluate._misfit(task, tmp_path / "weights/model.safetensors", other, True)
     assert fault == "model.json has another cfg_options"
     assert "changed" in task.published_as(chosen)["schedule"]  # no published result is of it
+
+
+def test_the_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    state = (
+        TASKS["classify"]
+        .evaluation_model(
+            Prediction(compose(["recipe=smoke"]), Dataset("imagenet", "", (), {}, ""))
+        )
+        .state_dict()
+    )
+    about = WeightsDescription({}, "0" * 12, "", {}, classes=("a", "b"))
+    digests = {write_weights(tmp_path / str(i), state, about).sha256 for i in range(8)}
+    assert len(digests) == 1
 
 
 def test_options_survive_dotted_names() -> None:
