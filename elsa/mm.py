@@ -43,7 +43,11 @@ def load_checkpoint_file(filename: str, map_location: Any = None) -> dict[str, A
     path = Path(filename).expanduser()
     checkpoint: dict[str, Any] = {"state_dict": elsa.read_state_dict(path), "meta": {}}
     with safe_open(path, "pt") as file:
-        classes = json.loads((file.metadata() or {}).get("classes", "[]"))
+        header = (file.metadata() or {}).get("classes", "[]")
+    try:
+        classes = list(map(str, json.loads(header)))
+    except (ValueError, TypeError):
+        raise elsa.CheckpointError(f"{path}: its header has no list of classes") from None
     if classes:
         meta = {"classes": tuple(classes), "palette": palette(len(classes))}
         checkpoint["meta"]["dataset_meta"] = meta

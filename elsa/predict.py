@@ -101,6 +101,10 @@ class Classifier(Predictor):
         self.device, self.transform = device, transform
         names = (model.pretrained_cfg or {}).get("label_names") or range(model.num_classes)
         self.classes = tuple(map(str, names))
+        if len(self.classes) != model.num_classes:
+            raise CheckpointError(
+                f"{folder / TIMM_CONFIG} names {len(self.classes)} classes of {model.num_classes}"
+            )
 
     @torch.inference_mode()
     def __call__(self, image: NDArray[np.uint8]) -> Classes:
@@ -134,6 +138,8 @@ class _MMPredictor(Predictor):
         _load(model, folder)
         meta = elsa.mm.load_checkpoint_file(str(folder / TENSORS))["meta"]
         self.classes = tuple(meta.get("dataset_meta", {}).get("classes", ()))
+        if not self.classes:
+            raise CheckpointError(f"the header of {folder / TENSORS} names no classes")
         model.cfg = self.config
         self.model: Any = model.to(device).eval()
 
@@ -216,7 +222,7 @@ def read_config(file: Path) -> dict[str, Any]:
                 raise ValueError(f"line {node.lineno} assigns nothing")
             found[node.targets[0].id] = _value(node.value)
         return found
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{file} is no config that mmengine dumped: {error}") from None
 
 

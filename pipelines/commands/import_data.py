@@ -17,14 +17,15 @@ from PIL import Image
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipelines.data.checks import IMAGES
 from pipelines.data.errors import DataError
 from pipelines.data.files import write_json
 from pipelines.data.layout import LAYOUTS
+from pipelines.data.masks import run_lengths
 
 if TYPE_CHECKING:
     import supervision as sv
 
-FORMATS = ("voc", "yolo", "labelme", "folders")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 RECORD = "import.json"
 """What was imported and how; it marks a folder that may be replaced."""
@@ -61,6 +62,8 @@ def import_data(kind: str, source: Path, target: Path, options: Options) -> None
     """
     if target.exists() and not (target / RECORD).is_file():
         raise DataError(f"{target} exists and was not imported", "Name another folder")
+    if kind != "yolo" and not source.is_dir():
+        raise DataError(f"there is no folder {source}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         staged = Path(scratch) / target.name
@@ -129,7 +132,7 @@ def _folders(source: Path, target: Path, options: Options) -> dict[str, int]:
                 raise DataError(f"class {name} has no images in {part}")
             (target / part / name).mkdir(parents=True)
             for file in chosen_files:
-                _link(file, target / part / name / file.name)
+                _place(file, target / part / name, file.name)
         counts["classes"] += 1
         counts["training_images"] += len(split["train"])
         counts["validation_images"] += len(split["val"])
@@ -142,12 +145,30 @@ def _pictures(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.suffix.lower() in PICTURES)
 
 
-def _link(file: Path, target: Path) -> None:
-    """The same file under another name; a copy on another file system."""
+def _place(file: Path, folder: Path, name: str) -> str:
+    """Put an image into a folder; its name there. What the pipeline does not read becomes a PNG."""
+    if file.suffix.lower() not in IMAGES:
+        name = f"{Path(name).stem}.png"
+        _decoded(file).save(folder / name)
+        return name
     try:
-        target.hardlink_to(file.resolve())
-    except OSError:
-        shutil.copy2(file, target)
+        (folder / name).hardlink_to(file.resolve())
+    except OSError:  # on another file system
+        shutil.copy2(file, folder / name)
+    return name
+
+
+def _decoded(file: Path) -> Image.Image:
+    """The image in RGB.
+
+    Raises:
+        DataError: it can't be decoded.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} can't be decoded: {error}", "Replace or remove it") from None
 
 
 def _boxes(kind: str, source: Path, target: Path, options: Options) -> dict[str, int]:
@@ -191,7 +212,9 @@ def _yolo_split(source: Path, split: str) -> Path | None:
         raise DataError(f"{source} is no data.yaml of YOLO: {error}", "Give that file") from None
     if given is None:
         return None
-    root = source.parent / (content.get("path") or "")
+    if not isinstance(given, str):
+        raise DataError(f"{source}: {split} is {given!r}", "Give one folder of images")
+    root = source.parent / str(content.get("path") or "")
     for base in (root, source.parent):
         if (base / given).is_dir():
             return base / given
@@ -250,15 +273,14 @@ def _write_split(
         numbers = objects.class_id if objects.class_id is not None else ()
         labels = [classes.index(dataset.classes[number]) + 1 for number in numbers]
         kept: set[int] = set()
-        with Image.open(name) as image:
-            for part in _tiles(image.size, tile):
-                if tile:
-                    written = f"{Path(flat).stem}_{part[0]}_{part[1]}.png"
-                    image.convert("RGB").crop(part).save(folder / written)
-                else:
-                    written = flat
-                    _link(Path(name), folder / flat)
-                kept |= _add(found, written, part, objects, labels)
+        image = _decoded(Path(name))
+        for part in _tiles(image.size, tile):
+            if tile:
+                written = f"{Path(flat).stem}_{part[0]}_{part[1]}.png"
+                image.crop(part).save(folder / written)
+            else:
+                written = _place(Path(name), folder, flat)
+            kept |= _add(found, written, part, objects, labels)
         found.left_out += len(labels) - len(kept)
     categories = [{"id": i, "name": name} for i, name in enumerate(classes, 1)]
     content = {
@@ -313,14 +335,7 @@ def _add(
             mask = np.asarray(objects.mask[index])[top:bottom, left:right]
             if not mask.any():
                 continue
-            annotation |= {"segmentation": _run_lengths(mask), "area": int(mask.sum())}
+            annotation |= {"segmentation": run_lengths(mask), "area": int(mask.sum())}
         found.annotations.append(annotation)
         kept.add(index)
     return kept
-
-
-def _run_lengths(mask: np.ndarray[Any, Any]) -> dict[str, Any]:
-    from pycocotools import mask as masks
-
-    encoded = masks.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(map(int, encoded["size"])), "counts": encoded["counts"].decode()}

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps
 
 import elsa
 from elsa.predict import Classes, Labels, Objects, Predictor, load_predictor
+from pipelines.data.masks import run_lengths
 from pipelines.errors import PipelineError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
@@ -110,7 +111,7 @@ def predict(
         for file, name in _progress(files):
             try:
                 image = open_picture(file)
-            except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 written.failed.append(f"{file}: {error}")
                 continue
             found = predictor(np.asarray(image))
@@ -289,12 +290,8 @@ def _annotation(found: Objects, index: int) -> dict[str, Any]:
     area = box[2] * box[3]
     one: dict[str, Any] = {"category_id": int(found.labels[index]) + 1, "bbox": box, "iscrowd": 0}
     if found.masks is not None:
-        from pycocotools import mask as masks
-
-        encoded = masks.encode(np.asfortranarray(found.masks[index].astype(np.uint8)))
-        area = int(masks.area(encoded))
-        counts = encoded["counts"].decode()
-        one["segmentation"] = {"size": list(encoded["size"]), "counts": counts}
+        area = int(found.masks[index].sum())
+        one["segmentation"] = run_lengths(found.masks[index])
     return {**one, "area": area, "score": round(float(found.scores[index]), 6)}
 
 

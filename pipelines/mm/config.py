@@ -9,7 +9,7 @@ from mmengine.config import utils as config_utils
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.mm.hooks import PREDICTIONS
-from pipelines.mm.model import set_channels, set_classes, set_equal_weights
+from pipelines.mm.model import STRIDES, set_channels, set_classes, set_equal_weights
 from pipelines.mm.options import change
 from pipelines.mm.own_config import graft, read
 from pipelines.mm.tree import dicts_in
@@ -25,8 +25,6 @@ CONFIGS = Path(__file__).parent / "configs"
 config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
-STRIDES = (4, 8, 16, 32)
-"""Pixels of the image per pixel of each map that a backbone hands on."""
 BASE = {"detect": "mask-rcnn", "segment": "upernet"}
 """Methods whose schedules a config of the user's own is trained by."""
 WITH_MASKS = {"faster-rcnn": "mask-rcnn", "cascade-rcnn": "cascade-mask-rcnn"}

@@ -6,6 +6,8 @@ from typing import Any
 from pipelines.errors import PipelineError
 from pipelines.mm.tree import dicts_in
 
+STRIDES = (4, 8, 16, 32)
+"""Pixels of the image per pixel of each map that a backbone hands on."""
 HEADS = ("decode_head", "panoptic_head", "bbox_head", "mask_head", "rpn_head")
 """What takes the backbone's maps in a model without a neck."""
 
@@ -53,20 +55,25 @@ def set_classes(model: Any, count: int) -> None:
 
 
 def set_equal_weights(model: Any, count: int) -> None:
-    """Make lists of equal class weights as long as `count` classes need them.
+    """Make lists of equal class weights, of a model for another number of classes, as long as
+    `count` classes need them. One weight more is that of what belongs to no class.
 
     Raises:
-        PipelineError: the weights of classes differ.
+        PipelineError: the weights of classes differ, or are not as many as the model's classes.
     """
+    before = {
+        part.get("num_classes") or part.num_things_classes + part.num_stuff_classes
+        for part in dicts_in(model)
+        if part.get("num_classes") or "num_things_classes" in part
+    }
     for part in dicts_in(model):
         weights = part.get("class_weight")
-        if not isinstance(weights, list | tuple) or len(weights) < 3:
+        if not isinstance(weights, list | tuple):
             continue
-        if len(set(weights[:-1])) > 1:
+        there = next((n for n in before if len(weights) in (n, n + 1)), 0)
+        if not there or len(set(weights[:there])) > 1:
             raise PipelineError(
                 f"a loss ({part.type}) weighs the classes of another data set: {list(weights)}",
                 "Take class_weight out of it, or make its weights equal",
             )
-        # Another weight at the end is that of what belongs to no class.
-        rest = [] if weights[-1] == weights[0] else [weights[-1]]
-        part.class_weight = [weights[0]] * count + rest
+        part.class_weight = [weights[0]] * count + list(weights[there:])

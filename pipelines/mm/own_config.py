@@ -10,14 +10,12 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from pipelines.errors import PipelineError
-from pipelines.mm.model import takers
+from pipelines.mm.model import STRIDES, takers
 from pipelines.mm.tree import dicts_in
 from pipelines.paths import ROOT
 
 TAKEN = ("model", "optim_wrapper.paramwise_cfg")
 KNOWN = {"custom_imports", "default_scope"}
-STAGES = 4
-"""Maps that a backbone of this project gives, each with half the side of the one before."""
 
 
 @dataclass(frozen=True)
@@ -97,18 +95,18 @@ def _counts(value: Any) -> bool:
 
 
 def graft(config: Config, own: OwnConfig) -> None:
-    """Put the model into the config of a schedule, over a backbone of `STAGES` maps."""
+    """Put the model into the config of a schedule, over a backbone of this project's."""
     ours, model = config.model, own.model
+    model.setdefault("data_preprocessor", ConfigDict(type=ours.data_preprocessor.type))
     for key in ("mean", "std", "bgr_to_rgb"):  # the backbone's weights know no other
-        model.setdefault("data_preprocessor", ConfigDict(type=ours.data_preprocessor.type))
         model.data_preprocessor[key] = ours.data_preprocessor[key]
     # They pad to the size of one data set's images.
     model.data_preprocessor.pop("batch_augments", None)
     for key in ("pretrained", "init_cfg"):
         model.pop(key, None)
     taken = [t.in_channels for t in takers(model) if isinstance(t.in_channels, list | tuple)]
-    outputs = max(map(len, taken), default=STAGES)
-    model.backbone = ConfigDict(out_indices=tuple(range(STAGES - outputs, STAGES)))
+    outputs = max(map(len, taken), default=len(STRIDES))
+    model.backbone = ConfigDict(out_indices=tuple(range(len(STRIDES)))[-outputs:])
     config.model = model
     config.custom_imports.imports.extend(own.imports)
     if own.paramwise_cfg is not None:

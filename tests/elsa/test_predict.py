@@ -65,6 +65,7 @@ def test_what_is_no_image_is_told(folder: Path, wrong: np.ndarray) -> None:
         ("config.py", f"open({MARK!r}, 'w')", "no config that mmengine dumped: line 1"),
         ("config.py", f"model = open({MARK!r}, 'w')", "line 1 calls open"),
         ("config.py", "model = [x for x in (1,)]", "no config that mmengine dumped"),
+        ("config.py", "model = {[1]: 2}", "no config that mmengine dumped"),
         ("config.py", "model = dict(", "no config that mmengine dumped"),
         ("config.py", "default_scope = 'mmdet'", "no config of mmdet or mmseg"),
         ("config.py", "default_scope = 'mmdet'\nmodel = dict(type='No')", "makes no model"),

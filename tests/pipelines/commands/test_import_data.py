@@ -127,13 +127,15 @@ def test_a_share_is_split_the_same_each_time_and_tiles_keep_the_objects(scenes, 
 def test_folders_of_classes_get_a_validation_set(tmp_path: Path) -> None:
     for name, count in (("cat", 10), ("dog", 5)):
         (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(count):
-            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{i}.JPG")
+        for i in range(count):  # the pipeline reads no TIFF
+            kind = "tif" if i == 3 else "JPG"
+            Image.new("RGB", (8, 8)).save(tmp_path / "photos" / name / f"{i}.{kind}")
     import_data("folders", tmp_path / "photos", tmp_path / "target", Options("0.2", 0, 0))
     for name, train, val in (("cat", 8, 2), ("dog", 4, 1)):
         parts = [{f.name for f in (tmp_path / "target" / s / name).iterdir()} for s in SPLITS]
         assert [len(part) for part in parts] == [train, val]
         assert not parts[0] & parts[1]
+        assert "3.png" in parts[0] | parts[1]
     assert look("classify", tmp_path / "target").train == 12
 
 
@@ -143,6 +145,7 @@ def test_folders_of_classes_get_a_validation_set(tmp_path: Path) -> None:
         ("voc", {}, "0.2", "can't be split"),
         ("voc", {"a.xml": "<annotation", "a.png": None}, "0.2", "can't be read as voc"),
         ("yolo", {"data.yaml": "train: nowhere\nnames: [a]"}, "0.2", "there is no folder nowhere"),
+        ("yolo", {"data.yaml": "train: [a, b]\nnames: [a]"}, "0.2", "Give one folder of images"),
         ("yolo", {"data.yaml": "[1"}, "0.2", "is no data.yaml"),
         ("yolo", {"data.yaml": "names: [a]"}, "0.2", "names no folder for train"),
         ("labelme", {"a.json": "{", "a.png": None}, "0.2", "can't be read as labelme"),
@@ -168,3 +171,9 @@ def test_what_is_wrong_is_told_and_nothing_is_written(kind, files, val, message,
     (tmp_path / "target").mkdir()
     with pytest.raises(DataError, match="exists and was not imported"):
         import_data(kind, place, tmp_path / "target", Options(val, 0, 0))
+
+
+def test_a_source_that_is_not_there_is_told(tmp_path: Path) -> None:
+    for kind in ("voc", "labelme", "folders"):
+        with pytest.raises(DataError, match=r"there is no folder .*nowhere"):
+            import_data(kind, tmp_path / "nowhere", tmp_path / "target", Options("0.2", 0, 0))

@@ -118,6 +118,17 @@ def test_a_config_that_can_not_be_used_is_told(text, message, job):
         check(job("detect", text))
 
 
+@pytest.mark.parametrize("background", [0.1, 1.0, None])
+def test_weights_of_classes_fit_the_data(background, job):
+    """With one for what is no class, equal to the others or not, or without."""
+    rest = [] if background is None else [background]
+    loss = f"dict(class_weight={[1.0] * 80 + rest})"
+    text = f'_base_ = "{MASK2FORMER}"\nmodel = dict(panoptic_head=dict(loss_cls={loss}))'
+    made = job("detect", text)
+    model = build_config(made, Path("unused"), 1).model
+    assert model.panoptic_head.loss_cls.class_weight == [1.0] * len(made.dataset.classes) + rest
+
+
 def test_a_missing_file_and_a_method_that_does_not_go_with_it_are_told(job, tmp_path):
     made = job("detect", RETINANET)
     (tmp_path / "own.py").unlink()
