@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import pytest
 from click.testing import CliRunner
-from mlflow.tracking import MlflowClient
 
 from pipelines import cli
 from pipelines.errors import PipelineError
@@ -80,13 +79,14 @@ def test_metrics_outlive_an_outage_of_the_server(server, monkeypatch) -> None:
 
     # The process ends; the next one finds what was kept in the checkpoint, and does a step again.
     with server():
-        again = tracking.Delivery(tracking.Tracker(run_id), said.append)
+        tracker = tracking.Tracker(run_id)
+        again = tracking.Delivery(tracker, said.append)
         again.put_all(kept)
         again.put({"loss": 1.0}, 2)
         again.put({"loss": 0.5}, 3)
         wait_for(lambda: not again.undelivered())
         again.close(seconds=5)
-        history = MlflowClient().get_metric_history(run_id, "loss")
+        history = tracker.client.get_metric_history(run_id, "loss")
         assert [(m.step, m.value) for m in history] == [(0, 3.0), (1, 2.0), (2, 1.0), (3, 0.5)]
         assert history[1].timestamp == kept[0]["time_ms"]
 
