@@ -48,6 +48,10 @@ def check_weights(params: Params) -> None:
             given = task.section(params).weights
         if given and given != PRETRAINED:
             weights_file(given)
+    if params.pretrain.teacher and "classify" in params.tasks:
+        from pipelines.train.distillation import load_teacher  # with timm, which takes seconds
+
+        load_teacher(params.pretrain)
 
 
 def check_options(params: Params) -> None:

@@ -27,6 +27,8 @@ PASSES = {"classify": 20_000, "detect": 6_000, "segment": 6_000}
 EPOCHS = (4, 100)
 LARGEST = {"classify": (96, 224), "detect": (320, 800), "segment": (256, 512)}
 """Largest short side on CPU cores and on GPUs."""
+HEADS = {"detect": "roi_head.", "segment": "decode_head."}
+"""How the names of weights begin that more than a backbone has."""
 SMALL_MODEL, MODEL = "elsa_swin_micro", "elsa_swin_tiny"
 
 
@@ -133,7 +135,23 @@ def common(seen: Sequence[Seen], device: Device, weights: str | None, model: str
         first = {"classify": "pretrain"} if seen[0].task == "classify" else {}
         stages = first.values() or [TASKS[one.task].stage for one in seen]
         found += [Choice(f"{stage}.weights", weights, "--weights") for stage in stages]
+        found += [
+            Choice(f"{stage}.init_from", "model", "--weights has heads for this task")
+            for stage in stages
+            if has_heads(weights, stage)
+        ]
     return found
+
+
+def has_heads(weights: str, stage: str) -> bool:
+    """Whether a checkpoint has heads as the stage's own methods do."""
+    import elsa
+
+    try:
+        names = elsa.read_state_dict(weights)
+    except elsa.CheckpointError as error:
+        raise PipelineError(f"--weights {weights}: {error}") from None
+    return stage in HEADS and any(name.startswith(HEADS[stage]) for name in names)
 
 
 def choices(seen: Seen, device: Device, model: str, pretrained: bool) -> list[Choice]:

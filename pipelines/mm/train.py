@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from pipelines.mm.config import build_config, test_time_augmentation
 from pipelines.mm.hooks import ReportHook, Stopped
+from pipelines.mm.start import StartHook, find_start
 from pipelines.train.determinism import use_deterministic_kernels
 from pipelines.train.job import Job
 
@@ -44,6 +45,9 @@ def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
                 tta=test_time_augmentation(config),
             )
             runner.register_hook(hook)
+            if job.weights and not found and job.section.init_from == "model":
+                start = find_start(job, config.model, config.default_scope)
+                runner.register_hook(StartHook(start))
             with suppress(Stopped):
                 runner.train()
     finally:

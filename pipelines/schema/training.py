@@ -69,6 +69,11 @@ class Pretrain(Training):
     """Of what is mixed, the share by CutMix, where both can be."""
     mixup_mode: Literal["batch", "pair", "elem"]
     """What is mixed, or not, by one draw: a batch, a pair of images, an image."""
+    mixup_off_epoch: NonNegative
+    """Epochs after which nothing is mixed any more; 0: all of them mix."""
+    aug_repeats: Positive
+    """Copies of an image side by side in the epoch's order, each augmented on its own (repeated
+    augmentation, arXiv 1901.09335). An epoch has as many steps as without."""
     aa: str
     """timm's auto-augment policy, such as `rand-m9-mstd0.5-inc1`; empty for none."""
     reprob: Fraction
@@ -96,6 +101,16 @@ class Pretrain(Training):
     channels_last: bool
     compile: bool
     """`torch.compile` of the training step's forward and backward."""
+    teacher: str | None
+    """A classifier to learn from as well, by distillation of its logits: a folder that `pretrain`
+    wrote (relative to the repository), or a model of timm, whose pretrained weights are downloaded.
+    DVC compares the name alone. Null: none."""
+    distill_loss_weight: Annotated[float, Field(ge=0)]
+    """Of the teacher's part of the loss."""
+    task_loss_weight: Annotated[float, Field(ge=0)]
+    """Of the labels' part, where there is a teacher."""
+    kd_temperature: Annotated[float, Field(gt=0)]
+    """Softmax temperature of student and teacher, as they are compared."""
     holdout: Annotated[float, Field(ge=0, lt=0.5)]
     """Share of the training images held out to choose the best epoch. With 0 the validation
     images choose it, as timm does; then the reported accuracy is that of a chosen epoch."""
@@ -121,6 +136,9 @@ class Downstream(Training):
     """A checkpoint whose backbone to start from: a classifier, a detector or a segmentor, published
     or ours, as a file or a folder that a stage wrote. `weights/pretrain` is what `pretrain` leaves.
     DVC compares its content."""
+    init_from: Literal["backbone", "model"]
+    """What of `weights` is taken: the backbone; or the neck and heads of a detector or segmentor as
+    well, but for layers of other shapes or other classes, which begin at random."""
     config: str = Field(min_length=1)
     """The folder with the configs of all methods and schedules; or, with `method: config`, a config
     file for mmdet or mmseg (relative to the repository), whose model is trained with the project's
@@ -145,6 +163,8 @@ class Downstream(Training):
                 f"method={self.method} with config={self.config}: method=config goes with the path"
                 " of a config file (.py), and the other methods with the project's own configs"
             )
+        if self.init_from == "model" and not self.pretrained:
+            raise ValueError("init_from=model takes weights: set pretrained=true and weights")
         return self
 
 

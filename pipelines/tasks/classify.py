@@ -63,6 +63,10 @@ class Classify(Task):
 
             # Here, so that a fault is told before Ray starts; each worker loads them for itself.
             load_weights(build_model(params.model, params.pretrain.num_classes), params.pretrain)
+        if params.pretrain.teacher:
+            from pipelines.train.distillation import load_teacher
+
+            load_teacher(params.pretrain)
         file = str(weights_file(weights)) if weights else None
         return Job(self.stage, params, self.find_dataset(params), file)
 

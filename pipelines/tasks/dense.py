@@ -54,6 +54,11 @@ class DenseTask(Task):
             check(job)
         if given and given != PRETRAINED:
             _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
+        if given and self.section(params).init_from == "model":
+            from pipelines.mm.start import find_start
+
+            start = find_start(job, config.model, config.default_scope)
+            print(f"{self.stage}.weights={given}: {start}", flush=True)
         # What a step of an unknown model computes is not known.
         if params.scaling.use_gpu and self.section(params).method != "config":
             from pipelines.train.cost import model_flops

@@ -32,6 +32,7 @@ from pipelines.train.cost import (
     peak_flops,
 )
 from pipelines.train.determinism import use_deterministic_kernels
+from pipelines.train.distillation import make_objective
 from pipelines.train.evaluation import amp_dtype, predict, sums_of_scores
 from pipelines.train.job import Job
 from pipelines.train.models import build_model, write_config
@@ -89,7 +90,7 @@ class Classifier:
         self.amp = amp_dtype(p.amp, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         mixing = components.make_mixing(p, prefetch=device.type == "cuda")
-        self.mixup, self.loss = mixing.mixup, mixing.loss
+        self.mixup = mixing.mixup
         self.loaders = components.make_loaders(job, self.planned, device, mixing.collate, reporter)
         self.steps = self.loaders.sampler.steps
         self.scheduler, epochs = components.make_scheduler(self.optimizer, p, self.steps)
@@ -99,6 +100,7 @@ class Classifier:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if p.compile:
             self.wrapped.compile()  # in place: the names of the weights stay
+        self.objective = make_objective(self.wrapped, mixing.loss, p, device)
         self.peak = self._peak()
         self.energy = EnergyMeter(device)
         self.requests = Requests(reporter, job.params.storage.checkpoint_minutes, device)
@@ -186,6 +188,7 @@ class Classifier:
         epoch = Epoch(index, begun["step"] if begun else 0)
         self.loaders.sampler.start, self.loaders.sampler.epoch = epoch.first, index
         self.wrapped.train()
+        components.switch_mixing(self.mixup, index, self.params.mixup_off_epoch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         clock, batches = StepClock(self.device), iter(self.loaders.train)
@@ -307,7 +310,7 @@ class Classifier:
     def _forward(self, input: Tensor, target: Tensor) -> Tensor:
         try:
             with self._autocast():
-                return self.loss(self.wrapped(input), target)
+                return self.objective(input, target)
         except Exception as error:
             if not self.params.compile or not type(error).__module__.startswith("torch._"):
                 raise

@@ -17,6 +17,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Pretrain
 from pipelines.train.job import Job
 from pipelines.train.loading import (
+    Batch,
     MicroBatchSampler,
     Part,
     evaluation_loader,
@@ -54,6 +55,24 @@ class Mixing:
     collate: Any
     """Mixes a batch as it is collated, as timm's script does where batches are prefetched."""
     loss: nn.Module
+
+
+class MixingCollate(FastCollateMixup):
+    """timm's, which knows from the batch whether its epoch mixes: processes of the loader last."""
+
+    def __init__(self, off_epoch: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.off_epoch = off_epoch
+
+    def __call__(self, batch: Batch, _: Any = None) -> Any:
+        switch_mixing(self, batch.epoch, self.off_epoch)
+        return super().__call__(batch)
+
+
+def switch_mixing(mixup: Mixup | None, epoch: int, off_epoch: int) -> None:
+    """On before epoch `off_epoch` (from 0), and off from there; 0: always on."""
+    if mixup:
+        mixup.mixup_enabled = not off_epoch or epoch < off_epoch
 
 
 def make_model(job: Job, device: torch.device) -> nn.Module:
@@ -145,7 +164,7 @@ def make_mixing(p: Pretrain, prefetch: bool) -> Mixing:
         "num_classes": p.num_classes,
     }
     if prefetch:
-        return Mixing(None, FastCollateMixup(**arguments), loss)
+        return Mixing(None, MixingCollate(p.mixup_off_epoch, **arguments), loss)
     return Mixing(Mixup(**arguments), None, loss)
 
 

@@ -45,6 +45,7 @@ def isolated_random() -> Iterator[None]:
 class Batch(list[Any]):
     """The samples of a batch, and the seed of what is drawn when they are collated."""
 
+    epoch = 0
     seed: int | None = None
 
 
@@ -73,7 +74,7 @@ def _seed(*entropy: int) -> int:
 class Part(ImageDataset):
     """The images of `dataset` at `indices`; a transform set here is the data set's.
 
-    Asked for (epoch, index), it draws the augmentation from `seed` and the two alone.
+    Asked for (epoch, index, copy), it draws the augmentation from `seed` and the three alone.
     """
 
     def __init__(self, dataset: Images, indices: list[int], seed: int = 0) -> None:
@@ -91,19 +92,19 @@ class Part(ImageDataset):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+    def __getitem__(self, index: int | tuple[int, int, int]) -> Any:
         if not isinstance(index, tuple):
             return self.dataset[self.indices[index]]
-        epoch, index = index
         with isolated_random():
-            seed_all(_seed(self.seed, epoch, index))
-            return self.dataset[self.indices[index]]
+            seed_all(_seed(self.seed, *index))
+            return self.dataset[self.indices[index[1]]]
 
     def __getitems__(self, indices: list[Any]) -> Batch:
         places = (index[1] if isinstance(index, tuple) else index for index in indices)
         self.dataset.prefetch([self.indices[place] for place in places])
         batch = Batch(self[index] for index in indices)
         if isinstance(indices[0], tuple):
+            batch.epoch = indices[0][0]
             batch.seed = _seed(self.seed, *indices[0], len(indices))
         return batch
 
@@ -112,14 +113,16 @@ class MicroBatchSampler(Sampler[list[Any]]):
     """The micro-batches of one rank in an epoch, from step `start` on.
 
     A step's images are `batch_size` places of the epoch's order, whatever the number of workers.
-    They are split for `planned` workers: of these, worker r takes every `planned`-th, from the r-th
-    on, `accumulate` times. Where fewer run, each takes the shares of several.
+    With `aug_repeats` each image has as many places there, side by side, as with timm's
+    `RepeatAugSampler`. They are split for `planned` workers: of these, worker r takes every
+    `planned`-th, from the r-th on, `accumulate` times. Where fewer run, each takes the shares of
+    several.
 
     Args:
         count: images of the data set.
         planned: workers that the parameters ask for.
 
-    It yields lists of (epoch, index), from which an image's augmentation follows. So loader
+    It yields lists of (epoch, index, copy), from which an image's augmentation follows. So loader
     processes hold no random state: their number, and how long they live, leave no trace.
     """
 
@@ -136,14 +139,14 @@ class MicroBatchSampler(Sampler[list[Any]]):
     def __iter__(self) -> Iterator[list[Any]]:
         generator = torch.Generator().manual_seed(self.p.seed + self.epoch)
         order = torch.randperm(self.count, generator=generator).tolist()
-        size = self.p.batch_size
+        size, repeats = self.p.batch_size, self.p.aug_repeats
         for step in range(self.start, self.steps):
-            batch = order[step * size : (step + 1) * size]
+            places = range(step * size, (step + 1) * size)
+            batch = [(self.epoch, order[place // repeats], place % repeats) for place in places]
             for share in self.shares:
                 turn, worker = divmod(share, self.planned)
                 images = self.planned * micro_batch(self.p, self.planned)
-                indices = batch[turn * images : (turn + 1) * images][worker :: self.planned]
-                yield [(self.epoch, index) for index in indices]
+                yield batch[turn * images : (turn + 1) * images][worker :: self.planned]
 
     def __len__(self) -> int:
         return self.steps * len(self.shares)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.commands import finetune as command
 from pipelines.commands.finetune import Device, balanced, choices, common, finetune, look
@@ -91,13 +92,21 @@ def test_one_box_without_a_mask_asks_for_a_method_of_boxes(folders, written, tmp
 
 
 def test_weights_go_to_the_first_stage_that_trains(folders, written, tmp_path) -> None:
-    file = tmp_path / "published.pth"
-    file.write_bytes(b"")
+    """Those of a whole detector to detection as a whole."""
+    file, detector = tmp_path / "published.pth", tmp_path / "detector.pth"
+    torch.save({"head.fc.weight": torch.zeros(1)}, file)
+    torch.save({"roi_head.bbox_head.fc_cls.weight": torch.zeros(1)}, detector)
     finetune(folders, str(file), None, False, [])
     finetune({"detect": folders["detect"]}, str(file), None, False, [])
-    both, alone = written
+    finetune({t: folders[t] for t in ("detect", "segment")}, str(detector), None, False, [])
+    both, alone, whole = written
     assert (both.pretrain.weights, both.detect.weights) == (str(file), PRETRAINED)
     assert (alone.pretrain.weights, alone.detect.weights) == (None, str(file))
+    assert alone.detect.init_from == "backbone"
+    assert (whole.detect.init_from, whole.segment.init_from) == ("model", "backbone")
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(PipelineError, match=r"--weights .*published\.pth"):
+        finetune({"detect": folders["detect"]}, str(file), None, False, [])
 
 
 def test_rare_classes_weigh_more(folders) -> None:

@@ -19,7 +19,7 @@ from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, compose
 from pipelines.train.classify import Classifier
-from pipelines.train.components import make_mixing
+from pipelines.train.components import make_mixing, switch_mixing
 from pipelines.train.evaluation import predict
 from pipelines.train.job import Job
 from pipelines.train.loading import MicroBatchSampler, Part, make_loader
@@ -284,6 +284,27 @@ def test_batches_that_are_mixed_as_they_are_collated_depend_on_their_images_alon
     np.random.seed(2)
     assert_equal(alone, batches(2))
     assert len({float(target.max()) for _, target in alone}) > 1  # it does mix
+
+
+@pytest.mark.parametrize("prefetch", [False, True], ids=["here", "in the loader"])
+def test_nothing_is_mixed_from_the_given_epoch_on(data: Path, prefetch: bool) -> None:
+    """Also by loader processes that began before it."""
+    params = smoke({"data_workers": 1, "persistent_workers": True}, mixup=0.8, mixup_off_epoch=2)
+    job, p = job_of(params, data), params.pretrain
+    mixing = make_mixing(p, prefetch)
+    part = Part(job.dataset.images("train"), list(range(60)), p.seed)
+    part.transform = create_transform(32, is_training=True, use_prefetcher=prefetch)
+    sampler = MicroBatchSampler(len(part), p, 1, 0, 1)
+    further = {"batch_sampler": sampler, "persistent_workers": True}
+    loader = make_loader(params.loader, part, CPU, collate_fn=mixing.collate, **further)
+    mixed = []
+    for sampler.epoch in range(4):
+        switch_mixing(mixing.mixup, sampler.epoch, p.mixup_off_epoch)
+        batches = [mixing.mixup(*batch) if mixing.mixup else batch for batch in loader]
+        smoothed = 1 - p.smoothing + p.smoothing / p.num_classes
+        sure = [(target.max(1).values - smoothed).abs().max() < 1e-6 for _, target in batches]
+        mixed.append(not all(sure))
+    assert mixed == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["elsa_swin_micro", "ghostnet_050"])

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from timm.data import ImageDataset, Mixup, create_loader
+from timm.data.distributed_sampler import RepeatAugSampler
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler_factory import scheduler_kwargs
@@ -18,8 +19,9 @@ from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
 from pipelines.train.classify import Classifier
-from pipelines.train.components import clip_gradients
+from pipelines.train.components import clip_gradients, make_mixing
 from pipelines.train.job import Job
+from pipelines.train.loading import MicroBatchSampler
 from pipelines.train.reporter import LocalReporter
 
 PUBLISHED = {
@@ -176,6 +178,7 @@ OTHER = {
     "mixup_prob": 0.7,
     "mixup_switch_prob": 0.3,
     "mixup_mode": "elem",
+    "aug_repeats": 3,
     "aa": "",
     "grayscale_prob": 0.1,
     "gaussian_blur_prob": 0.2,
@@ -230,7 +233,9 @@ def test_other_losses_mixing_and_clipping_are_those_of_timm(other: Classifier) -
     scores = torch.randn(8, 10)
     right = (actual[1] > 0.2).float()
     expected_loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, right)
-    torch.testing.assert_close(other.loss(scores, actual[1]), expected_loss)
+    torch.testing.assert_close(
+        make_mixing(other.params, False).loss(scores, actual[1]), expected_loss
+    )
 
     parameters = list(other.model.parameters())
     for parameter in parameters:
@@ -240,6 +245,23 @@ def test_other_losses_mixing_and_clipping_are_those_of_timm(other: Classifier) -
     changed = [not torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True)]
     assert changed[-2:] == [False, False]  # the classifier's
     assert sum(changed) > len(parameters) / 2
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_repeated_augmentation_is_that_of_timm(other: Classifier, workers: int) -> None:
+    """Which images each worker sees, in which order; and the copies of an image differ."""
+    count = 512
+    for rank in range(workers):
+        theirs = RepeatAugSampler(range(count), workers, rank, num_repeats=3)
+        ours = MicroBatchSampler(count, other.params, workers, rank, workers)
+        theirs.epoch = ours.epoch = 5
+        batches = list(ours)
+        assert [index for batch in batches for _, index, _ in batch] == list(theirs)
+        assert {copy for batch in batches for _, _, copy in batch} == {0, 1, 2}
+    images = other.loaders.train.dataset
+    first, again, copy = (images[5, 7, number][0] for number in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, copy)
 
 
 def test_training_runs_with_the_other_options(data: Path, tmp_path: Path) -> None:
