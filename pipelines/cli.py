@@ -56,17 +56,18 @@ def params(overrides: tuple[str, ...]) -> None:
 
 
 @main.command("import")
-@click.argument("kind", type=click.Choice(["voc", "yolo", "labelme", "folders"]))
+@click.argument("kind", type=click.Choice(["voc", "yolo", "labelme", "palette", "folders"]))
 @click.argument("source", type=click.Path(path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--val", default="0.2", show_default=True, help="A share, or a folder as SOURCE.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--tile", type=click.IntRange(0), default=0, help="Cut images into such squares.")
 def import_(kind: str, source: Path, target: Path, val: str, seed: int, tile: int) -> None:
-    """Bring boxes of other formats into COCO's layout.
+    """Bring data of other formats into a layout that the pipeline trains on.
 
-    SOURCE is a folder of images with their VOC or labelme files, YOLO's data.yaml, or a folder with
-    a folder of images for each class. TARGET is what `elsa finetune` takes.
+    SOURCE is a folder of images with their VOC or labelme files; YOLO's data.yaml; for `palette` a
+    folder with images/ and, in labels/, label images whose palette or colours are the classes; or
+    a folder with a folder of images for each class. TARGET is what `elsa finetune` takes.
     """
     from pipelines.commands.import_data import Options, import_data
 

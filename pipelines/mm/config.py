@@ -66,9 +66,11 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     # They register what the config names.
     import elsa.mm  # noqa: F401
     import pipelines.mm.loading
-    import pipelines.mm.loop  # noqa: F401
+    import pipelines.mm.loop
 
     section = job.section
+    if job.stage == "segment":
+        import pipelines.mm.labels  # noqa: F401
     config = _start(job)
     change(config, section.cfg_options, job.stage)
     masks = job.stage == "detect" and learns_masks(section)

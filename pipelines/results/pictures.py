@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
+from pipelines.data.checks import IMAGES
 from pipelines.data.layout import LAYOUTS
 from pipelines.results.plots import COLORS
 from pipelines.results.scores import (
@@ -127,7 +128,8 @@ def segmentations(
     if "background" in classes:
         palette[classes.index("background") + 1] = (0.93, 0.93, 0.93)
     colors = ListedColormap(palette[: len(classes) + 1])
-    folder = data / "annotations/validation"
+    folder, photographs = data / "annotations/validation", data / ADE20K_LAYOUT.images["val"]
+    images = {file.stem: file for file in photographs.iterdir()}
     if worst:
         names = worst_segmentations(folder, results, len(classes), count)
         chosen = [folder / name for name in names]
@@ -135,7 +137,7 @@ def segmentations(
         chosen = _spread(sorted(folder.glob("*.png")), count)
     figure, axes = plt.subplots(3, len(chosen), figsize=(2.2 * len(chosen), 6.8), squeeze=False)
     for column, file in enumerate(chosen):
-        image = Image.open(data / ADE20K_LAYOUT.images["val"] / f"{file.stem}.jpg").convert("RGB")
+        image = Image.open(images[file.stem]).convert("RGB")
         _plain(axes[0][column], np.asarray(image))
         predicted = np.asarray(Image.open(results / file.name))
         for axis, labels in (
@@ -226,7 +228,8 @@ def attention(weights: Path, data: Path, count: int = 3) -> Figure | None:
     name, layer = found
     seen: list[torch.Tensor] = []
     handle = layer.attn_drop.register_forward_hook(lambda _, __, output: seen.append(output))
-    files = _spread(sorted((data / COCO_LAYOUT.images["val"]).glob("*.jpg")), count)
+    every = (data / COCO_LAYOUT.images["val"]).iterdir()
+    files = _spread(sorted(f for f in every if f.suffix.lower() in IMAGES), count)
     figure, axes = plt.subplots(count, 4, figsize=(9, 2.3 * count), squeeze=False)
     config: Any = model.pretrained_cfg
     for row, file in enumerate(files):

@@ -10,10 +10,7 @@ custom_imports = dict(imports=["elsa.mm"], allow_failed_imports=False)
 
 model = dict(backbone=dict(_delete_=True, type="ELSASwin", arch="tiny", drop_path_rate=0.3))
 
-# Any class names: ADE20KDataset knows only its own 150.
-dataset = dict(
-    type="BaseSegDataset", img_suffix=".jpg", seg_map_suffix=".png", reduce_zero_label=True
-)
+dataset = dict(type="LabelMapDataset")
 train_dataloader = dict(dataset=dataset)
 val_dataloader = dict(dataset=dataset)
 

@@ -71,10 +71,7 @@ tta_pipeline = [
     ),
 ]
 tta_model = dict(type="SegTTAModel")
-# Any class names: ADE20KDataset knows only its own 150.
-dataset = dict(
-    type="BaseSegDataset", img_suffix=".jpg", seg_map_suffix=".png", reduce_zero_label=True
-)
+dataset = dict(type="LabelMapDataset")
 train_dataloader = dict(
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(**dataset, pipeline=train_pipeline),
