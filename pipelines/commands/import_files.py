@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.data.checks import IMAGES
 from pipelines.data.errors import DataError
+from pipelines.data.layout import IMAGES
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 

@@ -20,12 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.errors import DataError
-from pipelines.data.layout import DATASETS, LAYOUTS
+from pipelines.data.layout import DATASETS, IMAGES, LAYOUTS
 from pipelines.data.manifest import MANIFEST, data_digest, file_entry
 
 FIX = "run `dvc repro prepare`"
 FULL_CHECK_LIMIT = 20_000  # above this many files only their presence and sizes are checked
-IMAGES = (".jpg", ".jpeg", ".png")
 BOX_SLACK = 1.0  # pixels: the boxes of COCO are rounded, so they may end just outside the image
 
 

@@ -3,6 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+IMAGES = (".jpg", ".jpeg", ".png")
+"""How the names of images end, in any case."""
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -6,7 +6,7 @@ from typing import Any
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-from pipelines.data.checks import IMAGES
+from pipelines.data.layout import IMAGES
 
 
 @DATASETS.register_module()

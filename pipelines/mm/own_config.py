@@ -56,15 +56,13 @@ def read(given: str, stage: str) -> OwnConfig:
     file, where = ROOT / given, f"{stage}.config={given}"
     if not file.is_file():
         raise PipelineError(f"{where}: there is no such file", "Correct the path")
-    if "read_base()" in file.read_text():
-        raise PipelineError(
-            f"{where} imports its bases by read_base()", "Name them as text, by `_base_ = [...]`"
-        )
+    scope = {"detect": "mmdet", "segment": "mmseg"}[stage]
     try:
         config = Config.fromfile(file)
+        if "read_base()" in file.read_text():  # it has classes where others have their names
+            config = Config(_named(config.to_dict(), scope))
     except Exception as error:  # the file is code: it can raise anything
         raise PipelineError(f"{where} can't be read: {error}", "Correct it") from error
-    scope = {"detect": "mmdet", "segment": "mmseg"}[stage]
     if config.get("default_scope", scope) != scope:
         raise PipelineError(
             f"{where} is a config of {config.default_scope}, and this stage trains with {scope}",
@@ -85,6 +83,23 @@ def read(given: str, stage: str) -> OwnConfig:
     imports = tuple(config.get("custom_imports", {}).get("imports", ()))
     left = tuple(sorted(k for k in config.keys() - {"model"} - KNOWN if _counts(config[k])))
     return OwnConfig(model, paramwise, imports, masks, left)
+
+
+def _named(value: Any, scope: str) -> Any:
+    """The value with types by the names that they are registered under, not by their modules."""
+    if isinstance(value, list | tuple):
+        return type(value)(_named(one, scope) for one in value)
+    if not isinstance(value, dict):
+        return value
+    found = {key: _named(one, scope) for key, one in value.items()}
+    kind = found.get("type")
+    if isinstance(kind, str) and kind.count(".") > 1:
+        library, name = kind.split(".")[0], kind.split(".")[-1]
+        if library in (scope, "mmcv", "mmengine"):
+            found["type"] = name
+        elif library.startswith("mm"):
+            found["type"] = f"{library}.{name}"
+    return found
 
 
 def _counts(value: Any) -> bool:

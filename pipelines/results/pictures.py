@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image
 
-from pipelines.data.checks import IMAGES
-from pipelines.data.layout import LAYOUTS
+from pipelines.data.layout import IMAGES, LAYOUTS
 from pipelines.results.plots import COLORS
 from pipelines.results.scores import (
     calibration,

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from pipelines.data.checks import IMAGES
 from pipelines.data.files import write_json
-from pipelines.data.layout import LAYOUTS
+from pipelines.data.layout import IMAGES, LAYOUTS
 from pipelines.data.manifest import ChunkEntry
 from pipelines.data.sheet import Sheet, open_image
 

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.data.checks import IMAGES, by, decode, folders, read_label_map
+from pipelines.data.checks import by, decode, folders, read_label_map
 from pipelines.data.errors import DataError
-from pipelines.data.layout import LAYOUTS
+from pipelines.data.layout import IMAGES, LAYOUTS
 from pipelines.data.manifest import ChunkEntry
 
 CHUNK = 500  # images in a chunk of COCO or ADE20K

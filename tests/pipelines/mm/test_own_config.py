@@ -92,6 +92,36 @@ def test_it_trains_and_is_evaluated(name, job, tmp_path):
     assert row["loss"] > 0
 
 
+def test_a_config_whose_bases_are_imported_is_the_same(job, tmp_path):
+    """mmengine's newer style, with classes in place of names."""
+    (tmp_path / "base.py").write_text(
+        "from torch import nn\n"
+        "from mmdet.models.data_preprocessors import DetDataPreprocessor\n"
+        "from mmdet.models import FPN, RetinaHead, RetinaNet\n"
+        "from mmdet.models.backbones import ResNet\n"
+        "from mmdet.models.losses import FocalLoss\n"
+        "from mmdet.datasets.transforms import LoadAnnotations\n"
+        "data_preprocessor = dict(type=DetDataPreprocessor, pad_size_divisor=32)\n"
+        "loss = dict(type=FocalLoss, use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)\n"
+        "head = dict(type=RetinaHead, num_classes=80, in_channels=256, loss_cls=loss)\n"
+        "neck = dict(type=FPN, in_channels=[256, 512, 1024, 2048], out_channels=128, num_outs=5,\n"
+        "    act_cfg=dict(type=nn.ReLU))\n"
+        "model = dict(type=RetinaNet, data_preprocessor=data_preprocessor, neck=neck,\n"
+        "    backbone=dict(type=ResNet, depth=50), bbox_head=head)\n"
+        "train_dataloader = dict(dataset=dict(pipeline=[dict(type=LoadAnnotations)]))\n"
+    )
+    made = job(
+        "detect",
+        "from mmengine.config import read_base\nwith read_base():\n    from .base import *\n"
+        "model.update(neck=dict(out_channels=256), bbox_head=dict(num_classes=3))\n",
+    )
+    check(made)
+    found = build_config(made, Path("unused"), 1).model
+    assert (found.type, found.neck.type, found.neck.out_channels) == ("RetinaNet", "FPN", 256)
+    assert found.backbone.type == "ELSASwin"
+    assert found.bbox_head.num_classes == len(made.dataset.classes)
+
+
 RETINANET = '_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
 
 
@@ -100,7 +130,10 @@ RETINANET = '_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
     [
         ("model = dict(", "can't be read"),
         ('_base_ = "./not_there.py"', "can't be read"),
-        ("with read_base():\n    from .x import *", "Name them as text"),
+        (
+            "from mmengine.config import read_base\nwith read_base():\n    from .x import *",
+            "can't be read",
+        ),
         ('_base_ = "mmseg::_base_/models/fcn_r50-d8.py"\ndefault_scope = "mmseg"', "of mmseg"),
         ('model = dict(type="X", detector=dict())', "no model.backbone to replace: its model is X"),
         ('model = dict(type="X", backbone=dict(type="Y"))', "no neck or head with in_channels"),
