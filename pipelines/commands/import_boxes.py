@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from ruamel.yaml import YAML
@@ -22,6 +22,8 @@ from pipelines.data.masks import run_lengths
 if TYPE_CHECKING:
     import supervision as sv
 
+NO_CLASSES = ("__ignore__", "_background_")
+"""What labelme calls that is of no class."""
 KEPT_SHARE = 0.4
 """An object that a tile cuts is kept from this share of its box on."""
 
@@ -55,7 +57,8 @@ def import_boxes(kind: str, source: Path, target: Path, options: Options) -> dic
             "train": [name for i, name in enumerate(every) if i not in chosen],
             "val": [name for i, name in enumerate(every) if i in chosen],
         }
-    classes = sorted({name for dataset in read.values() for name in dataset.classes})
+    found = {name for dataset in read.values() for name in dataset.classes}
+    classes = sorted(found.difference(NO_CLASSES))
     counts = {"classes": len(classes)}
     for split, title in (("train", "training"), ("val", "validation")):
         written = _write_split(read[split], names[split], classes, (target, split), options.tile)
@@ -136,7 +139,9 @@ def _write_split(
         flat = "_".join(Path(name).relative_to(root).parts)
         objects = dataset.annotations[name]
         numbers = objects.class_id if objects.class_id is not None else ()
-        labels = [classes.index(dataset.classes[number]) + 1 for number in numbers]
+        called = [dataset.classes[number] for number in numbers]
+        objects = cast("sv.Detections", objects[np.isin(called, classes)])
+        labels = [classes.index(name) + 1 for name in called if name in classes]
         kept: set[int] = set()
         image = decoded(Path(name))
         for part in tiles(image.size, tile):

@@ -22,8 +22,8 @@ from pipelines.data.errors import DataError
 from pipelines.data.layout import LAYOUTS
 
 IMAGES, LABELS = ("images", "JPEGImages"), ("labels", "masks", "annotations", "SegmentationClass")
-"""Names of the folders; the second ones are VOC's."""
-CLASS_FILES = ("labelmap.txt", "classes.txt")
+"""Names of the folders; the last ones are VOC's."""
+CLASS_FILES = ("labelmap.txt", "classes.txt", "class_names.txt")
 COLOUR = re.compile(r"^(.+?)[:\s]\s*(\d{1,3})[,\s]\s*(\d{1,3})[,\s]\s*(\d{1,3})[:\s]*$")
 """A class and its colour: `road 128 64 128`, or CVAT's `road:128,64,128::`."""
 BORDER_INDEX, BORDER_COLOUR = 255, 0xE0E0C0

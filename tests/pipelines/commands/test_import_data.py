@@ -97,6 +97,19 @@ def test_what_was_exported_comes_back(kind, scenes, tmp_path, capsys) -> None:
     assert seen.classes == (scenes["train"].classes if kind == "yolo" else sorted(there))
 
 
+def test_what_labelme_calls_ignored_is_no_class(scenes, tmp_path) -> None:
+    source, _ = written("labelme", scenes, tmp_path / "source")
+    file = next(file for file in sorted(source.glob("*.json")))
+    content = json.loads(file.read_text())
+    content["shapes"][0]["label"] = "__ignore__"
+    file.write_text(json.dumps(content))
+    import_data("labelme", source, tmp_path / "target", Options("0.2", 0, 0))
+    seen = look("detect", tmp_path / "target")
+    assert "__ignore__" not in seen.classes
+    every = [len(v) for split in SPLITS for v in objects(tmp_path / "target", split).values()]
+    assert sum(every) == sum(len(v) for v in expected(scenes["train"]).values()) - 1
+
+
 def test_a_share_is_split_the_same_each_time_and_tiles_keep_the_objects(scenes, tmp_path) -> None:
     source, _ = written("voc", scenes, tmp_path / "source")
     found = []
