@@ -12,7 +12,8 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
-# The compiled mmcv is kept for the next checkout, by torch, Python and kind of device.
+# The compiled mmcv is kept for the next checkout, by torch, Python and kind of device. An earlier
+# uv.lock would hide a wheel that came since; it holds nothing that pyproject.toml does not decide.
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd -)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/elsa/wheels/$(TORCH)-$(shell cat .python-version)-$(or $(GPU),cpu)
@@ -21,7 +22,7 @@ export MAX_JOBS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2 / 2e6
 
 setup: | $(UV)
 	@mkdir -p "$(WHEELS)"
-	@ls "$(WHEELS)"/onedl_mmcv-*.whl >/dev/null 2>&1 || rm -f uv.lock
+	@rm -f uv.lock
 	@UV_FIND_LINKS="$(WHEELS)" $(UV) sync --compile-bytecode || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
 	@.venv/bin/python pipelines/cluster/keep_wheel.py onedl-mmcv "$(WHEELS)"
 
