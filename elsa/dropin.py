@@ -7,13 +7,15 @@ the recipe kept.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock
 
 from .layers import ELSABlock
 
 __all__ = ["replace_window_attention"]
+
+M = TypeVar("M", bound=SwinTransformer)
 
 
 class _Replacement(ELSABlock):
@@ -32,9 +34,7 @@ class _Replacement(ELSABlock):
         """Nothing to set: ELSA runs at any size. timm's stages call this."""
 
 
-def replace_window_attention[M: SwinTransformer](
-    model: M, stages: Iterable[int] = (0, 1, 2), **elsa: Any
-) -> M:
+def replace_window_attention(model: M, stages: Iterable[int] = (0, 1, 2), **elsa: Any) -> M:
     """Replace the attention of a timm Swin Transformer by ELSA, in place.
 
     Norms, MLPs and stochastic depth stay, with their weights; the attention gets new weights.

@@ -236,7 +236,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m ops.build", description="Compile, load and check the ELSA operator."
     )
     parser.add_argument(
-        "--out", type=Path, default=library.DEFAULT_DIR, help="folder to write (default: build/op)"
+        "--out",
+        type=Path,
+        default=library.DEFAULT_DIR,
+        help=f"folder to write (default: {library.DEFAULT_DIR})",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress, only the result")
     parser.add_argument(

@@ -17,11 +17,24 @@ import torch
 
 from ops.sources import file_digest, source_digest
 
-DEFAULT_DIR = Path(__file__).parent.parent / "build" / "op"
 LIBRARY_NAME = "elsa_ops.so"
 RECORD_NAME = "build.json"
 BACKENDS = ("auto", "compiled", "reference")
 HOW_TO_BUILD = "Build it with `dvc repro build_op` or `python -m ops.build`"
+
+
+def _default_dir() -> Path:
+    """`build/op` of a checkout; of an installed package a folder for this torch and Python in the
+    user's cache."""
+    root = Path(__file__).parent.parent
+    if (root / "pyproject.toml").is_file():
+        return root / "build" / "op"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    version = f"torch-{torch.__version__}-python-{sys.version_info.major}.{sys.version_info.minor}"
+    return cache / "elsa" / "op" / version
+
+
+DEFAULT_DIR = _default_dir()
 
 
 class StaleLibraryError(RuntimeError):

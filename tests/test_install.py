@@ -1,0 +1,110 @@
+"""The base package alone, as `pip install .` leaves it: the models without the pipeline."""
+
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = {
+    "onedl-mmcv": "mmcv",
+    "onedl-mmengine": "mmengine",
+    "onedl-mmdetection": "mmdet",
+    "onedl-mmsegmentation": "mmseg",
+    "opencv-python-headless": "cv2",
+    "ruamel-yaml": "ruamel",
+    "hydra-core": "hydra",
+    "scikit-image": "skimage",
+    "scikit-learn": "sklearn",
+}
+"""Packages whose module has another name."""
+
+
+def packages(requirements: list[str]) -> set[str]:
+    names = {re.match(r"[A-Za-z0-9._-]+", line)[0] for line in requirements}
+    return {re.sub(r"[._]", "-", name).lower() for name in names}
+
+
+def only_of_extras() -> list[str]:
+    """Modules of packages that the base neither names nor gets with torch and timm."""
+    extras = packages(
+        [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
+    )
+    extras -= packages(PROJECT["dependencies"]) | {"elsa-pipeline", "torchvision", "jinja2"}
+    return sorted(MODULES.get(name, name.replace("-", "_")) for name in extras)
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel's files, outside of the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    uv = next(iter(ROOT.glob(".tools/bin/uv")), "uv")
+    command = [uv, "build", "--wheel", "--quiet", "--out-dir", folder, ROOT]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        wheel.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, *code: str) -> subprocess.CompletedProcess[str]:
+    """Run lines where the modules of the extras can't be imported."""
+    refuse = [
+        "import sys",
+        f"sys.path.insert(0, {str(installed)!r})",
+        f"sys.modules.update(dict.fromkeys({only_of_extras()!r}))",
+    ]
+    return subprocess.run(
+        [sys.executable, "-P", "-c", "\n".join([*refuse, *code])],
+        cwd=installed.parent,
+        env={"HOME": str(installed.parent), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_models_run_without_what_only_the_pipeline_needs(installed: Path) -> None:
+    assert {"ray", "mlflow", "dvc", "mmcv", "mmdet", "click", "pydantic"} <= set(only_of_extras())
+    done = run(
+        installed,
+        "import timm, torch, elsa, ops",
+        "from ops import library",
+        "from ops.sources import source_digest",
+        "model = timm.create_model('elsa_swin_micro', num_classes=7).eval()",
+        "print(model(torch.rand(1, 3, 64, 64)).shape)",
+        "print(elsa.__file__, library.DEFAULT_DIR, source_digest())",
+    )
+    assert done.returncode == 0, done.stderr
+    shape, places = done.stdout.splitlines()
+    assert shape == "torch.Size([1, 7])"
+    assert places.startswith(str(installed))  # it is not the checkout that runs
+    assert f"{installed.parent}/.cache/elsa/op/torch-" in places  # and it has a place to compile to
+    from ops.sources import source_digest
+
+    assert places.endswith(source_digest())  # the C++ sources are there
+    assert "the ELSA operator is not built" in done.stderr
+
+
+def test_a_command_says_what_it_needs(installed: Path) -> None:
+    done = run(installed, "from pipelines.__main__ import run", "run()")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: click is missing: this command needs the extra `pipeline`"
+    )
+
+
+def test_the_extras_install_all_that_is_imported() -> None:
+    """What pipelines imports, a package that the project names brings, and no accident."""
+    from tests.test_imports import imported, modules
+
+    named = packages(PROJECT["dependencies"])
+    named |= packages([x for lines in PROJECT["optional-dependencies"].values() for x in lines])
+    known = {MODULES.get(name, name.replace("-", "_")) for name in named}
+    known |= {"pynvml", "PIL", "ruamel", "ops", "elsa", "pipelines"}
+    used = {name.split(".")[0] for p in modules("pipelines").values() for name in imported(p)}
+    assert used - set(sys.stdlib_module_names) - known == set()
