@@ -188,6 +188,38 @@ def predict(
 
 
 @main.command()
+@click.option(
+    "--weights", required=True, help="weights/<stage>, models:/NAME@champion, or a published file."
+)
+@click.option("--task", type=click.Choice(["classify", "segment"]), help="Of a published file.")
+@click.option("--recipe", help="Whose model a published file is of; default: what fits.")
+@click.option(
+    "--format",
+    "formats",
+    type=click.Choice(["onnx", "pt2"]),
+    multiple=True,
+    default=["onnx"],
+    show_default=True,
+    help="May be given twice.",
+)
+@click.option("--size", type=click.IntRange(16), nargs=2, help="Height and width of the images.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("export"), show_default=True)
+def export(
+    formats: tuple[str, ...], size: tuple[int, int] | None, out: Path, **weights: Any
+) -> None:
+    """Write a model for other runtimes: ONNX, pt2.
+
+    Of a classifier or segmentor. They execute these files without this project; run.py beside them shows how. They are
+    compared with the model before the folder --out appears.
+    """
+    from pipelines.commands.export import export as run
+    from pipelines.commands.predict import Weights
+
+    place = weights.pop("weights")
+    run(Weights(place, **weights), formats, size, out)
+
+
+@main.command()
 @click.argument("runs", nargs=-1)
 @click.option("--sweep", metavar="SPACE", help="All trials of its last sweep.")
 @click.option("--metric", help="Default: that of the runs' task.")

@@ -29,6 +29,7 @@ may import all of these, and nothing imports them."""
 OUTSIDE = {
     "ops": {"torch", "ops"},
     "elsa": {"torch", "timm", "safetensors", "numpy", "PIL", "ops", "elsa"}
+    | {"onnx", "onnxscript", "onnxruntime"}  # in `elsa.export`, and for what it writes
     | {"mmengine", "mmdet", "mmseg"},  # in `elsa.mm`, and for their models
 }
 

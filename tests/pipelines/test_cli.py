@@ -19,6 +19,7 @@ COMMANDS = (
         "plan",
         "evaluate",
         "predict",
+        "export",
         "compare",
         "published",
         "results",
