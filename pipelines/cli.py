@@ -207,10 +207,10 @@ def predict(
 def export(
     formats: tuple[str, ...], size: tuple[int, int] | None, out: Path, **weights: Any
 ) -> None:
-    """Write a model for other runtimes: ONNX, pt2.
+    """Write a model as an ONNX or a pt2 file.
 
-    Of a classifier or segmentor. They execute these files without this project; run.py beside them shows how. They are
-    compared with the model before the folder --out appears.
+    Other runtimes execute these files of classifiers and segmentors without this project; run.py
+    beside them shows how. They are compared with the model before the folder --out appears.
     """
     from pipelines.commands.export import export as run
     from pipelines.commands.predict import Weights
