@@ -63,7 +63,7 @@ def params(overrides: tuple[str, ...]) -> None:
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--tile", type=click.IntRange(0), default=0, help="Cut images into such squares.")
 def import_(kind: str, source: Path, target: Path, val: str, seed: int, tile: int) -> None:
-    """Bring data of other formats into a layout that the pipeline trains on.
+    """Bring data of other formats into ours.
 
     SOURCE is a folder of images with their VOC or labelme files; YOLO's data.yaml; for `palette` a
     folder with images/ and, in labels/, label images whose palette or colours are the classes; or
