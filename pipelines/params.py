@@ -181,7 +181,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ParamsError(
             f"{path.name} is missing", f"Restore it with `git checkout {path.name}`"
         ) from None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # bytes that are no text, dates that are none
         raise ParamsError(f"{path.name} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ParamsError(f"{path.name} must map section names to sections")

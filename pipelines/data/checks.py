@@ -113,6 +113,8 @@ def _read_manifest(root: Path, kind: str) -> dict[str, Any]:
     for key, kept in wanted.items():
         if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kept):
             raise DataError(f"{path}: key {key!r} is missing or not a {kept.__name__}; {FIX}")
+    if not all(isinstance(name, str) for name in manifest["classes"]):
+        raise DataError(f"{path}: its classes are not all names; {FIX}")
     if manifest["dataset"] != kind:
         raise DataError(f"{root} holds a {manifest['dataset']!r} data set, not {kind!r}")
     for name, entry in manifest["files"].items():

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pipelines.data.files import write_json
 
 MANIFEST = "manifest.json"
@@ -46,6 +48,27 @@ def write_manifest(
     }
     write_json(root / MANIFEST, manifest, indent=1)
     return manifest
+
+
+class _Counts(BaseModel, extra="allow", strict=True):
+    train: int
+    val: int
+
+
+class _Manifest(BaseModel, extra="allow", strict=True):
+    """What every manifest has."""
+
+    dataset: str
+    classes: list[str]
+    counts: _Counts
+    digest: str
+
+
+class _Verified(_Manifest):
+    """What that of a verified public data set has."""
+
+    chunks: dict[str, str]
+    skipped: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -123,10 +146,9 @@ def parse_manifest(data: bytes) -> dict[str, Any] | None:
     """Like `read_manifest`, of the file's content."""
     try:
         manifest = json.loads(data)
-        if {"dataset", "classes", "counts", "digest"} <= manifest.keys():
-            for line in manifest.get("chunks", {}).values():
-                ChunkEntry.parse(line)
-            return dict(manifest)
-    except (ValueError, AttributeError):
-        pass
-    return None
+        shape = _Verified if "chunks" in manifest else _Manifest
+        for line in getattr(shape.model_validate(manifest), "chunks", {}).values():
+            ChunkEntry.parse(line)
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return dict(manifest)

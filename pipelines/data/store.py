@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import fsspec
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel
 
 from pipelines.data.errors import DataError
 
@@ -149,6 +150,21 @@ class Store:
         return text.replace(self.place, public_url(self.place))
 
 
+class _Shard(BaseModel, extra="allow", strict=True):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class _Split(BaseModel, extra="allow"):
+    shards: list[_Shard]
+
+
+class _Index(BaseModel, extra="allow"):
+    classes: list[str]
+    splits: dict[str, _Split]
+
+
 class ShardSet:
     """The index of a shard set."""
 
@@ -156,21 +172,29 @@ class ShardSet:
         self.place, self.store = place, Store(place)
         try:
             self.index: dict[str, Any] = json.loads(self.store.read(INDEX))
-            self.classes: list[str] = self.index["classes"]
-            self.splits: dict[str, dict[str, Any]] = self.index["splits"]
-        except (ValueError, KeyError, TypeError) as error:
+            _Index.model_validate(self.index)
+        except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise DataError(
-                f"{public_url(place)}/{INDEX} is not the index of a shard set ({error!r}); pack it"
-                " again with `elsa pack`"
-            ) from None
+            raise self._damaged(INDEX, error) from None
+        self.classes: list[str] = self.index["classes"]
+        self.splits: dict[str, dict[str, Any]] = self.index["splits"]
+
+    def _damaged(self, name: str, error: Exception) -> DataError:
+        return DataError(
+            f"{public_url(self.place)}/{name} is not that of a shard set ({error})",
+            "Copy it again, or pack the images again with `elsa pack`",
+        )
 
     def images(self, split: str, *columns: str) -> dict[str, NDArray[Any]]:
         """Columns of the table of a split's images, in the order of the folder."""
         name = f"{split}.npz"
-        with np.load(io.BytesIO(self.store.read(name)), allow_pickle=False) as table:
-            return {column: table[column] for column in columns}
+        data = io.BytesIO(self.store.read(name))
+        try:
+            with np.load(data, allow_pickle=False) as table:
+                return {column: table[column] for column in columns}
+        except Exception as error:  # of zip, zlib or numpy, whatever a damaged table makes of it
+            raise self._damaged(name, error) from None
 
     def shards(self) -> dict[str, dict[str, Any]]:
         """`bytes` and `sha256` of every shard by file name."""

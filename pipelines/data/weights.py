@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from pipelines.data.files import sha256_file, write_whole
 from pipelines.errors import PipelineError
@@ -28,6 +30,8 @@ PRETRAINED = "weights/pretrain"
 class WeightsDescription:
     """What `model.json` says."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
     model: Mapping[str, Any]
     """What rebuilds the model, such as its timm name and arguments."""
     identity: str
@@ -42,11 +46,8 @@ class WeightsDescription:
     classes: Sequence[str] = ()
     """Names of what it tells apart, in the order of its outputs; empty if they are not known."""
 
-    @classmethod
-    def parse(cls, value: Mapping[str, Any]) -> WeightsDescription:
-        """From what `model.json` holds."""
-        upstream = value["upstream"]
-        return cls(**{**value, "upstream": cls.parse(upstream) if upstream else None})
+
+_DESCRIPTION = TypeAdapter(WeightsDescription)
 
 
 def weights_file(given: str, root: Path = ROOT) -> Path:
@@ -99,7 +100,13 @@ def read_description(folder: Path) -> WeightsDescription:
             f"weights/{folder.name} has no {DESCRIPTION} and {TENSORS}",
             f"Run `dvc repro {folder.name}`, or `dvc pull` if a remote holds them",
         )
-    description = WeightsDescription.parse(json.loads(path.read_text()))
+    try:
+        description = _DESCRIPTION.validate_json(path.read_bytes())
+    except ValueError as error:
+        raise PipelineError(
+            f"weights/{folder.name}/{DESCRIPTION} is no description of weights: {error}",
+            f"Run `dvc checkout weights/{folder.name}`",
+        ) from None
     if sha256_file(folder / TENSORS) != description.sha256:
         raise PipelineError(
             f"weights/{folder.name}/{TENSORS} is not what {DESCRIPTION} describes (another"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import elsa
+from tests.mutations import mutated
 
 from .published import TOY, VARIANTS, random_weights, shapes, stage4_block
 
@@ -260,20 +261,6 @@ def test_pickles_are_not_executed(tmp_path, saved):
 def test_files_without_a_state_dict(saved, content):
     with pytest.raises(elsa.CheckpointError, match="holds no state dict"):
         elsa.read_state_dict(saved(content))
-
-
-def mutated(content: bytes, rng: random.Random) -> bytes:
-    """The content of a file, cut or with other bytes; most changes are in its first part."""
-    kind = rng.randrange(5)
-    if kind == 0:
-        return content[: rng.randrange(len(content))]
-    if kind == 1:
-        return rng.randbytes(rng.randrange(1, 200))
-    changed = bytearray(content)
-    for _ in range(rng.choice([1, 1, 2, 8])):
-        end = len(changed) if kind == 2 else min(len(changed), 300)
-        changed[rng.randrange(end)] = rng.randrange(256)
-    return bytes(changed)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch", "old torch", "text"])

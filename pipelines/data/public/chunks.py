@@ -159,7 +159,10 @@ def class_names(place: Path, kind: str, splits: Sequence[str] = ("train", "val")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} has no list of named categories ({error!r})") from None
     if (place / "classes.txt").is_file():
-        lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (place / "classes.txt").read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place / 'classes.txt'} is not text in UTF-8: {error}") from None
         names = [line.strip() for line in lines if line.strip()]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise DataError(f"{place / 'classes.txt'} names {twice[0]!r} more than once")

@@ -7,6 +7,7 @@ import base64
 import binascii
 import io
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,15 @@ def read_image(value: Any) -> "np.ndarray[Any, Any]":
         MlflowException: it is none.
     """
     if isinstance(value, np.ndarray | list):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError:
+            raise _rejected("nested lists of unlike length") from None
+        if array.dtype.kind not in "buif":
+            raise _rejected(f"an array of {array.dtype}; an image has numbers from 0 to 255")
         if array.ndim != 3 or array.shape[2] != 3 or not array.size:
             raise _rejected(f"an array of shape {array.shape}; an image is (height, width, 3)")
-        if array.min() < 0 or array.max() > 255:
+        if not (array.min() >= 0 and array.max() <= 255):  # also of what is not a number
             raise _rejected("an array with values outside 0 to 255")
         return array.astype(np.uint8)
     if isinstance(value, str | Path):
@@ -107,8 +113,9 @@ def read_image(value: Any) -> "np.ndarray[Any, Any]":
 def _bytes_of(text: str) -> bytes:
     # Who asks a server must not read the server's files.
     served = "mlflow.pyfunc.scoring_server.app" in sys.modules
-    if not served and len(text) < 4096 and Path(text).is_file():
-        return Path(text).read_bytes()
+    if not served and len(text) < 4096:
+        with suppress(OSError, ValueError):  # no such file, or no name of one
+            return Path(text).read_bytes()
     try:
         return base64.b64decode(text.rpartition("base64,")[2], validate=True)
     except (binascii.Error, ValueError):

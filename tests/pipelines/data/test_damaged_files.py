@@ -1,0 +1,178 @@
+"""Files that come from outside, damaged in hundreds of ways: each is read, or one message tells."""
+
+import base64
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+import elsa
+from pipelines.data import pack
+from pipelines.data.checks import check_dataset
+from pipelines.data.files import write_json
+from pipelines.data.images import Images
+from pipelines.data.public.take import take_one
+from pipelines.data.weights import WeightsDescription, read_description, write_weights
+from pipelines.errors import PipelineError
+from pipelines.params import Params, compose, load_params, read_yaml
+from tests.mutations import VALUES, mutated, mutated_json
+
+Run = Callable[[], object]
+
+
+def each(function: Any, arguments: Any, unit: str, done: Any) -> None:
+    for one in arguments:
+        done(function(*one))
+
+
+def taking(kind: str, place: Path, storage: Path, check: str) -> Run:
+    """A run of the stage's verification of a public data set, from its beginning."""
+    params = compose()
+    data = params.data.model_copy(update={kind: str(place), "storage": str(storage)})
+    section = params.prepare.model_copy(update={"source": "public", "check": check})
+    changed: Params = params.model_copy(update={"data": data, "prepare": section})
+
+    def run() -> dict[str, Any]:
+        shutil.rmtree(storage, ignore_errors=True)
+        return take_one(changed, kind, each)
+
+    return run
+
+
+def damage(
+    file: Path, run: Run, count: int, structure: bool = True, place: Path | None = None
+) -> None:
+    """Run on `count` damaged forms of a file, of its bytes and of its JSON; restores it. What is
+    told names the file, or the folder `place` that it belongs to."""
+    whole, rng = file.read_bytes(), random.Random(file.name)
+    run()
+    told: list[str] = []
+    for number in range(count):
+        if structure and number % 2:
+            content = json.dumps(mutated_json(json.loads(whole), rng)).encode()
+        else:
+            content = mutated(whole, rng)
+        file.write_bytes(content)
+        try:
+            run()
+        except (PipelineError, elsa.CheckpointError, FileNotFoundError) as error:
+            told.append(str(error))
+    file.write_bytes(whole)
+    assert len(told) > count / 10
+    silent = [message for message in told if str(place or file.name) not in message]
+    assert not silent, silent[0]
+    run()
+
+
+def test_params(tmp_path: Path) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(json.dumps(compose().model_dump(mode="json")))
+    damage(file, lambda: load_params(file), 200)
+    damage(file, lambda: read_yaml(file), 50, structure=False)
+
+
+def test_annotations_label_maps_and_class_files(copy_public, tmp_path: Path) -> None:
+    coco, ade20k = copy_public("coco"), copy_public("ade20k")
+    run = taking("coco", coco, tmp_path / "storage", "content")
+    damage(coco / "annotations/instances_train2017.json", run, 80, place=coco)
+    run = taking("ade20k", ade20k, tmp_path / "storage", "content")
+    damage(ade20k / "classes.txt", run, 40, structure=False, place=ade20k)
+    label_map = next((ade20k / "annotations/training").glob("*.png"))
+    damage(label_map, run, 40, structure=False, place=ade20k)
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "coco", "ade20k"])
+def test_manifests(kind: str, copy_demo, tmp_path: Path) -> None:
+    place = copy_demo(kind)
+    count = len(json.loads((place / "manifest.json").read_text())["classes"])
+    damage(place / "manifest.json", lambda: check_dataset(place, kind, count), 60, place=place)
+
+
+def test_indexes_of_shards(copy_public, tmp_path: Path) -> None:
+    folder, shards = copy_public("imagenet"), tmp_path / "shards"
+    manifest: Any = taking("imagenet", folder, tmp_path / "storage", "content")()
+    pack.pack(folder, str(shards), manifest, each, shard_bytes=40_000)
+    verify = taking("imagenet", shards, tmp_path / "storage", "sizes")
+
+    def run() -> None:
+        verify()
+        Images(str(shards), "train")[0]
+
+    damage(shards / "index.json", run, 80, place=shards)
+    damage(shards / "manifest.json", run, 80, place=shards)
+    damage(shards / "train.npz", run, 40, structure=False, place=shards)
+
+
+def test_a_manifest_that_data_carry_is_used_only_whole(copy_public, tmp_path: Path) -> None:
+    place, storage = copy_public("coco"), tmp_path / "storage"
+    manifest: Any = taking("coco", place, storage, "content")()
+    write_json(place / "manifest.json", manifest)
+    run, rng = taking("coco", place, storage, "sizes"), random.Random(0)
+    for _ in range(60):
+        damaged = mutated_json(manifest, rng)
+        write_json(place / "manifest.json", damaged)
+        try:
+            found: Any = run()
+        except PipelineError:
+            continue
+        if found["digest"] != manifest["digest"]:  # it can't know another digest of the same data
+            assert found["digest"] == damaged["digest"]
+        assert found["counts"].keys() >= {"train", "val"}
+
+
+def test_descriptions_of_weights(tmp_path: Path) -> None:
+    import torch
+
+    upstream = WeightsDescription({"name": "m"}, "0123", "run", {"top1": 1.5})
+    described = WeightsDescription({"name": "m"}, "4567", "run", {}, upstream, "", ("a", "b"))
+    written = write_weights(tmp_path / "weights", {"w": torch.zeros(2)}, described)
+    assert read_description(tmp_path / "weights").upstream == replace(upstream, classes=[])
+    assert read_description(tmp_path / "weights").sha256 == written.sha256
+    damage(tmp_path / "weights/model.json", lambda: read_description(tmp_path / "weights"), 300)
+
+
+def test_configs_of_models(tmp_path: Path) -> None:
+    import timm
+    from timm.models._hub import save_config_for_hf
+
+    from elsa.predict import load_predictor
+
+    model = timm.create_model("elsa_swin_micro", num_classes=3, depths=(1, 1, 1, 1))
+    save_config_for_hf(model, str(tmp_path / "config.json"), {"label_names": ["a", "b", "c"]})
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    damage(tmp_path / "config.json", lambda: load_predictor(tmp_path), 80, place=tmp_path)
+
+
+def test_requests_to_a_served_model() -> None:
+    from pipelines.run.tracking.served_model import read_image
+
+    rng, image = random.Random(0), np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    files = []
+    for kind in ("PNG", "JPEG"):
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, kind)
+        files.append(buffer.getvalue())
+    lists = ([[1]], [[[1, 2, "a"]]], [[[1, 2, None]]], [[1], [2, 3]], [[[float("nan")] * 3]])
+    rejected: list[str] = []
+    for _ in range(500):
+        content = mutated(rng.choice(files), rng)
+        forms = (content, base64.b64encode(content).decode(), content.decode("latin1"))
+        try:
+            found = read_image(rng.choice([*forms, *lists, *VALUES]))
+        except mlflow.MlflowException as error:
+            rejected.append(error.error_code)
+        else:
+            assert found.ndim == 3
+            assert found.dtype == np.uint8
+    assert len(rejected) > 300
+    assert set(rejected) == {"INVALID_PARAMETER_VALUE"}
