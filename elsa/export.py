@@ -20,9 +20,8 @@ from ops import library
 
 from .predict import Classifier, Predictor, Segmentor
 
-__all__ = ["FORMATS", "ExportError", "example", "exportable", "write_onnx", "write_pt2"]
+__all__ = ["ExportError", "example", "exportable", "write_onnx", "write_pt2"]
 
-FORMATS = ("onnx", "pt2")
 DOMAIN, OPSET = "elsa", 20
 
 

@@ -1,6 +1,6 @@
 """Run an exported classifier or segmentor: numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2).
 
-    python run.py model.onnx photo.jpg       # the five likeliest classes, or photo.png with labels
+    python run.py model.onnx photo.jpg       # the five likeliest classes, or photo.labels.png
 
 This file stands alone, a copy of it lies beside each exported model:
 

@@ -23,6 +23,14 @@ KEPT = (
     "test_dataloader",
 )
 """Keys of a training's config that prediction and evaluation use."""
+OURS = "LabelMapDataset"
+PUBLIC = {
+    "type": "BaseSegDataset",
+    "img_suffix": ".jpg",
+    "seg_map_suffix": ".png",
+    "reduce_zero_label": True,
+}
+"""mmseg's own in its place, for images as ADE20K and the demo have them."""
 EVALUATORS = ("CocoMetric", "IoUMetric")
 IN_FLOAT32 = "Float32"
 """Prefix of the heads of mixed precision, which compute as the plain ones do without it."""
@@ -45,6 +53,8 @@ def inference_config(config: Config) -> Config:
         if str(part.get("type", "")).startswith(IN_FLOAT32):
             part.type = PLAIN.get(part.type, part.type.removeprefix(IN_FLOAT32))
     kept["test_dataloader"].dataset.data_root = f"data/{dataset}"
+    if kept["test_dataloader"].dataset.type == OURS:
+        kept["test_dataloader"].dataset.update(PUBLIC)
     kept["test_dataloader"].update(num_workers=0, persistent_workers=False)
     kept["test_dataloader"].pop("prefetch_factor", None)
     kept["test_pipeline"] = deepcopy(kept["test_dataloader"].dataset.pipeline)  # mmseg looks here

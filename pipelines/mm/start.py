@@ -52,7 +52,7 @@ def find_start(job: Job, model: ConfigDict, scope: str) -> Start:
     shapes = _shapes(model)
     more = deepcopy(model)
     set_classes(more, job.section.num_classes + 1)
-    of_classes = {name for name, shape in _shapes(more).items() if shapes[name] != shape}
+    of_classes = {name for name, shape in _shapes(more).items() if shapes.get(name) != shape}
     given = f"{job.stage}.weights={job.weights}"
     try:
         file = Path(job.weights)

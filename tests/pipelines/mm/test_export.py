@@ -36,6 +36,7 @@ def test_an_exported_segmentor_labels_pictures_as_mmseg_does(make_job, tmp_path,
     config = inference_config(build_config(job, Path(), 1))
     config.model.decode_head.channels = config.model.auxiliary_head.channels = 32
     config.dump(weights / "config.py")
+    assert config.test_dataloader.dataset.type == "BaseSegDataset"  # mm's tools know no other
     out.mkdir()
     with pytest.raises(PipelineError, match="exists and holds no export"):
         export(Weights(str(weights)), ["onnx"], None, out)
