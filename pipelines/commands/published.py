@@ -10,7 +10,13 @@ from rich.table import Table
 from pipelines.errors import PipelineError
 from pipelines.params import ParamsError, compose, load_params, recipe_names
 from pipelines.paths import ROOT
-from pipelines.results.published import Published, compare, load_published, sources
+from pipelines.results.published import (
+    OTHER_RECIPES,
+    Published,
+    compare,
+    load_published,
+    sources,
+)
 from pipelines.results.tables import load_metrics
 from pipelines.tasks import TASKS
 
@@ -29,8 +35,9 @@ Each command needs the data of its tasks: -S data.imagenet=... -S data.coco=... 
 
 @cache
 def recipes() -> dict[str, str]:
-    """The recipe of each model."""
-    names = [name for name in recipe_names() if name not in ("demo", "smoke")]
+    """The published recipe of each model."""
+    others = ("demo", "smoke", "finetune", *OTHER_RECIPES)
+    names = [name for name in recipe_names() if name not in others]
     return {compose([f"recipe={name}"]).model.name: name for name in names}
 
 

@@ -20,6 +20,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
 from pipelines.results.outputs import Result
+from pipelines.results.published import OTHER_RECIPES
 from pipelines.results.tables import TaskFacts
 from pipelines.train.job import Job
 
@@ -157,7 +158,7 @@ class Task(ABC):
 
     def facts(self, params: Params) -> TaskFacts:
         """What tables of results need to know."""
-        public = not params.model.overrides()
+        public = not params.model.overrides() and params.recipe not in OTHER_RECIPES
         public = public and self.section(params).num_classes == self.public_classes
         return TaskFacts(
             self.name,

@@ -10,7 +10,7 @@ import elsa  # noqa: F401  registers the models
 from pipelines.commands.published import command_for, grouped
 from pipelines.params import compose, recipe_names
 from pipelines.paths import RECIPES
-from pipelines.results.published import compare, load_published, sources
+from pipelines.results.published import OTHER_RECIPES, compare, load_published, sources
 from pipelines.results.tables import result_rows
 from pipelines.tasks import TASKS
 
@@ -120,6 +120,13 @@ def test_what_is_quoted_of_a_baseline_is_listed_and_compared_with_nothing() -> N
     assert {row.source for row in load_published()} == sources().keys()
 
 
+def test_another_recipe_for_a_published_model_is_compared_with_nothing() -> None:
+    for name in OTHER_RECIPES:
+        params = compose([f"recipe={name}"])
+        assert params.model.name in {row.model for row in load_published()}
+        assert {task.facts(params).model for task in TASKS.values()} == {""}
+
+
 def test_an_evaluated_checkpoint_may_differ_less_than_a_training() -> None:
     for evaluated, reached in ((False, True), (True, False)):
         [found] = compare(
@@ -141,6 +148,7 @@ def test_the_command_of_each_row_trains_what_the_row_is_about() -> None:
         assert command[:4] == ["dvc", "exp", "run", "report"]
         params = compose(command[5::2])
         assert params.model.name == model
+        assert TASKS[task].facts(params).model == model
         assert params.tasks == (("classify",) if task == "classify" else ("classify", task))
         if method:
             section = TASKS[task].section(params)
