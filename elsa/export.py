@@ -20,7 +20,7 @@ from ops import library
 
 from .predict import Classifier, Predictor, Segmentor
 
-__all__ = ["ExportError", "example", "exportable", "write_onnx", "write_pt2"]
+__all__ = ["ExportError", "example", "exportable", "write_graph", "write_onnx", "write_pt2"]
 
 DOMAIN, OPSET = "elsa", 20
 
@@ -101,8 +101,8 @@ def exportable(
         how = {"resize": 0, "squash": True, "interpolation": "bilinear"}
     else:
         raise ExportError(
-            "detectors are not exported: how many boxes they find is decided as they run; use"
-            " weights/detect with mmdet, or `elsa predict`"
+            "a detector has several graphs, as how many boxes it finds is decided as it runs;"
+            " see elsa.export_detector"
         )
     described = {"task": predictor.task, "classes": list(predictor.classes)}
     return model.eval(), {**described, "size": [int(height), int(width)], **how}
@@ -122,18 +122,24 @@ def example(size: Sequence[int], batch: int = 2) -> Tensor:
     return 255 * torch.rand(batch, 3, *size, generator=generator)
 
 
-def _traced(model: nn.Module, size: Sequence[int]) -> torch.export.ExportedProgram:
-    """The graph of the model for any batch.
+def _traced(
+    model: nn.Module, arguments: tuple[Any, ...], dynamic: tuple[Any, ...]
+) -> torch.export.ExportedProgram:
+    """The graph of the model.
 
     Raises:
         ExportError: torch can't trace it.
     """
     try:
         with torch.no_grad():
-            dynamic = ({0: torch.export.Dim("batch", min=1)},)
-            return torch.export.export(model, (example(size),), dynamic_shapes=dynamic)
+            return torch.export.export(model, arguments, dynamic_shapes=dynamic)
     except Exception as error:  # of whatever the model does that has no graph
         raise ExportError(f"torch can't trace the model: {error}") from error
+
+
+def any_batch() -> tuple[dict[int, Any]]:
+    """The first dimension of the only argument is free."""
+    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 def write_onnx(model: nn.Module, described: Mapping[str, Any], file: Path) -> None:
@@ -141,6 +147,29 @@ def write_onnx(model: nn.Module, described: Mapping[str, Any], file: Path) -> No
 
     Args:
         model, described: of `exportable`. The description is put into the file's metadata.
+
+    Raises:
+        ExportError: the model can't be exported, or the compiled operator or a package is missing.
+    """
+    arguments = (example(described["size"]),)
+    write_graph(model, arguments, any_batch(), ("images", "logits"), described, file)
+
+
+def write_graph(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    dynamic: tuple[Any, ...],
+    names: tuple[str, ...],
+    described: Mapping[str, Any],
+    file: Path,
+) -> None:
+    """Write a module as an ONNX file.
+
+    Args:
+        arguments: examples of what it takes.
+        dynamic: their free dimensions, as `torch.export` has them.
+        names: of arguments and results, one after the other.
+        described: for the file's metadata.
 
     Raises:
         ExportError: the model can't be exported, or the compiled operator or a package is missing.
@@ -193,15 +222,16 @@ def write_onnx(model: nn.Module, described: Mapping[str, Any], file: Path) -> No
         return node(v, h_attn, *arguments, channels=int(v.shape[1]))
 
     with ops.use_backend("compiled"):
-        traced = _traced(model, described["size"])
+        traced = _traced(model, arguments, dynamic)
+        count = len(torch.utils._pytree.tree_leaves(arguments))
         try:
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
                 opset_version=OPSET,
                 custom_translation_table={torch.ops.elsa.elsa_attention.default: translate},
-                input_names=["images"],
-                output_names=["logits"],
+                input_names=list(names[:count]),
+                output_names=list(names[count:]),
                 verbose=False,
             )
         except ExportError:
@@ -299,7 +329,7 @@ def write_pt2(model: nn.Module, described: Mapping[str, Any], file: Path) -> Non
     from torch._inductor import aoti_compile_and_package
 
     with ops.use_backend("reference"):
-        traced = _traced(model, described["size"])
+        traced = _traced(model, (example(described["size"]),), any_batch())
     try:
         aoti_compile_and_package(
             traced,

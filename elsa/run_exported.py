@@ -1,6 +1,6 @@
-"""Run an exported classifier or segmentor: numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2).
+"""Run an exported model: numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2).
 
-    python run.py model.onnx photo.jpg       # the five likeliest classes, or photo.labels.png
+    python run.py model.onnx photo.jpg       # the likeliest classes, objects, or photo.labels.png
 
 This file stands alone, a copy of it lies beside each exported model:
 
@@ -8,10 +8,12 @@ This file stands alone, a copy of it lies beside each exported model:
     model.classes                       # names, by label
     model.logits(images)                # (n, 3, H, W) float32, RGB from 0 to 255, of model.size
     model(Image.open("photo.jpg"))      # logits (classes) or (classes, H, W) of one picture
+    model.find(Image.open("photo.jpg")) # of a detector: boxes, labels, scores, masks
 """
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,22 @@ from PIL import Image
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
+@dataclass(frozen=True)
+class Objects:
+    """What is found in a picture, the surest first."""
+
+    boxes: NDArray[np.float32]
+    """(n, 4): left, top, right, bottom, in pixels of the picture."""
+    labels: NDArray[np.int64]
+    """(n)"""
+    scores: NDArray[np.float32]
+    """(n)"""
+    masks: NDArray[np.bool_] | None
+    """(n, H, W); None of a model that finds boxes only."""
+
+
 class Exported:
-    """An exported model.
+    """An exported model; of a detector the files beside it, too.
 
     Args:
         file: `.onnx` or `.pt2`, written by `elsa export`.
@@ -46,6 +62,12 @@ class Exported:
             self.classes: list[str] = described["classes"]
             self.size: tuple[int, int] = tuple(described["size"])
             """(H, W)"""
+            self._described = described
+            if self.task == "detect":
+                kinds = ("boxes", "masks") if described["masks"] else ("boxes",)
+                files = {kind: file.with_name(f"{kind}.onnx") for kind in kinds}
+                self._heads = {k: self._session_of(one, threads) for k, one in files.items()}
+                return
             self._resize, self._squash = int(described["resize"]), bool(described["squash"])
             self._interpolation = INTERPOLATIONS[described["interpolation"]]
             """Of what is cropped afterwards; else see `scaled`."""
@@ -55,16 +77,18 @@ class Exported:
             raise ValueError(f"{file} is no model that `elsa export` wrote: {error}") from error
 
     def _load_onnx(self, threads: int) -> dict[str, Any]:
+        self._session = self._session_of(self._file, threads)
+        found = self._session.get_modelmeta().custom_metadata_map
+        return dict(json.loads(found["elsa"]))
+
+    @staticmethod
+    def _session_of(file: Path, threads: int) -> Any:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        self._session: Any = onnxruntime.InferenceSession(
-            self._file, options, providers=["CPUExecutionProvider"]
-        )
-        found = self._session.get_modelmeta().custom_metadata_map
-        return dict(json.loads(found["elsa"]))
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def _load_pt2(self) -> dict[str, Any]:
         import torch
@@ -111,6 +135,140 @@ class Exported:
     def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
         return self.logits(self.prepare(picture)[None])[0]
 
+    def find(self, picture: Image.Image) -> Objects:
+        """The objects in a picture, by a detector, as mmdet finds them."""
+        about, pixels = self._described, np.asarray(picture.convert("RGB"), np.float32)
+        own = pixels.shape[:2]
+        factor = min(side / given for side, given in zip(self.size, own, strict=True))
+        inside = (int(own[0] * factor + 0.5), int(own[1] * factor + 0.5))
+        image = np.tile(np.array(about["pad"], np.float32), (*self.size, 1))
+        image[: inside[0], : inside[1]] = scaled(pixels, *inside).round()
+        maps, boxes = self._propose(image.transpose(2, 0, 1)[None].copy(), inside)
+
+        limits = about["rcnn"]
+        found, shifts = self._look("boxes", maps, boxes)
+        shifts = shifts.reshape(len(boxes), -1, 4)
+        number, labels = np.nonzero(found[:, :-1] > limits["least"])
+        scores = found[number, labels]
+        chosen = shifts[number, labels if shifts.shape[1] > 1 else 0]
+        boxes = _decoded(boxes[number], chosen, limits, inside)
+        kept = _suppressed(boxes, scores, labels, limits)
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        back = boxes * np.array([own[1] / inside[1], own[0] / inside[0]] * 2, np.float32)
+        masks = None
+        if about["masks"]:
+            masks = np.zeros((len(boxes), *own), bool)
+            logits: Any = self._look("masks", maps, boxes)[0] if len(boxes) else None
+            for i, (box, label) in enumerate(zip(back, labels, strict=True)):
+                one = logits[i, label if logits.shape[1] > 1 else 0]
+                masks[i] = _pasted(one, box, own) >= limits["mask"]
+        return Objects(back, labels, scores, masks)
+
+    def _propose(
+        self, image: NDArray[np.float32], inside: tuple[int, int]
+    ) -> tuple[dict[str, Any], NDArray[np.float32]]:
+        """Feature maps of an image (1, 3, H, W), and boxes (n, 4) to look at within it."""
+        about, limits = self._described, self._described["rpn"]
+        levels, found = len(about["strides"]), self._session.run(None, {"images": image})
+        maps = {f"map{i}": one for i, one in enumerate(found[: -2 * levels])}
+        parts = []
+        for level, base in enumerate(about["anchors"]):
+            score, shift = found[level - 2 * levels][0], found[level - levels][0]
+            anchors = _anchors(base, about["strides"][level], score.shape[1:])
+            scores = score.transpose(1, 2, 0).ravel()
+            shifts = shift.transpose(1, 2, 0).reshape(-1, 4)
+            best = np.argsort(-scores, kind="stable")
+            best = best[: limits["before"]] if limits["before"] > 0 else best
+            boxes = _decoded(anchors[best], shifts[best], limits, inside)
+            parts.append((boxes, scores[best], np.full(len(best), level)))
+        boxes, scores, of_level = (np.concatenate(part) for part in zip(*parts, strict=True))
+        large = (boxes[:, 2:] - boxes[:, :2] > max(limits["smallest"], -1)).all(1)
+        boxes, scores, of_level = boxes[large], scores[large], of_level[large]
+        return maps, boxes[_suppressed(boxes, scores, of_level, limits)]
+
+    def run(self, file: str, arguments: list[Any]) -> list[Any]:
+        """What one of a detector's files says of arguments in its own order."""
+        kind = Path(file).stem
+        session = self._session if kind == "model" else self._heads[kind]
+        names = [one.name for one in session.get_inputs()]
+        found: list[Any] = session.run(None, dict(zip(names, arguments, strict=True)))
+        return found
+
+    def _look(self, head: str, maps: dict[str, Any], boxes: NDArray[np.float32]) -> list[Any]:
+        session = self._heads[head]
+        numbered = np.concatenate([np.zeros_like(boxes[:, :1]), boxes], 1)
+        taken = {one.name for one in session.get_inputs()}
+        given = {name: value for name, value in maps.items() if name in taken}
+        found: list[Any] = session.run(None, {**given, "boxes": numbered})
+        return found
+
+
+def _anchors(
+    base: list[list[float]], stride: list[int], size: tuple[int, int]
+) -> NDArray[np.float32]:
+    """Those of a level (h * w * anchors, 4), row by row."""
+    x, y = np.meshgrid(np.arange(size[1]) * stride[0], np.arange(size[0]) * stride[1])
+    places = np.stack([x, y, x, y], -1).reshape(-1, 1, 4)
+    return (places + np.array(base)).reshape(-1, 4).astype(np.float32)
+
+
+def _decoded(
+    boxes: NDArray[np.float32],
+    shifts: NDArray[np.float32],
+    limits: dict[str, Any],
+    inside: tuple[int, int],
+) -> NDArray[np.float32]:
+    """Boxes (n, 4) moved and scaled by shifts (n, 4), within an image of this height and width."""
+    shifts = shifts * np.array(limits["stds"], np.float32) + np.array(limits["means"], np.float32)
+    most = np.float32(abs(np.log(16 / 1000)))
+    side = boxes[:, 2:] - boxes[:, :2]
+    centre = (boxes[:, :2] + boxes[:, 2:]) * 0.5 + side * shifts[:, :2]
+    half = side * np.exp(shifts[:, 2:].clip(-most, most)) * 0.5
+    found = np.concatenate([centre - half, centre + half], 1)
+    edge = np.array([inside[1], inside[0]] * 2, np.float32)
+    return np.clip(found, 0, edge).astype(np.float32)
+
+
+def _suppressed(
+    boxes: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    groups: NDArray[Any],
+    limits: dict[str, Any],
+) -> NDArray[np.int64]:
+    """Which boxes are kept, the surest first: those that overlap no surer one of their group."""
+    order, kept = np.argsort(-scores, kind="stable"), list[int]()
+    area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    while len(order) and len(kept) < limits["most"]:
+        best, order = order[0], order[1:]
+        kept.append(best)
+        low, high = (
+            np.maximum(boxes[best, :2], boxes[order, :2]),
+            np.minimum(boxes[best, 2:], boxes[order, 2:]),
+        )
+        both = (high - low).clip(0).prod(1)
+        overlap = both / np.maximum(area[best] + area[order] - both, 1e-12)
+        order = order[(groups[order] != groups[best]) | (overlap <= limits["overlap"])]
+    return np.array(kept, int)
+
+
+def _pasted(
+    logits: NDArray[np.float32], box: NDArray[np.float32], size: tuple[int, ...]
+) -> NDArray[np.float32]:
+    """Probabilities of `size` (H, W) of a mask's logits (h, w) that lie over a box."""
+    mask = np.pad(1 / (1 + np.exp(-logits)), 1)  # beyond its edge there is nothing
+    places, shares = [], []
+    for side, low, high, count in zip(size, box[1::-1], box[:1:-1], logits.shape, strict=True):
+        place = (np.arange(side) + 0.5 - low) / max(high - low, 1e-6) * count + 0.5
+        place = place.clip(0, count + 1)
+        first = np.minimum(place.astype(int), count)
+        places.append(first)
+        shares.append((place - first).astype(np.float32))
+    (y, x), (b, a) = places, shares
+    top = mask[y][:, x] * (1 - a) + mask[y][:, x + 1] * a
+    low_row = mask[y + 1][:, x] * (1 - a) + mask[y + 1][:, x + 1] * a
+    found: NDArray[np.float32] = top * (1 - b[:, None]) + low_row * b[:, None]
+    return found
+
 
 def scaled(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
     """Values (H, W, ...) between the four nearest ones, as OpenCV and torch scale images: without
@@ -127,6 +285,30 @@ def scaled(values: NDArray[np.float32], height: int, width: int) -> NDArray[np.f
     return values
 
 
+def _told(model: Exported, picture: Image.Image, name: Path) -> str:
+    """What the model says of a picture; labels are written beside it."""
+    if model.task == "detect":
+        objects = model.find(picture)
+        lines = (
+            f"{model.classes[label]} {100 * score:.0f}% at {', '.join(f'{v:.0f}' for v in box)}"
+            for box, label, score in zip(objects.boxes, objects.labels, objects.scores, strict=True)
+            if score >= 0.3
+        )
+        return "; ".join(lines) or "nothing"
+    found = model(picture)
+    if model.task == "classify":
+        weights = np.exp(found - found.max())
+        order = np.argsort(-found, kind="stable")[:5]
+        return ", ".join(
+            f"{model.classes[i]} {100 * weights[i] / weights.sum():.1f}%" for i in order
+        )
+    found = scaled(found.transpose(1, 2, 0), picture.size[1], picture.size[0])
+    labels = found.argmax(2).astype(np.uint8)
+    out = name.with_suffix(".labels.png")
+    Image.fromarray(labels).save(out)
+    return f"{', '.join(model.classes[i] for i in np.unique(labels))}, in {out.name}"
+
+
 def main(arguments: list[str]) -> int:
     """Tell of pictures what the model says of them."""
     if len(arguments) < 2 or arguments[0].startswith("-"):
@@ -136,21 +318,7 @@ def main(arguments: list[str]) -> int:
         model = Exported(arguments[0])
         for name in arguments[1:]:
             with Image.open(name) as picture:
-                found, size = model(picture), picture.size
-            if model.task == "classify":
-                weights = np.exp(found - found.max())
-                order = np.argsort(-found, kind="stable")[:5]
-                told = (
-                    f"{model.classes[i]} {100 * weights[i] / weights.sum():.1f}%" for i in order
-                )
-                print(f"{name}: {', '.join(told)}")
-            else:
-                found = scaled(found.transpose(1, 2, 0), size[1], size[0])
-                labels = found.argmax(2).astype(np.uint8)
-                out = Path(name).with_suffix(".labels.png")
-                Image.fromarray(labels).save(out)
-                shown = ", ".join(model.classes[i] for i in np.unique(labels))
-                print(f"{out}: {shown}")
+                print(f"{name}: {_told(model, picture, Path(name))}")
     except (OSError, ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

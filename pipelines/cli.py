@@ -191,7 +191,9 @@ def predict(
 @click.option(
     "--weights", required=True, help="weights/<stage>, models:/NAME@champion, or a published file."
 )
-@click.option("--task", type=click.Choice(["classify", "segment"]), help="Of a published file.")
+@click.option(
+    "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."
+)
 @click.option("--recipe", help="Whose model a published file is of; default: what fits.")
 @click.option(
     "--format",
@@ -209,8 +211,8 @@ def export(
 ) -> None:
     """Write a model as an ONNX or a pt2 file.
 
-    Other runtimes execute these files of classifiers and segmentors without this project; run.py
-    beside them shows how. They are compared with the model before the folder --out appears.
+    Other runtimes execute these files without this project; run.py beside them shows how. They are
+    compared with the model before the folder --out appears. Of a detector they are several, ONNX.
     """
     from pipelines.commands.export import export as run
     from pipelines.commands.predict import Weights

@@ -6,23 +6,25 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import elsa.run_exported
 from elsa.export import ExportError, example, exportable, write_onnx, write_pt2
+from elsa.predict import Detector, Predictor
 from elsa.run_exported import Exported
 from pipelines.commands.predict import Weights, load
 from pipelines.data.files import write_json
 from pipelines.errors import PipelineError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
 RECORD, RUNNER = "export.json", "run.py"
 TOLERANCE = 1e-4
-"""Largest difference of logits, as a share of the largest of them."""
+"""Largest difference of results, as a share of the largest of them."""
 BATCHES = (1, 3)
 """What the files are compared with the model on: the batch is theirs to vary."""
 
@@ -34,10 +36,10 @@ class Measured:
     name: str
     megabytes: float | None
     load_s: float | None
-    ms: float
+    ms: float | None
     """Of an image, alone in its batch."""
-    difference: float
-    """Largest, of logits, over the largest of them."""
+    difference: float | None
+    """Largest, of results, over the largest of them."""
 
 
 def export(given: Weights, formats: Sequence[str], size: tuple[int, int] | None, out: Path) -> None:
@@ -54,14 +56,11 @@ def export(given: Weights, formats: Sequence[str], size: tuple[int, int] | None,
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         staged = Path(scratch) / out.name
         staged.mkdir()
+        write = write_detector if isinstance(predictor, Detector) else write_files
         try:
-            model, described = exportable(predictor, size)
-            for kind in formats:
-                print(f"writing model.{kind}{' (minutes)' if kind == 'pt2' else ''}", flush=True)
-                WRITERS[kind](model, described, staged / f"model.{kind}")
+            described, rows = write(predictor, formats, size, staged)
         except ExportError as error:
             raise PipelineError(f"{given.place}: {error}") from error
-        rows = compare(model, described["size"], [staged / f"model.{kind}" for kind in formats])
         shutil.copy(elsa.run_exported.__file__, staged / RUNNER)
         write_json(staged / RECORD, {**described, "weights": given.place}, indent=1)
         shutil.rmtree(out, ignore_errors=True)
@@ -69,34 +68,88 @@ def export(given: Weights, formats: Sequence[str], size: tuple[int, int] | None,
     _tell(rows, out)
 
 
-def compare(model: "nn.Module", size: Sequence[int], files: Sequence[Path]) -> list[Measured]:
-    """Run the files and the model on the same images.
+def write_files(
+    predictor: Predictor, formats: Sequence[str], size: tuple[int, int] | None, folder: Path
+) -> tuple[dict[str, Any], list[Measured]]:
+    """Write a classifier or segmentor, a file for each format, and compare.
 
     Raises:
-        PipelineError: a file's logits are others.
+        ExportError: it can't be exported.
+        PipelineError: a file computes something else.
     """
     import torch
 
-    images = [example(size, batch) for batch in BATCHES]
+    model, described = exportable(predictor, size)
+    images = [example(described["size"], batch) for batch in BATCHES]
     with torch.inference_mode():
         wanted = [model(one) for one in images]
-        rows = [Measured("the model itself", None, None, _ms(lambda: model(images[0])), 0.0)]
-    for file in files:
+        rows = [Measured("the model itself", None, None, _ms(lambda: model(images[0])), None)]
+    for kind in formats:
+        file = folder / f"model.{kind}"
+        print(f"writing {file.name}{' (minutes)' if kind == 'pt2' else ''}", flush=True)
+        WRITERS[kind](model, described, file)
         start = time.perf_counter()
         exported = Exported(file)
         load_s = time.perf_counter() - start
         arrays = [one.numpy() for one in images]
         found = [torch.from_numpy(exported.logits(array)) for array in arrays]
-        difference = max(map(_difference, found, wanted))
-        if not difference < TOLERANCE:
-            raise PipelineError(
-                f"{file.name} computes something else than the model: its logits differ by"
-                f" {difference:.1e} of the largest, and {TOLERANCE:.0e} is admitted",
-                "Report this with the weights' model.json",
-            )
-        ms = _ms(lambda run=exported.logits, array=arrays[0]: run(array))  # type: ignore[misc]
+        difference = _checked(file, max(map(_difference, found, wanted)))
+        ms = _ms(partial(exported.logits, arrays[0]))
         rows.append(Measured(file.name, file.stat().st_size / 1e6, load_s, ms, difference))
-    return rows
+    return described, rows
+
+
+def write_detector(
+    predictor: Predictor, formats: Sequence[str], size: tuple[int, int] | None, folder: Path
+) -> tuple[dict[str, Any], list[Measured]]:
+    """Write the graphs of a detector, and compare each.
+
+    Raises:
+        ExportError: it can't be exported.
+        PipelineError: a file computes something else.
+    """
+    import torch
+    from PIL import Image
+
+    from elsa.export_detector import detector_graphs
+
+    assert isinstance(predictor, Detector)
+    if set(formats) != {"onnx"}:
+        raise ExportError("a detector is exported as ONNX only")
+    graphs, described = detector_graphs(predictor, size)
+    rows = []
+    for graph in graphs:
+        print(f"writing {graph.file}", flush=True)
+        graph.write(folder, described)
+    start = time.perf_counter()
+    exported = Exported(folder / "model.onnx")
+    load_s = time.perf_counter() - start
+    for graph in graphs:
+        with torch.inference_mode():
+            wanted = graph.module(*graph.arguments)
+        leaves = torch.utils._pytree.tree_leaves(graph.arguments)
+        found = exported.run(graph.file, [leaf.numpy() for leaf in leaves])
+        pairs = zip(
+            map(torch.from_numpy, found), torch.utils._pytree.tree_leaves(wanted), strict=True
+        )
+        file = folder / graph.file
+        difference = _checked(file, max(_difference(*pair) for pair in pairs))
+        rows.append(Measured(graph.file, file.stat().st_size / 1e6, None, None, difference))
+    picture = example(described["size"], 1)[0].permute(1, 2, 0).byte().numpy()
+    whole = _ms(lambda: exported.find(Image.fromarray(picture)))
+    rows.append(Measured("run.py, all of them", None, load_s, whole, None))
+    rows.insert(0, Measured("the model itself", None, None, _ms(lambda: predictor(picture)), None))
+    return described, rows
+
+
+def _checked(file: Path, difference: float) -> float:
+    if not difference < TOLERANCE:
+        raise PipelineError(
+            f"{file.name} computes something else than the model: its results differ by"
+            f" {difference:.1e} of the largest, and {TOLERANCE:.0e} is admitted",
+            "Report this with the weights' model.json",
+        )
+    return difference
 
 
 def _difference(found: "Tensor", wanted: "Tensor") -> float:
@@ -124,8 +177,9 @@ def _tell(rows: Sequence[Measured], out: Path) -> None:
             row.name,
             "" if row.megabytes is None else f"{row.megabytes:.1f}",
             "" if row.load_s is None else f"{row.load_s:.2f}",
-            f"{row.ms:.1f}",
-            f"{row.difference:.0e}" if row.difference else "",
+            "" if row.ms is None else f"{row.ms:.1f}",
+            "" if row.difference is None else f"{row.difference:.0e}",
         )
     Console().print(table)
-    print(f"Run one: python {out / RUNNER} {out / rows[-1].name} photo.jpg")
+    file = next(row.name for row in rows if row.name.startswith("model."))
+    print(f"Run it: python {out / RUNNER} {out / file} photo.jpg")

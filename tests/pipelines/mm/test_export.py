@@ -1,14 +1,17 @@
-"""`elsa export` of a segmentor of mmseg, and what it refuses."""
+"""`elsa export` of models of mmseg and mmdet, and what it refuses."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 from safetensors.torch import save_file
 
-from elsa.export import ExportError, exportable
+from elsa.export import ExportError
+from elsa.export_detector import detector_graphs
 from elsa.predict import Detector, load_predictor
 from elsa.run_exported import Exported, scaled
 from pipelines.commands.export import export
@@ -58,6 +61,52 @@ def test_an_exported_segmentor_labels_pictures_as_mmseg_does(make_job, tmp_path,
         assert (logits.argmax(2) == expected).mean() > same
 
 
-def test_a_detector_is_refused() -> None:
-    with pytest.raises(ExportError, match=r"detectors are not exported.*elsa predict"):
-        exportable(object.__new__(Detector), None)
+@pytest.mark.parametrize("group", ["mask-rcnn_demo", "faster-rcnn_finetune"])
+def test_an_exported_detector_finds_what_mmdet_finds(group, make_job, tmp_path) -> None:
+    """An untrained one, which finds something everywhere; in a picture of its size."""
+    recipe = "demo" if group.endswith("demo") else "finetune"
+    job = make_job("detect", recipe, group, **SMALL["detect"] | SHORT)
+    config = inference_config(build_config(job, Path(), 1))
+    head = config.model.roi_head.bbox_head
+    head.fc_out_channels = 16
+    config.model.test_cfg.rcnn.score_thr = 0.0
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    config.dump(weights / "config.py")
+    init_default_scope("mmdet")
+    torch.manual_seed(0)
+    model = MODELS.build(config.model)
+    model.init_weights()
+    for parameter in (model.rpn_head.rpn_reg, model.roi_head.bbox_head.fc_cls):
+        torch.nn.init.normal_(parameter.weight, std=0.3)  # no two scores alike
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    header = {"classes": json.dumps(job.dataset.classes)}
+    save_file(state, weights / "model.safetensors", header)
+    with pytest.raises(PipelineError, match="exported as ONNX only"):
+        export(Weights(str(weights)), ["onnx", "pt2"], None, tmp_path / "out")
+    export(Weights(str(weights)), ["onnx"], None, tmp_path / "out")
+    files = {"model.onnx", "boxes.onnx", "run.py", "export.json"}
+    files |= {"masks.onnx"} if group.startswith("mask") else set()
+    assert {file.name for file in (tmp_path / "out").iterdir()} == files
+
+    exported, predictor = Exported(tmp_path / "out/model.onnx"), load_predictor(weights)
+    height, width = exported.size
+    image = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    picture = Image.fromarray(image).resize((width, height))
+    found, expected = exported.find(picture), predictor(np.asarray(picture))
+    assert len(found.scores) == len(expected.scores) > 5
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    same = np.abs(found.boxes - expected.boxes).max(1) < 0.05
+    assert same.mean() > 0.9  # those with nearly the same score may change places
+    assert (found.labels == expected.labels)[same].all()
+    assert (found.masks is None) == (expected.masks is None)
+    if found.masks is not None:
+        assert (found.masks == expected.masks)[same].mean() > 0.999
+
+
+def test_what_is_no_such_detector_is_told(make_job, tmp_path) -> None:
+    job = make_job("detect", group="cascade-mask-rcnn_3x", **SMALL["detect"] | SHORT)
+    predictor = object.__new__(Detector)
+    predictor.model = build_model(job, tmp_path)
+    with pytest.raises(ExportError, match=r"CascadeRCNN with CascadeRoIHead is not exported"):
+        detector_graphs(predictor, None)
