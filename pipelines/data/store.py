@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel
 
-from pipelines.data.errors import DataError
+from pipelines.data.errors import DataError, brief
 
 if TYPE_CHECKING:
     from pipelines.data.images import Images
@@ -176,13 +176,13 @@ class ShardSet:
         except (ValueError, TypeError, RecursionError) as error:
             if isinstance(error, DataError):
                 raise
-            raise self._damaged(INDEX, error) from None
+            raise self._damaged(INDEX, "the index", error) from None
         self.classes: list[str] = self.index["classes"]
         self.splits: dict[str, dict[str, Any]] = self.index["splits"]
 
-    def _damaged(self, name: str, error: Exception) -> DataError:
+    def _damaged(self, name: str, what: str, error: Exception) -> DataError:
         return DataError(
-            f"{public_url(self.place)}/{name} is not that of a shard set ({error})",
+            f"{public_url(self.place)}/{name} is not {what} of a shard set ({brief(error)})",
             "Copy it again, or pack the images again with `elsa pack`",
         )
 
@@ -194,7 +194,7 @@ class ShardSet:
             with np.load(data, allow_pickle=False) as table:
                 return {column: table[column] for column in columns}
         except Exception as error:  # of zip, zlib or numpy, whatever a damaged table makes of it
-            raise self._damaged(name, error) from None
+            raise self._damaged(name, "a table", error) from None
 
     def shards(self) -> dict[str, dict[str, Any]]:
         """`bytes` and `sha256` of every shard by file name."""

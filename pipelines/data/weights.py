@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
+from pipelines.data.errors import brief
 from pipelines.data.files import sha256_file, write_whole
 from pipelines.errors import PipelineError
 from pipelines.paths import ROOT
@@ -104,7 +105,7 @@ def read_description(folder: Path) -> WeightsDescription:
         description = _DESCRIPTION.validate_json(path.read_bytes())
     except ValueError as error:
         raise PipelineError(
-            f"weights/{folder.name}/{DESCRIPTION} is no description of weights: {error}",
+            f"weights/{folder.name}/{DESCRIPTION} is no description of weights: {brief(error)}",
             f"Run `dvc checkout weights/{folder.name}`",
         ) from None
     if sha256_file(folder / TENSORS) != description.sha256:
