@@ -30,7 +30,7 @@ OUTSIDE = {
     "ops": {"torch", "ops"},
     "elsa": {"torch", "timm", "safetensors", "numpy", "PIL", "ops", "elsa"}
     | {"onnx", "onnxscript", "onnxruntime"}  # in `elsa.export`, and for what it writes
-    | {"mmengine", "mmdet", "mmseg"},  # in `elsa.mm`, and for their models
+    | {"mmengine", "mmdet", "mmseg", "torchvision"},  # in `elsa.mm`, and for their models
 }
 
 
