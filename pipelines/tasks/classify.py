@@ -63,12 +63,13 @@ class Classify(Task):
 
             # Here, so that a fault is told before Ray starts; each worker loads them for itself.
             load_weights(build_model(params.model, params.pretrain.num_classes), params.pretrain)
+        dataset = self.find_dataset(params)
         if params.pretrain.teacher:
             from pipelines.train.distillation import load_teacher
 
-            load_teacher(params.pretrain)
+            load_teacher(params.pretrain, dataset.classes)
         file = str(weights_file(weights)) if weights else None
-        return Job(self.stage, params, self.find_dataset(params), file)
+        return Job(self.stage, params, dataset, file)
 
     def result(self, folder: Path) -> Result:
         return classification_result(folder)

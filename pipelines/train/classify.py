@@ -100,7 +100,7 @@ class Classifier:
             self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if p.compile:
             self.wrapped.compile()  # in place: the names of the weights stay
-        self.objective = make_objective(self.wrapped, mixing.loss, p, device)
+        self.objective = make_objective(self.wrapped, mixing.loss, p, device, job.dataset.classes)
         self.peak = self._peak()
         self.energy = EnergyMeter(device)
         self.requests = Requests(reporter, job.params.storage.checkpoint_minutes, device)

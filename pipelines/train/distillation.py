@@ -1,6 +1,8 @@
 """What a training step minimises: the labels' loss, and a teacher's where there is one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any
 
 import timm
 import torch
@@ -14,13 +16,18 @@ from pipelines.paths import ROOT
 
 
 def make_objective(
-    model: nn.Module, loss: nn.Module, p: Pretrain, device: torch.device
+    model: nn.Module,
+    loss: nn.Module,
+    p: Pretrain,
+    device: torch.device,
+    classes: Sequence[str] = (),
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of images (B, 3, H, W) and targets that runs `model`, and gives the loss.
 
     Args:
         model: as it is trained, so within DistributedDataParallel where that is used.
         loss: of logits and targets.
+        classes: names of the data's classes; empty if they are not known.
 
     Raises:
         PipelineError: the teacher does not exist, or is of other classes or image sizes.
@@ -29,7 +36,7 @@ def make_objective(
         return lambda images, targets: loss(model(images), targets)
     task = LogitDistillationTask(
         model,
-        load_teacher(p).to(device),
+        load_teacher(p, classes).to(device),
         loss,
         distill_loss_weight=p.distill_loss_weight,
         task_loss_weight=p.task_loss_weight,
@@ -48,7 +55,7 @@ def make_objective(
     return objective
 
 
-def load_teacher(p: Pretrain) -> nn.Module:
+def load_teacher(p: Pretrain, classes: Sequence[str] = ()) -> nn.Module:
     """The classifier that `p.teacher` names, in evaluation mode; its weights are not trained.
 
     Raises:
@@ -66,11 +73,20 @@ def load_teacher(p: Pretrain) -> nn.Module:
             " pretrained weights of",
         ) from error
     teacher.requires_grad_(False).eval()
-    classes = teacher.num_classes
-    if classes != p.num_classes:
+    if teacher.num_classes != p.num_classes:
         raise PipelineError(
-            f"pretrain.teacher={p.teacher} tells {classes} classes apart, but"
+            f"pretrain.teacher={p.teacher} tells {teacher.num_classes} classes apart, but"
             f" pretrain.num_classes is {p.num_classes}",
+            "Choose a teacher that was trained with the classes of the data",
+        )
+    config: Any = teacher.pretrained_cfg
+    # timm's own models name none: theirs are ImageNet's, in its order.
+    names = list(map(str, config.get("label_names") or ()))
+    if names and classes and names != list(classes):
+        there, here = next(pair for pair in zip_longest(names, classes) if pair[0] != pair[1])
+        raise PipelineError(
+            f"pretrain.teacher={p.teacher} was trained with other classes, or in another order:"
+            f" one that it calls {there} is {here} in the data",
             "Choose a teacher that was trained with the classes of the data",
         )
     try:

@@ -119,3 +119,14 @@ def test_a_teacher_that_cannot_teach_is_told(
     write_config(tmp_path / "of one size/config.json", fixed, size, ())
     with pytest.raises(PipelineError, match=r"(?s)" + message):
         load_teacher(p.model_copy(update={"teacher": "teacher", **change}))
+
+
+def test_a_teacher_of_other_classes_is_told(teacher: torch.nn.Module, tmp_path: Path) -> None:
+    """By their names, where both are known: as many in another order would teach nonsense."""
+    p = smoke(teacher="teacher").pretrain
+    load_teacher(p, tuple("9876543210"))  # the teacher names none
+    write_config(tmp_path / "teacher/config.json", teacher, p, tuple("0123456789"))
+    load_teacher(p, tuple("0123456789"))
+    load_teacher(p)
+    with pytest.raises(PipelineError, match=r"in another order: one that it calls 1 is 2 in the"):
+        load_teacher(p, tuple("0213456789"))
