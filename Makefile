@@ -1,7 +1,7 @@
 # Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: help setup demo test test-cluster asan lint ui gpu
+.PHONY: help setup demo test test-cluster asan lint ui gpu wheel
 
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
@@ -9,6 +9,7 @@ help:
 	@echo "make test-cluster  what takes minutes more: loss of a node, two hosts (root, openssh-server, iproute2, rsync)"
 	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make gpu    prove and measure everything on this machine's GPU in 8 minutes; results in gpu-out (needs no set-up)"
+	@echo "make wheel  a wheel in dist with the operator compiled, for machines without a compiler"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
@@ -46,6 +47,11 @@ asan: setup
 	  LD_PRELOAD="$$($$cxx -print-file-name=libasan.so) $$($$cxx -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ELSA_OPS_LIBRARY=build/asan \
 	  pytest tests/ops/test_values.py tests/ops/test_inputs.py
+
+# For CPUs. It fits every torch since 2.10, and every Python that the project takes.
+wheel: setup
+	CUDA_VISIBLE_DEVICES= $(UV) run python -m ops.build --quiet --out build/wheel-op
+	ELSA_PREBUILT=build/wheel-op $(UV) build --wheel --out-dir dist
 
 lint: setup
 	$(UV) run ruff check

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -25,10 +26,12 @@ from ops.check import check, devices
 from ops.sources import SOURCE_DIR, file_digest
 
 # No -march: every instruction set is compiled into its own file and chosen when the op runs.
-CXX_FLAGS = ("-O3", "-fopenmp", "-g0", "-DNDEBUG")
+# The target version is torch 2.10, the first whose stable ABI has all that the CPU's part uses; the
+# headers of that ABI need C++20.
+CXX_FLAGS = ("-O3", "-g0", "-DNDEBUG", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000")
 CUDA_FLAGS = ("-O3", "-DNDEBUG", "--expt-relaxed-constexpr")
 CUDA_ARCH_LIST = "8.0;9.0+PTX"  # unless TORCH_CUDA_ARCH_LIST says otherwise
-LINK_FLAGS = ("-fopenmp", "-Wl,--strip-all", "-Wl,--build-id=none")
+LINK_FLAGS = ("-Wl,--strip-all", "-Wl,--build-id=none")
 SANITIZE_FLAGS = ("-fsanitize=address", "-fno-omit-frame-pointer", "-g1", "-O1")
 
 # Runs in a process of its own: `load` also loads what it built, which this process may not want.
@@ -104,7 +107,8 @@ def build(
             output = done.stdout or "see the compiler's output above"
             raise BuildError(f"compiling the ELSA operator failed:\n{output[-6000:]}")
         record = {
-            **library.environment(),
+            **library.environment(cuda=bool(cuda)),
+            "torch": torch.__version__,
             "compiler": compiler["version"],
             "flags": cxx_flags,
             "link_flags": link_flags,
@@ -196,7 +200,7 @@ def _path_maps() -> list[str]:
 
 
 def _instruction_sets() -> list[str]:
-    x86 = library.environment()["machine"].endswith("x86_64")
+    x86 = platform.machine() == "x86_64"
     return ["generic", "avx2", "avx512"] if x86 else ["generic"]
 
 

@@ -24,32 +24,38 @@ HOW_TO_BUILD = "Build it with `dvc repro build_op` or `python -m ops.build`"
 
 
 def _default_dir() -> Path:
-    """`build/op` of a checkout; of an installed package a folder for this torch and Python in the
-    user's cache."""
+    """`build/op` of a checkout; of an installed package a folder for its sources, this torch and
+    Python in the user's cache."""
     root = Path(__file__).parent.parent
     if (root / "pyproject.toml").is_file():
         return root / "build" / "op"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     version = f"torch-{torch.__version__}-python-{sys.version_info.major}.{sys.version_info.minor}"
-    return cache / "elsa" / "op" / version
+    return cache / "elsa" / "op" / f"{source_digest()[:12]}-{version}"
 
 
 DEFAULT_DIR = _default_dir()
+PREBUILT_DIR = Path(__file__).parent / "prebuilt"
+"""Where a wheel made by `make wheel` has the operator; for CPUs only."""
 
 
 class StaleLibraryError(RuntimeError):
-    """A compiled library that does not fit this checkout, torch, Python or machine."""
+    """A compiled library that does not fit this checkout, torch or machine."""
 
 
-def environment() -> dict[str, Any]:
-    """What a library must have been built for to be loaded here (and now)."""
-    return {
-        "torch": torch.__version__,
-        "torch_cxx11_abi": bool(torch.compiled_with_cxx11_abi()),
-        "python": f"{sys.implementation.name} {sys.version_info.major}.{sys.version_info.minor}",
+def environment(cuda: bool) -> dict[str, Any]:
+    """What a library, with CUDA kernels or without, must have been built for to be loaded here.
+
+    Without them it uses torch's stable ABI alone, and loads under every torch since 2.10.
+    """
+    here: dict[str, Any] = {
         "machine": f"{platform.system()} {platform.machine()}",
         "source_sha256": source_digest(),
     }
+    if cuda:
+        here["torch"] = torch.__version__
+        here["torch_cxx11_abi"] = bool(torch.compiled_with_cxx11_abi())
+    return here
 
 
 def verify(directory: Path) -> dict[str, Any]:
@@ -70,7 +76,10 @@ def verify(directory: Path) -> dict[str, Any]:
         raise StaleLibraryError(f"{record_path} is not JSON ({error}). {HOW_TO_BUILD}.") from None
     if not isinstance(record, dict):
         raise StaleLibraryError(f"{record_path} holds no build record. {HOW_TO_BUILD}.")
-    expected = {**environment(), "library_sha256": file_digest(library)}
+    expected = {
+        **environment(cuda=bool(record.get("cuda"))),
+        "library_sha256": file_digest(library),
+    }
     differences = [
         f"{key}: built {record.get(key)!r}, here {value!r}"
         for key, value in expected.items()
@@ -106,7 +115,7 @@ def load_library(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nothing is built there.
-        StaleLibraryError: built for another torch, Python, machine or source, or altered since.
+        StaleLibraryError: built for another machine, source or (with CUDA) torch, or altered since.
         RuntimeError: another library was already loaded into this process.
     """
     path = Path(directory).resolve()
@@ -138,8 +147,11 @@ def _find_and_load() -> bool:
             named = os.environ.get("ELSA_OPS_LIBRARY")
             if named:
                 load_library(named)
-            elif (DEFAULT_DIR / LIBRARY_NAME).is_file():
-                load_library(DEFAULT_DIR)
+            else:
+                for directory in (DEFAULT_DIR, PREBUILT_DIR):
+                    if (directory / LIBRARY_NAME).is_file():
+                        load_library(directory)
+                        break
             # Only a search that raised nothing counts: a stale library must raise every time.
             state.searched = True
         return state.loaded is not None

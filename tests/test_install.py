@@ -1,6 +1,9 @@
 """The base package alone, as `pip install .` leaves it: the models without the pipeline."""
 
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -39,15 +42,24 @@ def only_of_extras() -> list[str]:
     return sorted(MODULES.get(name, name.replace("-", "_")) for name in extras)
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel's files, outside of the checkout."""
-    folder = tmp_path_factory.mktemp("wheel")
+def build_wheel(folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder]
-    subprocess.run(command, cwd=ROOT, check=True)
+    env = {**os.environ, **env}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def unpacked(folder: Path) -> Path:
+    """The files of the one wheel in `folder`, outside of the checkout."""
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
         wheel.extractall(folder / "site")
     return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    assert build_wheel(folder).returncode == 0
+    return unpacked(folder)
 
 
 def run(installed: Path, *code: str) -> subprocess.CompletedProcess[str]:
@@ -82,11 +94,47 @@ def test_models_run_without_what_only_the_pipeline_needs(installed: Path) -> Non
     shape, places = done.stdout.splitlines()
     assert shape == "torch.Size([1, 7])"
     assert places.startswith(str(installed))  # it is not the checkout that runs
-    assert f"{installed.parent}/.cache/elsa/op/torch-" in places  # and it has a place to compile to
     from ops.sources import source_digest
 
+    cache = f"{installed.parent}/.cache/elsa/op/{source_digest()[:12]}-torch-"
+    assert cache in places  # and it has a place to compile to
     assert places.endswith(source_digest())  # the C++ sources are there
     assert "the ELSA operator is not built" in done.stderr
+
+
+def test_a_wheel_with_the_operator_needs_no_compiler(
+    compiled_library: Path, tmp_path: Path
+) -> None:
+    done = build_wheel(tmp_path, ELSA_PREBUILT=str(compiled_library))
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.glob("*-py3-none-linux_*.whl")]
+    done = run(
+        unpacked(tmp_path),
+        "import ops, torch",
+        "v, h = torch.ones(1, 2, 3, 3), torch.ones(1, 1, 9, 3, 3)",
+        "with ops.use_backend('compiled'):",
+        "    print(ops.elsa_attention(v, h, kernel_size=3).sum())",
+        "print(ops.loaded_library())",
+    )
+    assert done.stdout.splitlines() == ["tensor(98.)", f"{tmp_path}/site/ops/prebuilt"], done.stderr
+
+
+def test_a_wheel_takes_no_operator_that_would_not_fit(
+    compiled_library: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "op"
+    assert "has no elsa_ops.so" in build_wheel(tmp_path, ELSA_PREBUILT=str(folder)).stderr
+    shutil.copytree(compiled_library, folder)
+    record = json.loads((folder / "build.json").read_text())
+    for change, message in [
+        ({"cuda": {"nvcc": "release 13.0"}}, "CUDA kernels, which fit one torch alone"),
+        ({"source_sha256": "0"}, "is not that of these sources"),
+    ]:
+        (folder / "build.json").write_text(json.dumps(record | change))
+        done = build_wheel(tmp_path, ELSA_PREBUILT=str(folder))
+        assert done.returncode != 0
+        assert message in done.stderr
+    assert not list(tmp_path.glob("*.whl"))
 
 
 def test_a_command_says_what_it_needs(installed: Path) -> None:

@@ -1,8 +1,10 @@
 // The schemas. Kernels register themselves per device; fake kernels, autograd and vmap rules are
-// added in Python (ops/functional.py).
-#include <torch/library.h>
+// added in Python (ops/functional.py). The CPU's part includes only what torch keeps stable, so that
+// one library loads under every torch since 2.10 (TORCH_TARGET_VERSION in ops/build.py):
+// https://docs.pytorch.org/docs/stable/notes/libtorch_stable_abi.html
+#include <torch/csrc/stable/library.h>
 
-TORCH_LIBRARY(elsa, m) {
+STABLE_TORCH_LIBRARY(elsa, m) {
   m.def(
       "elsa_attention(Tensor v, Tensor h_attn, Tensor? ghost_mul, Tensor? ghost_add, "
       "int kernel_size, int dilation=1, int stride=1, str border='zeros') -> Tensor");

@@ -52,18 +52,45 @@ def test_loading_again_returns_the_record(compiled_library, copied):
     assert ops.loaded_library() == compiled_library.resolve()
 
 
-@pytest.mark.parametrize(
-    "key", ["torch", "torch_cxx11_abi", "python", "machine", "source_sha256", "library_sha256"]
-)
+def change_record(directory, **changes):
+    path = directory / library.RECORD_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("key", ["machine", "source_sha256", "library_sha256"])
 def test_stale_library_is_refused(copied, key):
-    path = copied / library.RECORD_NAME
-    record = json.loads(path.read_text())
-    record[key] = "other"
-    path.write_text(json.dumps(record))
+    change_record(copied, **{key: "other"})
     with pytest.raises(ops.StaleLibraryError, match=f"{key}: built 'other'") as caught:
         ops.load_library(copied)
     assert "dvc repro build_op" in str(caught.value)
     assert "python -m ops.build" in str(caught.value)
+
+
+def test_the_torch_it_was_built_with_matters_for_cuda_alone(copied):
+    """The CPU's part uses torch's stable ABI; kernels for GPUs use ATen."""
+    change_record(copied, torch="2.10.0")
+    assert ops.load_library(copied)
+    for key in ("torch", "torch_cxx11_abi"):
+        built_here = {"torch": torch.__version__, "torch_cxx11_abi": True}
+        change_record(copied, cuda={"nvcc": "release 13.0"}, **{**built_here, key: "other"})
+        with pytest.raises(ops.StaleLibraryError, match=f"{key}: built 'other'"):
+            ops.load_library(copied)
+
+
+def test_the_library_uses_torch_by_its_stable_c_functions_alone(compiled_library):
+    """Else it would load under the torch it was built with and under no other."""
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", "--format=posix", compiled_library / library.LIBRARY_NAME],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = [line.split()[0] for line in listing.splitlines()]
+    assert "torch_call_dispatcher" in names
+    foreign = [
+        n for n in names if n.startswith("_ZN") and any(m in n for m in ("c10", "2at", "torch"))
+    ]
+    assert foreign == []
 
 
 def test_altered_library_or_broken_record_is_refused(copied):

@@ -1,25 +1,24 @@
-// The CPU ops: input checks, choice of instruction set, tasks for at::parallel_for.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <c10/core/CPUAllocator.h>
-#include <torch/library.h>
+// The CPU ops: input checks, choice of instruction set, tasks for torch's parallel_for.
+#include <torch/csrc/stable/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
 #include "instruction_set.h"
 #include "kernels.h"
 #include "shifted.h"
+#include "tensor.h"
 
 namespace elsa {
 namespace {
-
-using at::Tensor;
 
 Isa best_isa() {
 #if defined(__x86_64__)
@@ -38,7 +37,7 @@ Isa isa() {
   static const Isa chosen = [] {
     const char* wish = std::getenv("ELSA_OPS_CPU");
     const std::string name = wish ? wish : "avx512";
-    TORCH_CHECK(name == "generic" || name == "avx2" || name == "avx512",
+    STD_TORCH_CHECK(name == "generic" || name == "avx2" || name == "avx512",
                 "ELSA_OPS_CPU must be generic, avx2 or avx512, got ", name);
     const Isa limit = name == "generic" ? Isa::generic : name == "avx2" ? Isa::avx2 : Isa::avx512;
     return std::min(limit, best_isa());
@@ -86,23 +85,32 @@ int64_t rows_per_task(const Problem& p, int64_t rows, int64_t (*scratch)(const P
   return (size() + 1) / 2 * 2;
 }
 
+// A task's own memory, on a boundary of cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : memory_(::operator new(bytes, kLine)) {}
+  ~Scratch() { ::operator delete(memory_, kLine); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  void* memory_;
+};
+
 // Runs body(b, g, y0, y1, part, scratch) over all images, heads and row ranges.
 template <class Body>
 void for_tasks(const Problem& p, int64_t rows, int64_t step,
                int64_t (*scratch)(const Problem&, int64_t), const Body& body) {
   const int64_t parts = (rows + step - 1) / step;
-  at::parallel_for(0, p.B * p.G * parts, 1, [&](int64_t begin, int64_t end) {
-    const auto buffer = c10::GetCPUAllocator()->allocate(scratch(p, std::min(step, rows)));
+  torch::stable::parallel_for(0, p.B * p.G * parts, 1, [&](int64_t begin, int64_t end) {
+    const Scratch buffer(scratch(p, std::min(step, rows)));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, g = task / parts % p.G, b = task / parts / p.G;
       body(b, g, part * step, std::min(rows, (part + 1) * step), part, buffer.get());
     }
   });
-}
-
-template <class T>
-T* data(const Tensor& t) {
-  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
 }
 
 // The planes of image b and head g of a (B, C, H, W) or (B, G, taps, Ho, Wo) tensor of any strides.
@@ -117,28 +125,27 @@ Planes<T> planes(const Tensor& t, int64_t b, int64_t g, int64_t heads) {
 template <class F>
 void with_storage(const Tensor& v, const F& f) {
   switch (v.scalar_type()) {
-    case at::kFloat:
+    case ScalarType::Float:
       return f(float{});
-    case at::kDouble:
+    case ScalarType::Double:
       return f(double{});
-    case at::kBFloat16:
+    case ScalarType::BFloat16:
       return f(BFloat16{});
-    case at::kHalf:
+    case ScalarType::Half:
       return f(Float16{});
     default:
-      TORCH_CHECK_TYPE(false, "elsa_attention: v must be float32, bfloat16, float16 or ",
+      STD_TORCH_CHECK(false, "elsa_attention: v must be float32, bfloat16, float16 or ",
                        "float64, got ", v.scalar_type());
   }
 }
 
 Tensor elsa_attention(const Tensor& v, const Tensor& h, const std::optional<Tensor>& ghost_mul,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
-                      int64_t dilation, int64_t stride, c10::string_view border) {
+                      int64_t dilation, int64_t stride, std::string_view border) {
   const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
   if (p.shift)
     return shifted_forward(p, v, h, ghost_mul.value_or(Tensor()), ghost_add.value_or(Tensor()));
-  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
-                         v.options().memory_format(at::MemoryFormat::Contiguous));
+  Tensor out = empty({p.B, p.C, p.Ho, p.Wo}, v.scalar_type());
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   with_storage(v, [&](auto storage) {
@@ -160,11 +167,11 @@ Tensor elsa_attention(const Tensor& v, const Tensor& h, const std::optional<Tens
 // Sums the tasks' partial ghost gradients, (B, G, parts, C/G, k, k), in one fixed order.
 template <class A>
 Tensor sum_parts(const Problem& p, const Tensor& partial) {
-  Tensor total = at::empty({p.C, p.kernel_size, p.kernel_size}, partial.options());
+  Tensor total = empty({p.C, p.kernel_size, p.kernel_size}, partial.scalar_type());
   const int64_t parts = partial.size(2), row = p.C / p.G * p.kernel_size * p.kernel_size;
   const A* from = data<A>(partial);
   A* to = data<A>(total);
-  at::parallel_for(0, p.G * row, 4096, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, p.G * row, 4096, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i / row, at_row = i % row;
       double sum = 0;
@@ -180,8 +187,8 @@ Tensor sum_parts(const Problem& p, const Tensor& partial) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
     const Tensor& grad, const Tensor& v, const Tensor& h,
     const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
-    int64_t kernel_size, int64_t dilation, int64_t stride, c10::string_view border,
-    std::array<bool, 4> output_mask) {
+    int64_t kernel_size, int64_t dilation, int64_t stride, std::string_view border,
+    std::vector<bool> output_mask) {
   const Problem p = check(v, h, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
   check_grad(p, grad, v);
   output_mask[2] = output_mask[2] && ghost_mul.has_value();
@@ -189,35 +196,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
   if (p.shift) {
     auto grads = shifted_backward(p, grad, v, h, ghost_mul.value_or(Tensor()),
                                   ghost_add.value_or(Tensor()), output_mask);
-    if (output_mask[2]) grads[2] = grads[2].to(ghost_mul->scalar_type());
-    if (output_mask[3]) grads[3] = grads[3].to(ghost_add->scalar_type());
+    if (output_mask[2]) grads[2] = to(grads[2], ghost_mul->scalar_type());
+    if (output_mask[3]) grads[3] = to(grads[3], ghost_add->scalar_type());
     return {grads[0], grads[1], grads[2], grads[3]};
   }
-  const auto options = v.options().memory_format(at::MemoryFormat::Contiguous);
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   std::array<Tensor, 4> grads;
-  grads[0] = at::empty(output_mask[0] ? v.sizes() : at::IntArrayRef({0}), options);
-  grads[1] = at::empty(output_mask[1] ? h.sizes() : at::IntArrayRef({0}), options);
+  grads[0] = output_mask[0] ? empty(v.sizes(), v.scalar_type()) : none(v);
+  grads[1] = output_mask[1] ? empty(h.sizes(), v.scalar_type()) : none(v);
 
   with_storage(v, [&](auto storage) {
     using T = decltype(storage);
     using A = typename AccOf<T>::type;
     const Kernels<T>& k = kernels<T>();
-    const bool empty = grad.numel() == 0;
-    if (empty) {
-      grads[0].zero_();
-      grads[1].zero_();
+    const bool nothing = grad.numel() == 0;
+    if (nothing) {
+      torch::stable::zero_(grads[0]);
+      torch::stable::zero_(grads[1]);
     }
-    const int64_t step = empty ? 1 : rows_per_task(p, p.H, k.grad_v_scratch);
-    const int64_t parts = empty ? 0 : (p.H + step - 1) / step;
+    const int64_t step = nothing ? 1 : rows_per_task(p, p.H, k.grad_v_scratch);
+    const int64_t parts = nothing ? 0 : (p.H + step - 1) / step;
     const int64_t row = p.C / p.G * kernel_size * kernel_size;
     const int64_t v_head = p.C / p.G * p.H * p.W, h_head = kernel_size * kernel_size * p.Ho * p.Wo;
     Tensor partial[2];
     for (int i : {0, 1})
       if (output_mask[2 + i])
-        partial[i] = at::empty({p.B, p.G, parts, row}, options.dtype(accumulation_type(v)));
-    if ((output_mask[0] || output_mask[2] || output_mask[3]) && !empty) {
+        partial[i] = empty({p.B, p.G, parts, row}, accumulation_type(v));
+    if ((output_mask[0] || output_mask[2] || output_mask[3]) && !nothing) {
       for_tasks(p, p.H, step, k.grad_v_scratch,
                 [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t part, void* scratch) {
                   const int64_t at = ((b * p.G + g) * parts + part) * row;
@@ -229,7 +235,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
                            grad_add, g, y0, y1, scratch);
                 });
     }
-    if (output_mask[1] && !empty) {
+    if (output_mask[1] && !nothing) {
       for_tasks(p, p.Ho, rows_per_task(p, p.Ho, k.grad_h_scratch), k.grad_h_scratch,
                 [&](int64_t b, int64_t g, int64_t y0, int64_t y1, int64_t, void* scratch) {
                   k.grad_h(p, planes<T>(grad, b, g, p.G), planes<T>(v, b, g, p.G), data<A>(mul),
@@ -238,8 +244,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
     }
     for (int i : {0, 1}) {
       const auto& ghost = i == 0 ? ghost_mul : ghost_add;
-      grads[2 + i] = output_mask[2 + i] ? sum_parts<A>(p, partial[i]).to(ghost->scalar_type())
-                                        : at::empty({0}, options);
+      grads[2 + i] = output_mask[2 + i] ? to(sum_parts<A>(p, partial[i]), ghost->scalar_type())
+                                        : none(v);
     }
   });
   return {grads[0], grads[1], grads[2], grads[3]};
@@ -247,13 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(elsa, CPU, m) {
-  m.impl("elsa_attention", elsa_attention);
-  m.impl("elsa_attention_backward", elsa_attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(elsa, CPU, m) {
+  m.impl("elsa_attention", TORCH_BOX(&elsa_attention));
+  m.impl("elsa_attention_backward", TORCH_BOX(&elsa_attention_backward));
 }
 
-TORCH_LIBRARY_IMPL(elsa, CompositeExplicitAutograd, m) {
-  m.impl("cpu_instruction_set", cpu_instruction_set);
+STABLE_TORCH_LIBRARY_IMPL(elsa, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_set", TORCH_BOX(&cpu_instruction_set));
 }
 
 }  // namespace elsa

@@ -1,5 +1,5 @@
 // What the kernels of one instruction set offer to elsa_attention.cpp. Nothing here or in
-// kernels_impl.h includes ATen or allocates: a file compiled for AVX-512 must emit no function
+// kernels_impl.h includes torch or allocates: a file compiled for AVX-512 must emit no function
 // that the linker could share with code for an older processor.
 #pragma once
 

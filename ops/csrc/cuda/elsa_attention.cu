@@ -85,6 +85,10 @@ void with_ghosts(const Tensor& mul, const Tensor& add, const F& f) {
   f(false_type{}, false_type{});
 }
 
+Tensor ghost_in(const std::optional<Tensor>& ghost, at::ScalarType dtype) {
+  return ghost.has_value() ? ghost->to(dtype).contiguous() : Tensor();
+}
+
 bool ghost_is_exact(const Tensor& v, const std::optional<Tensor>& ghost) {
   return ghost.has_value() && ghost->scalar_type() == v.scalar_type();
 }
