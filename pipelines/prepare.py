@@ -107,16 +107,17 @@ def run(stage: StageRun, _: None) -> None:
 
     root = stage.output("data")
     make = draw if stage.section.source == "demo" else take
-    metrics: dict[str, Any] = {}
+    metrics: dict[str, int] = {}
+    digests: dict[str, str] = {}
     for name, manifest in make(stage, root).items():
         place = locate(stage.params, name)
         stage.tracker.log_dataset(name, manifest["digest"], place, "prepared")
         metrics |= {f"{name}_{split}": count for split, count in manifest["counts"].items()}
-        metrics[f"{name}_digest"] = manifest["digest"][:12]
+        digests[f"{name}_digest"] = manifest["digest"][:12]
         if manifest.get("skipped"):
             metrics[f"{name}_skipped"] = len(manifest["skipped"])
     stage.tracker.log_artifact(root / "cards")
-    stage.write_metrics(metrics)
+    stage.write_metrics(metrics, **digests)
 
 
 def draw(stage: StageRun, root: Path) -> dict[str, dict[str, Any]]:

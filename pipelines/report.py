@@ -11,7 +11,7 @@ from pipelines.data.store import Dataset
 from pipelines.params import Params, changed
 from pipelines.paths import ROOT
 from pipelines.results.page import Drawn, Page, StageRow, write_html, write_markdown
-from pipelines.results.tables import duration, load_metrics, result_rows
+from pipelines.results.tables import duration, load_lineage, load_metrics, result_rows
 from pipelines.run.stage import Stage, StageRun, pipeline_name, run_stage
 from pipelines.tasks import TASKS, Scene, Task
 
@@ -127,6 +127,7 @@ def _page(
 def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
     description = ROOT / "weights" / name / "model.json"
     weights = json.loads(description.read_text()) if description.exists() else {}
+    lineage = load_lineage(ROOT, name)
     hours = metrics["wall_time_s"] / 3600 * params.scaling.num_workers
     trained = "images_per_second" in metrics
     return StageRow(
@@ -135,8 +136,8 @@ def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
         rate=f"{metrics['images_per_second']:.0f}" if trained else "",
         gpu_hours=f"{hours:.2f}" if trained and params.scaling.use_gpu else "",
         energy=f"{metrics['energy_wh'] / 1000:.2f}" if "energy_wh" in metrics else "",
-        identity=metrics["identity"],
-        run=metrics["mlflow_run_id"],
+        identity=lineage["identity"],
+        run=lineage["mlflow_run_id"],
         weights=weights.get("sha256", "")[:12],
         upstream=_upstream(weights["upstream"]) if weights.get("upstream") else "",
     )
@@ -157,10 +158,10 @@ def _ablation() -> dict[str, Any] | None:
     """What the last sweep in this workspace found; None where there was none."""
     from pipelines.results.comparison import verdict
 
-    comparison, summary = ROOT / "sweeps/comparison.json", ROOT / "metrics/sweep.json"
-    if not (comparison.exists() and summary.exists()):
+    comparison = ROOT / "sweeps/comparison.json"
+    if not comparison.exists() or not (ROOT / "lineage/sweep.json").exists():
         return None
-    found, sweep = json.loads(comparison.read_text()), json.loads(summary.read_text())
+    found = json.loads(comparison.read_text())
     rows = [
         {
             "point": row["point"],
@@ -172,7 +173,7 @@ def _ablation() -> dict[str, Any] | None:
         }
         for row in found["rows"]
     ]
-    return {"metric": found["metric"], "rows": rows, "sweep": sweep}
+    return {"metric": found["metric"], "rows": rows, "sweep": load_lineage(ROOT, "sweep")}
 
 
 STAGE = Stage("report", __doc__ or "", run, check)

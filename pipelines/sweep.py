@@ -26,7 +26,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
             "Nothing was swept: `sweep.space` is `none`. Choose a space, as in"
             " `dvc exp run sweep -S sweep.space=ghost_head`.\n"
         )
-        stage.write_metrics({"space": NONE, "trials": 0})
+        stage.write_metrics({"trials": 0}, space=NONE)
         return
     stage.tracker.set_tags({"space": stage.section.space, "reference": plan.reference})
     dataset = plan.job.dataset

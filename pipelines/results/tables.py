@@ -59,6 +59,12 @@ def load_metrics(root: Path, stages: Sequence[str]) -> dict[str, dict[str, Any]]
     return {name: values for name, values in found.items() if not values.get("left_out")}
 
 
+def load_lineage(root: Path, stage: str) -> dict[str, str]:
+    """`lineage/<stage>.json`: identity, MLflow run and what else tells where a result is from."""
+    lineage: dict[str, str] = json.loads((root / f"lineage/{stage}.json").read_text())
+    return lineage
+
+
 def result_rows(
     tasks: Sequence[TaskFacts], metrics: Mapping[str, Mapping[str, Any]]
 ) -> list[ResultRow]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -45,12 +45,12 @@ def _forces(arguments: Sequence[str], stage: str) -> bool:
     return bool(getattr(parsed, "force", False)) and (not targets or stage in targets)
 
 
-def restore_outputs(stage: str, metrics: str) -> bool:
+def restore_outputs(stage: str, files: Mapping[str, str]) -> bool:
     """Bring back the outputs that `dvc.lock` records of a stage from DVC's cache.
 
     Args:
-        metrics: content of the stage's metrics file. Outputs are those of the wanted run if
-            `dvc.lock` records this file with them.
+        files: path and content of the stage's outputs that DVC does not cache. The others are
+            those of the wanted run if `dvc.lock` records these with them.
 
     Returns:
         whether they are there now; False where `dvc.lock` holds another run's, or the cache lacks
@@ -58,10 +58,12 @@ def restore_outputs(stage: str, metrics: str) -> bool:
     """
     lock = ROOT / "dvc.lock"
     recorded = YAML(typ="safe").load(lock.read_text())["stages"] if lock.is_file() else {}
-    outs = recorded.get(stage, {}).get("outs", [])
-    wanted = hashlib.md5(metrics.encode(), usedforsecurity=False).hexdigest()
-    path = next((out["path"] for out in outs if out.get("md5") == wanted), None)
-    if path is None:
+    sums = {out["path"]: out.get("md5") for out in recorded.get(stage, {}).get("outs", [])}
+    wanted = {
+        path: hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()
+        for path, text in files.items()
+    }
+    if not wanted.items() <= sums.items():
         return False
     os.environ.setdefault("DVC_NO_ANALYTICS", "1")
     from dvc.exceptions import CheckoutError, DvcException
@@ -74,6 +76,7 @@ def restore_outputs(stage: str, metrics: str) -> bool:
                     return False
     except (CheckoutError, DvcException, FileNotFoundError):
         return False
-    (ROOT / path).parent.mkdir(parents=True, exist_ok=True)
-    (ROOT / path).write_text(metrics)
+    for name, text in files.items():
+        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / name).write_text(text)
     return True

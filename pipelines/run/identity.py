@@ -229,8 +229,8 @@ class RunState:
     attempt: int = 1
     """Raised by `--force`: the same inputs computed anew."""
     mlflow_run_id: str | None = None
-    metrics: str | None = None
-    """The metrics file of the finished run, whole. None: it has not finished."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Metrics and lineage of the finished run, whole, by path. Empty: it has not finished."""
     outputs: str = ""
     """`outputs_digest` of the code that wrote the outputs."""
     inputs: dict[str, Any] = field(default_factory=dict)
@@ -263,7 +263,7 @@ def unfinished_runs(inputs: Inputs, runs: Path) -> list[tuple[str, list[str]]]:
         if not (folder / "state.json").is_file():
             continue
         state = RunState.load(folder)
-        if state.mlflow_run_id and state.metrics is None and state.inputs:
+        if state.mlflow_run_id and not state.files and state.inputs:
             found.append((folder.name, inputs.differences(Inputs(**state.inputs))))
     return found
 

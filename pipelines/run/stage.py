@@ -82,18 +82,26 @@ class StageRun:
         staged.parent.mkdir(parents=True, exist_ok=True)
         return staged
 
-    def write_metrics(self, metrics: Mapping[str, Any]) -> None:
-        """`metrics/<stage>.json`, with the identity and the MLflow run, and MLflow's summary.
+    def write_metrics(self, metrics: Mapping[str, float | None], **facts: str) -> None:
+        """`metrics/<stage>.json`, MLflow's summary, and `lineage/<stage>.json`.
 
-        Of a finished run the file is that of its end, whatever is passed.
+        Of a finished run the files are those of its end, whatever is passed.
+
+        Args:
+            facts: what the lineage names beside the identity and the MLflow run.
         """
-        text = self.state.metrics
-        if text is None:
-            values = dict(metrics) | {"wall_time_s": round(time.monotonic() - self._started, 1)}
-            self.tracker.log_summary(values)
-            values |= {"identity": self.identity, "mlflow_run_id": self.mlflow_run_id}
-            text = json.dumps(values, indent=2) + "\n"
-        self.output(f"metrics/{self.name}.json").write_text(text)
+        files = self.state.files
+        if not files:
+            took = round(time.monotonic() - self._started, 1)
+            numbers = {**metrics, "wall_time_s": took}
+            self.tracker.log_summary(numbers)
+            lineage = {"identity": self.identity, "mlflow_run_id": self.mlflow_run_id, **facts}
+            files = {
+                f"{folder}/{self.name}.json": json.dumps(values, indent=2) + "\n"
+                for folder, values in (("metrics", numbers), ("lineage", lineage))
+            }
+        for path, text in files.items():
+            self.output(path).write_text(text)
 
 
 @dataclass(frozen=True)
@@ -152,12 +160,12 @@ def _run(stage: Stage, params: Params, forced: bool) -> None:
         state = RunState.load(folder)
         # DVC's --force begins a new run where the last one has finished: the same command again
         # resumes what it began.
-        again = (forced and state.mlflow_run_id) or (state.metrics and dvc.is_forced(stage.name))
+        again = (forced and state.mlflow_run_id) or (state.files and dvc.is_forced(stage.name))
         if not again and _restore(stage, state):
             _say(stage.name, "its inputs are those of a finished run: outputs restored")
             return
         checked = stage.check(params)
-        if state.metrics and not again:
+        if state.files and not again:
             if _export(stage, StageRun(stage.name, params, inputs.identity, state), checked):
                 _say(stage.name, "its inputs are those of a finished run: outputs written again")
                 return
@@ -174,7 +182,7 @@ def _run(stage: Stage, params: Params, forced: bool) -> None:
 def _restore(stage: Stage, state: RunState) -> bool:
     """Bring back the outputs of a finished run as they were; whether that was possible."""
     same = state.outputs == outputs_digest(stage.name)
-    return bool(state.metrics) and same and dvc.restore_outputs(stage.name, state.metrics or "")
+    return bool(state.files) and same and dvc.restore_outputs(stage.name, state.files)
 
 
 def _export(stage: Stage, run: StageRun, checked: Any) -> bool:
@@ -284,7 +292,10 @@ def _publish(run: StageRun, digest: str) -> None:
     missing = [path for path in paths if not (run._staged / path).exists()]
     if missing:
         raise RuntimeError(f"stage {run.name} did not write {', '.join(missing)}")
-    metrics = (run._staged / f"metrics/{run.name}.json").read_text()
+    files = {
+        path: (run._staged / path).read_text()
+        for path in (f"metrics/{run.name}.json", f"lineage/{run.name}.json")
+    }
     for path in paths:
         target = ROOT / path
         if target.is_dir() and not target.is_symlink():
@@ -295,5 +306,5 @@ def _publish(run: StageRun, digest: str) -> None:
         shutil.move(run._staged / path, aside)
         aside.replace(target)
     shutil.rmtree(run._staged)
-    run.state.metrics, run.state.outputs = metrics, digest
+    run.state.files, run.state.outputs = files, digest
     run.state.save(run.folder)

@@ -37,7 +37,7 @@ def write_findings(stage: StageRun, plan: Plan, trials: Trials, folder: Path) ->
     rows = _trial_rows(outcomes, runs, plan.task.metric)
     write_csv(folder / "trials.csv", rows)
     version = register_champion(stage, plan, champion, folder)
-    summary = _summary(stage, plan, trials, comparison, champion)
+    summary = _summary(plan, trials, comparison, champion)
     write_page(
         folder / "sweep.html",
         stage,
@@ -46,6 +46,7 @@ def write_findings(stage: StageRun, plan: Plan, trials: Trials, folder: Path) ->
         {
             "score": trials.score,
             "summary": summary,
+            "best": champion.row["point"],
             "points_of": {o.trial.label: o.trial.point for o in outcomes},
             "trials": rows,
             "best_yaml": (folder / "best.yaml").read_text(),
@@ -53,7 +54,12 @@ def write_findings(stage: StageRun, plan: Plan, trials: Trials, folder: Path) ->
         },
     )
     stage.tracker.log_artifact(folder, "sweeps")
-    stage.write_metrics(summary)
+    stage.write_metrics(
+        summary,
+        space=stage.section.space,
+        reference=comparison["reference"],
+        best=champion.row["point"],
+    )
     print(markdown(comparison))
 
 
@@ -107,7 +113,7 @@ def _trial_rows(
 
 
 def _summary(
-    stage: StageRun, plan: Plan, trials: Trials, comparison: dict[str, Any], champion: Champion
+    plan: Plan, trials: Trials, comparison: dict[str, Any], champion: Champion
 ) -> dict[str, Any]:
     outcomes, metric, best = trials.outcomes.values(), plan.task.metric, champion.row
     counts = {
@@ -116,14 +122,11 @@ def _summary(
     }
     reference = next(r for r in comparison["rows"] if r["point"] == comparison["reference"])
     return {
-        "space": stage.section.space,
         "points": len(comparison["rows"]),
         **counts,
         "trials_not_run": trials.total - sum(counts.values()),
         "trials_reused": sum(o.reused for o in outcomes),
-        "reference": comparison["reference"],
         f"reference_{metric}": reference["mean"],
-        "best": best["point"],
         f"best_{metric}": best["mean"],
         f"best_{metric}_ci95": best["ci95"],
     }

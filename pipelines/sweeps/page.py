@@ -42,8 +42,8 @@ def write_page(
     """Write the page, with all of its pictures in it.
 
     Args:
-        facts: `score`, `summary`, `points_of` (points by label), `trials`, `best_yaml` and
-            `champion` (name and version), as the page shows them.
+        facts: `score`, `summary`, `best` (its point), `points_of` (points by label), `trials`,
+            `best_yaml` and `champion` (name and version), as the page shows them.
     """
     from jinja2 import Environment, FileSystemLoader
 

@@ -242,9 +242,10 @@ def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> 
     assert state() == "succeeded", log[-6000:]
     metrics = json.loads(hosts.on(0, "cat metrics/pretrain.json"))
     assert 0 <= metrics["top1"] <= 100
+    run_id = json.loads(hosts.on(0, "cat lineage/pretrain.json"))["mlflow_run_id"]
     count = (
         "from pipelines.run.tracking import metric_history;"
-        f" losses = metric_history('{metrics['mlflow_run_id']}')['train_loss'];"
+        f" losses = metric_history('{run_id}')['train_loss'];"
         " print([step for step, _ in losses])"
     )
     steps = json.loads(hosts.on(0, f"python -c {shlex.quote(count)}").splitlines()[-1])

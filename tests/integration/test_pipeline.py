@@ -40,9 +40,13 @@ def metrics(workspace: Workspace, stage: str) -> dict:
     return json.loads((workspace.root / f"metrics/{stage}.json").read_text())
 
 
+def lineage(workspace: Workspace, stage: str) -> dict:
+    return json.loads((workspace.root / f"lineage/{stage}.json").read_text())
+
+
 def mlflow_run(workspace: Workspace, stage: str) -> tuple[MlflowClient, Run]:
     client = MlflowClient(f"sqlite:///{workspace.root / 'mlflow.db'}")
-    return client, client.get_run(metrics(workspace, stage)["mlflow_run_id"])
+    return client, client.get_run(lineage(workspace, stage)["mlflow_run_id"])
 
 
 def weights(workspace: Workspace, stage: str = "pretrain") -> dict:
@@ -57,7 +61,8 @@ def test_dvc_repro_runs_every_stage(workspace: Workspace) -> None:
     lock = (workspace.root / "dvc.lock").read_text()
     for stage in STAGES:
         assert f"  {stage}:" in lock
-        assert metrics(workspace, stage)["identity"]
+        assert lineage(workspace, stage)["identity"]
+        assert all(isinstance(value, int | float) for value in metrics(workspace, stage).values())
 
 
 def test_the_scores_are_those_of_the_predictions(workspace: Workspace) -> None:
@@ -105,7 +110,7 @@ def test_report_is_self_contained_and_shows_results_and_lineage(workspace: Works
     assert page.count("data:image/png;base64,") == 12  # nine pictures, three contact sheets
     assert page.count("<img alt=") == 12
     for stage in ("pretrain", "detect", "segment"):
-        assert metrics(workspace, stage)["mlflow_run_id"] in page
+        assert lineage(workspace, stage)["mlflow_run_id"] in page
         assert weights(workspace, stage)["sha256"][:12] in page
     text = (workspace.root / "reports/report.md").read_text()
     assert f"| top1 | {metrics(workspace, 'pretrain')['top1']:.1f} |" in text
@@ -228,7 +233,7 @@ def test_mlflow_holds_the_run_of_each_stage(workspace: Workspace, stage: str) ->
     assert run.info.status == "FINISHED"
     tags = run.data.tags
     assert (tags["stage"], tags["dvc_stage"]) == (stage, stage)
-    assert tags["identity"] == metrics(workspace, stage)["identity"]
+    assert tags["identity"] == lineage(workspace, stage)["identity"]
     assert tags["git_dirty"] == "false"
     commit = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=workspace.root, capture_output=True, text=True, check=True
@@ -279,7 +284,7 @@ def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
         code, output = clone.run(*command)
         assert code == 0
         assert "Data and pipelines are up to date" in output
-    for path in ("weights", "plots", "results", "metrics", "reports", "build/op"):
+    for path in ("weights", "plots", "results", "metrics", "lineage", "reports", "build/op"):
         files = [p.relative_to(workspace.root) for p in (workspace.root / path).rglob("*")]
         assert files
         assert all((clone.root / file).exists() for file in files)
@@ -387,7 +392,7 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
     assert code == 0, output[-5000:]
     assert weights(workspace)["identity"] == undisturbed["identity"]
     assert weights(workspace)["sha256"] == undisturbed["sha256"]
-    assert metrics(workspace, "pretrain")["mlflow_run_id"] == state["mlflow_run_id"]
+    assert lineage(workspace, "pretrain")["mlflow_run_id"] == state["mlflow_run_id"]
     client, run = mlflow_run(workspace, "pretrain")
     for key in ("train_loss", "holdout_top1"):
         steps = [m.step for m in client.get_metric_history(run.info.run_id, key)]

@@ -71,7 +71,9 @@ def outcomes(workspace: Workspace) -> dict[str, dict]:
 
 
 def summary(workspace: Workspace) -> dict:
-    return json.loads((workspace.root / "metrics/sweep.json").read_text())
+    """Its numbers and its lineage."""
+    files = (workspace.root / f"{folder}/sweep.json" for folder in ("metrics", "lineage"))
+    return {key: value for file in files for key, value in json.loads(file.read_text()).items()}
 
 
 def client(workspace: Workspace) -> MlflowClient:

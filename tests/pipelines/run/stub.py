@@ -53,7 +53,7 @@ def _copy_library(target: Path) -> None:
     from ops import library
 
     shutil.copytree(os.environ["ELSA_TEST_LIBRARY"], target)
-    record = json.loads((target / "build.json").read_text()) | library.environment()
+    record = json.loads((target / "build.json").read_text()) | library.environment(cuda=False)
     (target / "build.json").write_text(json.dumps(record))
 
 

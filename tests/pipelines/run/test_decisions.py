@@ -165,8 +165,8 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def first(built: Workspace) -> dict[str, str]:
-    """The metrics files of the finished runs, with their identities and MLflow runs."""
-    return metrics(built)
+    """The lineage of the finished runs: their identities and MLflow runs."""
+    return lineage(built)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -179,7 +179,7 @@ def test_a_change_computes_what_depends_on_it_and_nothing_else(
     change(built.root)
     try:
         assert computed_by_repro(built) == expected
-        found = metrics(built)
+        found = lineage(built)
         assert {stage for stage in ALL if found[stage] != first[stage]} == set(expected)
     finally:
         for path, content in before.items():
@@ -188,7 +188,7 @@ def test_a_change_computes_what_depends_on_it_and_nothing_else(
 
 def test_what_is_taken_back_is_not_computed_again(built: Workspace, first: dict[str, str]) -> None:
     assert computed_by_repro(built) == []
-    assert metrics(built) == first
+    assert lineage(built) == first
     _, output = built.run("dvc", "repro", *TRAINING)
     assert "Data and pipelines are up to date" in output
 
@@ -202,18 +202,18 @@ def changed_files(root: Path) -> list[Path]:
     ] + [root / "params.yaml"]
 
 
-def metrics(workspace: Workspace) -> dict[str, str]:
-    return {stage: (workspace.root / f"metrics/{stage}.json").read_text() for stage in ALL}
+def lineage(workspace: Workspace) -> dict[str, str]:
+    return {stage: (workspace.root / f"lineage/{stage}.json").read_text() for stage in ALL}
 
 
 def test_force_computes_the_target_and_what_depends_on_other_weights(built: Workspace) -> None:
-    first = metrics(built)
+    first = lineage(built)
     assert computed_by_repro(built, "--force", "pretrain") == ["pretrain"]
-    anew = metrics(built)
+    anew = lineage(built)
     assert {stage for stage in ALL if anew[stage] != first[stage]} == {"pretrain"}
     # The weights are the same, only their run is another: nothing depends on that.
     assert computed_by_repro(built) == []
-    assert metrics(built) == anew
+    assert lineage(built) == anew
 
 
 def test_a_new_run_says_what_differs_from_an_unfinished_one(built: Workspace) -> None:
@@ -228,7 +228,7 @@ def test_a_new_run_says_what_differs_from_an_unfinished_one(built: Workspace) ->
         [unfinished] = [
             path.parent.name
             for path in built.root.glob(".runs/pretrain-*/state.json")
-            if json.loads(path.read_text())["metrics"] is None
+            if not json.loads(path.read_text())["files"]
         ]
         loop.write_text(code + "\n# A comment.\n")
         _, output = built.run("dvc", "repro", "pretrain")
@@ -262,7 +262,7 @@ def test_outputs_of_finished_runs_come_back_without_computing(built: Workspace) 
     assert computed_by_repro(built) == []  # those that DVC removed before a failing stage too
     before = {
         path: path.read_bytes()
-        for folder in ("weights", "results", "plots", "metrics")
+        for folder in ("weights", "results", "plots", "metrics", "lineage")
         for path in (built.root / folder).rglob("*")
         if path.is_file() and path.name not in ("sweep.json", "report.json")
     }

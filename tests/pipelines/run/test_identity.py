@@ -24,6 +24,7 @@ from pipelines.run.identity import (
     unfinished_runs,
 )
 
+OUTPUT_FOLDERS = ("build", "data", "weights", "results", "plots", "metrics", "lineage")
 STAGES = """
 stages:
   pretrain:
@@ -183,7 +184,7 @@ def test_an_unfinished_run_is_told_apart_by_its_inputs(root: Path, tmp_path: Pat
     [(name, differing)] = unfinished_runs(stage_inputs("pretrain", params(), root), tmp_path)
     assert name == folder.name
     assert differing == ["pretrain.seed (1 there, 0 here)", "pipelines/train.py"]
-    state.metrics = "{}"
+    state.files = {"metrics/pretrain.json": "{}"}
     state.save(folder)
     assert unfinished_runs(stage_inputs("pretrain", params(), root), tmp_path) == []
 
@@ -199,7 +200,7 @@ def test_the_deps_of_dvc_are_the_code_that_the_stage_loads(stage: str) -> None:
     listed = {dep for dep in definition["deps"] if dep.endswith(".py")}
     assert listed == closure(modules, ROOT)
     for dep in definition["deps"]:
-        made = dep.startswith(("build/", "data/", "weights/", "results/", "plots/", "metrics/"))
+        made = dep.partition("/")[0] in OUTPUT_FOLDERS
         given = re.fullmatch(r"\$\{(detect|segment)\.(weights|config)\}", dep)
         assert made or given or (ROOT / dep.replace("${sweep.space}", "demo")).exists(), dep
 
