@@ -8,6 +8,7 @@ This file stands alone, a copy of it lies beside each exported model:
     model.classes                       # names, by label
     model.logits(images)                # (n, 3, H, W) float32, RGB from 0 to 255, of model.size
     model(Image.open("photo.jpg"))      # logits (classes) or (classes, H, W) of one picture
+    model.labels(Image.open("photo.jpg"))  # of a segmentor: the class of each pixel (H, W)
     model.find(Image.open("photo.jpg")) # of a detector: boxes, labels, scores, masks
 """
 
@@ -134,6 +135,11 @@ class Exported:
 
     def __call__(self, picture: Image.Image) -> NDArray[np.float32]:
         return self.logits(self.prepare(picture)[None])[0]
+
+    def labels(self, picture: Image.Image) -> NDArray[np.int64]:
+        """The class of each pixel (H, W) of a picture, by a segmentor."""
+        logits = self(picture).transpose(1, 2, 0)
+        return scaled(logits, picture.size[1], picture.size[0]).argmax(2)
 
     def find(self, picture: Image.Image) -> Objects:
         """The objects in a picture, by a detector, as mmdet finds them."""
@@ -295,17 +301,16 @@ def _told(model: Exported, picture: Image.Image, name: Path) -> str:
             if score >= 0.3
         )
         return "; ".join(lines) or "nothing"
-    found = model(picture)
     if model.task == "classify":
+        found = model(picture)
         weights = np.exp(found - found.max())
         order = np.argsort(-found, kind="stable")[:5]
         return ", ".join(
             f"{model.classes[i]} {100 * weights[i] / weights.sum():.1f}%" for i in order
         )
-    found = scaled(found.transpose(1, 2, 0), picture.size[1], picture.size[0])
-    labels = found.argmax(2).astype(np.uint8)
+    labels = model.labels(picture)
     out = name.with_suffix(".labels.png")
-    Image.fromarray(labels).save(out)
+    Image.fromarray(labels.astype(np.uint8)).save(out)
     return f"{', '.join(model.classes[i] for i in np.unique(labels))}, in {out.name}"
 
 

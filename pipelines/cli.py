@@ -142,7 +142,9 @@ def plan(
 @main.command()
 @click.option("--task", required=True, type=click.Choice(["classify", "detect", "segment"]))
 @click.option(
-    "--weights", required=True, help="A published checkpoint, safetensors, or weights/<stage>."
+    "--weights",
+    required=True,
+    help="A published checkpoint, safetensors, weights/<stage>, or an export (.onnx, .pt2).",
 )
 @click.option("--recipe", help="Whose model to use; default: params.yaml, or what fits.")
 @click.option("--ms-flip", is_flag=True, help="Several scales, and mirrored (segment).")

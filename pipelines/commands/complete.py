@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipelines.commands.evaluate import choose_params, load_model
+from pipelines.commands.recognise import choose_params, load_model
 from pipelines.data.files import sha256_file
 from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights

@@ -5,12 +5,16 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from elsa.run_exported import Exported
+from pipelines.commands import evaluate_export
+from pipelines.commands.recognise import choose_params, load_model
 from pipelines.data import store
 from pipelines.data.errors import DataError
 from pipelines.data.files import sha256_file
@@ -19,8 +23,8 @@ from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.store import Dataset
 from pipelines.data.weights import DESCRIPTION, weights_file
 from pipelines.errors import PipelineError
-from pipelines.params import Params, compose, load_params, override, parse_change, recipe_names
-from pipelines.paths import RECIPES, ROOT
+from pipelines.params import Params, load_params, override, parse_change
+from pipelines.paths import ROOT
 from pipelines.tasks import TASKS, Prediction, Task
 from pipelines.tasks.task import require_operator
 
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pipelines.run.session import Session
     from pipelines.train.reporter import Reporter
 
 SHOWN_CLASSES = 10
@@ -39,7 +44,7 @@ class Options:
 
     task: str
     weights: str
-    """A published checkpoint, safetensors, or a folder such as weights/pretrain."""
+    """A published checkpoint, safetensors, a folder such as weights/pretrain, or an export."""
     recipe: str | None = None
     """Whose model and settings to use; None takes params.yaml, or what fits the weights."""
     ms_flip: bool = False
@@ -59,13 +64,13 @@ class Evaluation:
     task: Task
     what: Prediction
     state: "dict[str, Tensor]"
-    """State dict of the whole model."""
+    """State dict of the whole model; empty of an export."""
     sha256: str
     """Of the file with the weights."""
     upstream_run: str
     """MLflow run that made the weights; empty if it is not known."""
-    parameters: int
-    """Of the whole model."""
+    parameters: int | None
+    """Of the whole model; None of an export, which does not say whose model it is."""
 
 
 @dataclass(frozen=True)
@@ -76,119 +81,6 @@ class EvaluationJob:
     what: Prediction
     state: Any
     """Reference of the state dict in Ray's object store."""
-
-
-def choose_params(
-    task: Task, weights: Path, recipe: str | None, changes: list[str], use_ema: bool = True
-) -> Params:
-    """The parameters that the weights belong to: the recipe if given, else those of `params.yaml`
-    if the weights fit their model, else the first recipe whose model they fit.
-
-    Raises:
-        PipelineError: none fits.
-    """
-    described = _description(weights)
-    group = f"{described.get('method')}_{described.get('schedule')}"
-    given = any(change.startswith(f"{task.stage}=") for change in changes)
-    if (RECIPES / task.stage / f"{group}.yaml").is_file() and not given:
-        own = [f"{task.stage}.config={described['config']}"] if "config" in described else []
-        changes = [f"{task.stage}={group}", *own, *changes]
-    if recipe:
-        return _as_described(compose([f"recipe={recipe}", *changes]), task, described)
-    faults = {}
-    for name in ("params.yaml", *recipe_names()):
-        try:
-            params = _params_yaml(changes) if name == "params.yaml" else None
-            params = params or compose([f"recipe={name}", *changes])
-            params = _as_described(params, task, described)
-        except PipelineError as error:
-            faults[name] = str(error)  # a change that is not for this recipe
-            continue
-        fault = _misfit(task, weights, params, use_ema)
-        if fault is None:
-            return params
-        faults[name] = fault
-    shown = "\n".join(f"  {name}: {fault.splitlines()[0]}" for name, fault in faults.items())
-    raise PipelineError(
-        f"{weights} fits the model of no recipe. Tried:\n{shown}",
-        "Name one with --recipe, and change it with -S model.<key>=<value>, to see what differs",
-    )
-
-
-def _as_described(params: Params, task: Task, described: Mapping[str, Any]) -> Params:
-    """With the changes to the config that the weights were trained with, unless it has others."""
-    options = described.get("cfg_options")
-    if not options or task.section(params).cfg_options:
-        return params
-    section = task.section(params).model_copy(update={"cfg_options": options})
-    return params.model_copy(update={task.stage: section})
-
-
-def _params_yaml(changes: list[str]) -> Params:
-    """`params.yaml` with the changes.
-
-    Raises:
-        PipelineError: a change that is not for it, such as one of a group.
-    """
-    return override(load_params(), dict(map(parse_change, changes)), " ".join(changes))
-
-
-def _description(weights: Path) -> dict[str, Any]:
-    """What `model.json` beside the weights says of the model; empty without one."""
-    file = weights.parent / DESCRIPTION
-    found: dict[str, Any] = json.loads(file.read_text())["model"] if file.is_file() else {}
-    return found
-
-
-def _misfit(task: Task, weights: Path, params: Params, use_ema: bool) -> str | None:
-    """Why the weights are not of the parameters' backbone; None if they are."""
-    import timm
-
-    import elsa
-
-    theirs = _description(weights)
-    if theirs:
-        known = {*theirs, "cfg_options", "config"}  # which are left out where there are none
-        ours = {key: value for key, value in task.model(params).items() if key in known}
-        differing = [key for key in ours if theirs.get(key) != ours[key]]
-        return f"{DESCRIPTION} has another {', '.join(differing)}" if differing else None
-    whole = task.name == "classify"
-    kind = {"num_classes": params.pretrain.num_classes} if whole else {"features_only": True}
-    try:
-        model = timm.create_model(params.model.name, **params.model.overrides(), **kind)
-        _load(model, weights, use_ema)
-    except (elsa.CheckpointError, TypeError, ValueError, RuntimeError) as error:
-        return str(error)
-    return None
-
-
-def _load(model: Any, file: Path, use_ema: bool) -> None:
-    import elsa
-
-    if any(isinstance(part, elsa.ELSASwin) for part in model.modules()):
-        elsa.load_checkpoint(model, file, use_ema=use_ema)
-    else:
-        model.load_state_dict(elsa.read_state_dict(file, use_ema=use_ema))
-
-
-def load_model(task: Task, what: Prediction, file: Path, use_ema: bool = True) -> Any:
-    """The whole model with the weights of `file`.
-
-    Raises:
-        PipelineError: they don't fit; names what differs.
-    """
-    import elsa
-
-    model = task.evaluation_model(what)
-    try:
-        _load(model, file, use_ema)
-    except (elsa.CheckpointError, RuntimeError) as error:
-        group = f"-S {task.stage}=<group> chooses another method and schedule"
-        fix = group if (RECIPES / task.stage).is_dir() else ""
-        raise PipelineError(
-            f"{error}\nThe model is that of recipe {what.params.recipe}", fix
-        ) from None
-    return model
 
 
 def find_data(task: Task, params: Params, given: str | None) -> Dataset:
@@ -239,40 +131,50 @@ def predict(job: EvaluationJob, device: "torch.device", reporter: "Reporter") ->
         reporter.keep(folder if reporter.rank == 0 else None)
 
 
-def run(evaluation: Evaluation, out: Path) -> dict[str, float]:
-    """Evaluate on Ray, record it in MLflow, write the folder `out`; the metrics in percent."""
+def predict_on_ray(evaluation: Evaluation, session: "Session", run_id: str, folder: Path) -> None:
+    """Write the predictions of the weights to a new folder, by the workers of `scaling`."""
     import ray
 
     from pipelines.run import checkpoints
     from pipelines.run.fit import RunSpec, fit, forget
-    from pipelines.run.session import ray_session, storage_path
+    from pipelines.run.session import storage_path
 
     task, what = evaluation.task, evaluation.what
-    with ray_session() as session, _tracked(evaluation) as tracker:
-        spec = RunSpec(
-            stage="evaluate",
-            name=f"evaluate-{task.name}-{time.time_ns():x}",
-            mlflow_run_id=tracker.run_id,
-            scaling=what.params.scaling,
-            storage=storage_path(what.params),
-            data={task.dataset: what.dataset.place},
-            local=session.local,
-        )
-        job = EvaluationJob(task.name, what, ray.put(evaluation.state))
-        checkpoint = fit(predict, job, spec)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-            staged = Path(scratch) / out.name
-            checkpoint.to_directory(str(staged))
-            forget(checkpoint)
-            (staged / checkpoints.SEAL).unlink()
-            metrics = write_results(evaluation, staged, tracker.run_id)
-            tracker.log_summary(metrics)
-            for file in sorted(staged.iterdir()):
-                if file.suffix in (".csv", ".png", ".json") and file.stat().st_size < 2**24:
-                    tracker.log_artifact(file)
-            shutil.rmtree(out, ignore_errors=True)
-            staged.replace(out)
+    spec = RunSpec(
+        stage="evaluate",
+        name=f"evaluate-{task.name}-{time.time_ns():x}",
+        mlflow_run_id=run_id,
+        scaling=what.params.scaling,
+        storage=storage_path(what.params),
+        data={task.dataset: what.dataset.place},
+        local=session.local,
+    )
+    job = EvaluationJob(task.name, what, ray.put(evaluation.state))
+    checkpoint = fit(predict, job, spec)
+    checkpoint.to_directory(str(folder))
+    forget(checkpoint)
+    (folder / checkpoints.SEAL).unlink()
+
+
+def record(
+    evaluation: Evaluation, out: Path, predict_to: Callable[[str, Path], None]
+) -> dict[str, float]:
+    """Predict, score, record it in MLflow, write the folder `out`; the metrics in percent.
+
+    Args:
+        predict_to: writes the predictions to a new folder; it gets the id of the MLflow run, too.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _tracked(evaluation) as tracker, tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        staged = Path(scratch) / out.name
+        predict_to(tracker.run_id, staged)
+        metrics = write_results(evaluation, staged, tracker.run_id)
+        tracker.log_summary(metrics)
+        for file in sorted(staged.iterdir()):
+            if file.suffix in (".csv", ".png", ".json") and file.stat().st_size < 2**24:
+                tracker.log_artifact(file)
+        shutil.rmtree(out, ignore_errors=True)
+        staged.replace(out)
     return metrics
 
 
@@ -286,14 +188,15 @@ def _tracked(evaluation: Evaluation) -> Iterator[Any]:
     tags = {
         "stage": "evaluate",
         "task": task.name,
-        "recipe": params.recipe,
         "weights": evaluation.sha256,
         "upstream_run_id": evaluation.upstream_run,
         "data": store.public_url(evaluation.what.dataset.place),
         **tracking.git_tags(),
     }
     tracker = tracking.start_run("evaluate", pipeline_name(params), tags)
-    tracker.log_params(params.model_dump(mode="json", include={"model", task.stage}))
+    if evaluation.parameters is not None:
+        tracker.set_tags({"recipe": params.recipe})
+        tracker.log_params(params.model_dump(mode="json", include={"model", task.stage}))
     try:
         yield tracker
     except BaseException as error:
@@ -315,14 +218,21 @@ def write_results(evaluation: Evaluation, folder: Path, run_id: str) -> dict[str
     summary = {
         **{name: round(value, 4) for name, value in metrics.items()},
         "task": task.name,
-        "recipe": what.params.recipe,
-        "model": what.params.model.model_dump(mode="json"),
-        "parameters": evaluation.parameters,
+        **_about_model(evaluation),
         "weights_sha256": evaluation.sha256,
         "mlflow_run_id": run_id,
     }
     (folder / "metrics.json").write_text(json.dumps(summary, indent=2) + "\n")
     return metrics
+
+
+def _about_model(evaluation: Evaluation) -> dict[str, Any]:
+    """For the summary; nothing of an export."""
+    if evaluation.parameters is None:
+        return {}
+    params = evaluation.what.params
+    model = params.model.model_dump(mode="json")
+    return {"recipe": params.recipe, "model": model, "parameters": evaluation.parameters}
 
 
 def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> None:
@@ -334,8 +244,10 @@ def show(evaluation: Evaluation, metrics: Mapping[str, float], out: Path) -> Non
 
     console, task, params = Console(), evaluation.task, evaluation.what.params
     facts = replace(task.facts(params), evaluated=True)
-    published = published_beside(metrics, facts)
-    table = Table("metric", title=f"{params.model.name}, recipe {params.recipe}")
+    whole = evaluation.parameters is not None
+    published = published_beside(metrics, facts) if whole else {}
+    title = f"{params.model.name}, recipe {params.recipe}" if whole else f"export, task {task.name}"
+    table = Table("metric", title=title)
     table.add_column("value", justify="right")
     if published:
         table.add_column("published")
@@ -384,17 +296,48 @@ def prepare(options: Options) -> Evaluation:
     )
 
 
+def prepare_export(options: Options, exported: Exported) -> Evaluation:
+    """Check everything that can be checked before an export predicts.
+
+    Raises:
+        PipelineError: what does not fit.
+    """
+    given = {"--recipe": options.recipe, "--ms-flip": options.ms_flip, "--no-ema": options.no_ema}
+    for name in (name for name, value in given.items() if value):
+        raise PipelineError(f"{name} is not for an export, which predicts in one way only")
+    task = TASKS[options.task]
+    own = {f"{task.stage}.num_classes": len(exported.classes)}
+    changes = own | dict(map(parse_change, options.changes))
+    params = override(load_params(), changes, " ".join(options.changes))
+    dataset = find_data(task, params, options.data)
+    evaluate_export.check_classes(exported, dataset)
+    digest = sha256_file(Path(options.weights).expanduser())
+    return Evaluation(task, Prediction(params, dataset), {}, digest, "", None)
+
+
 def evaluate(options: Options) -> None:
     """Evaluate, and print and write the scores.
 
     Raises:
         PipelineError: what does not fit, or failed.
     """
-    evaluation = prepare(options)
+    exported = None
+    if evaluate_export.is_export(options.weights):
+        exported = evaluate_export.load(options.weights, options.task)
+        evaluation = prepare_export(options, exported)
+    else:
+        evaluation = prepare(options)
     how = "-ms-flip" if options.ms_flip else ""
     default = ROOT / "evaluations" / f"{options.task}{how}-{evaluation.sha256[:12]}"
     out = Path(options.out).resolve() if options.out else default
     if options.out and out.exists() and not (out / "metrics.json").is_file():
         raise PipelineError(f"--out {out} exists and holds no evaluation", "Name another folder")
-    metrics = run(evaluation, out)
+    if exported:
+        write = partial(evaluate_export.predict, exported, evaluation.what.dataset)
+        metrics = record(evaluation, out, lambda _, folder: write(folder))
+    else:
+        from pipelines.run.session import ray_session
+
+        with ray_session() as session:
+            metrics = record(evaluation, out, partial(predict_on_ray, evaluation, session))
     show(evaluation, metrics, out)

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import elsa  # noqa: F401  registers the models
-from pipelines.commands import evaluate
+from pipelines.commands import evaluate, recognise
 from pipelines.data.layout import DATASETS
 from pipelines.errors import PipelineError
 from pipelines.tasks import TASKS
@@ -23,8 +23,8 @@ def published(tmp_path_factory):
 
 
 def test_the_recipe_is_recognised_by_the_weights(published):
-    assert evaluate.choose_params(CLASSIFY, published, None, []).recipe == "elsa_swin_tiny"
-    chosen = evaluate.choose_params(
+    assert recognise.choose_params(CLASSIFY, published, None, []).recipe == "elsa_swin_tiny"
+    chosen = recognise.choose_params(
         CLASSIFY, published, None, ["pretrain.img_size=448", "scaling.num_workers=1"]
     )
     assert (chosen.recipe, chosen.pretrain.img_size) == ("elsa_swin_tiny", 448)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipelines import prepare
-from pipelines.commands import evaluate
+from pipelines.commands import recognise
 from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
@@ -86,10 +86,10 @@ def test_weights_name_their_options_and_evaluation_takes_them(tmp_path: Path) ->
     model = task.build(params)
     description = WeightsDescription(task.model(params), "0" * 12, "0" * 32, {})
     write_weights(tmp_path / "weights", model.state_dict(), description)
-    chosen = evaluate.choose_params(task, tmp_path / "weights/model.safetensors", "demo", [])
+    chosen = recognise.choose_params(task, tmp_path / "weights/model.safetensors", "demo", [])
     assert chosen.detect.cfg_options == {ANCHORS: [4]}
     other = override(chosen, {"detect.cfg_options": {ANCHORS: [3]}}, "test")
-    fault = evaluate._misfit(task, tmp_path / "weights/model.safetensors", other, True)
+    fault = recognise._misfit(task, tmp_path / "weights/model.safetensors", other, True)
     assert fault == "model.json has another cfg_options"
     assert "changed" in task.published_as(chosen)["schedule"]  # no published result is of it
 
