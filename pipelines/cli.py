@@ -165,7 +165,9 @@ def evaluate(**options: Any) -> None:
 @main.command()
 @click.argument("pictures", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
-    "--weights", required=True, help="weights/<stage>, models:/NAME@champion, or a published file."
+    "--weights",
+    required=True,
+    help="weights/<stage>, models:/NAME@champion, hf-hub:USER/NAME, or a file.",
 )
 @click.option(
     "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."
@@ -191,7 +193,9 @@ def predict(
 
 @main.command()
 @click.option(
-    "--weights", required=True, help="weights/<stage>, models:/NAME@champion, or a published file."
+    "--weights",
+    required=True,
+    help="weights/<stage>, models:/NAME@champion, hf-hub:USER/NAME, or a file.",
 )
 @click.option(
     "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."
@@ -221,6 +225,31 @@ def export(
 
     place = weights.pop("weights")
     run(Weights(place, **weights), formats, size, out)
+
+
+@main.command()
+@click.option(
+    "--weights",
+    required=True,
+    help="weights/<stage>, models:/NAME@champion, hf-hub:USER/NAME, or a file.",
+)
+@click.option("--to", required=True, metavar="hf-hub:USER/NAME|FOLDER", help="Where it appears.")
+@click.option(
+    "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."
+)
+@click.option("--recipe", help="Whose model a published file is of; default: what fits.")
+@click.option("--private", is_flag=True, help="On the hub: for you alone, if it is new there.")
+def publish(to: str, private: bool, **weights: Any) -> None:
+    """Put weights on a hub, with a card.
+
+    timm, mmdet and mmseg load them from there, `elsa predict --weights hf-hub:USER/NAME` too. A
+    folder gets the same files.
+    """
+    from pipelines.commands.predict import Weights
+    from pipelines.commands.publish import publish as run
+
+    place = weights.pop("weights")
+    run(Weights(place, **weights), to, private)
 
 
 @main.command()

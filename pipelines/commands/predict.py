@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from pipelines.data.masks import run_lengths
 from pipelines.errors import PipelineError
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
+HUB = "hf-hub:"
 TOP = 5
 """Classes that are told of an image."""
 SMALLEST = 480
@@ -31,7 +33,8 @@ class Weights:
     """Which weights to predict with."""
 
     place: str
-    """A folder that a stage wrote, a model in MLflow (`models:/...`), or a published file."""
+    """A folder that a stage wrote, a model in MLflow (`models:/...`) or on a hub (`hf-hub:...`), or
+    a published file."""
     task: str | None = None
     """Of a file: what it is for."""
     recipe: str | None = None
@@ -134,31 +137,47 @@ def load(given: Weights, device: str) -> Predictor:
     Raises:
         PipelineError: there are none, or they can't be read.
     """
-    weights = given.place
-    folder = _registered(weights) if weights.startswith("models:/") else Path(weights).expanduser()
     try:
-        if not folder.is_file():
+        with weights_folder(given) as folder:
             return load_predictor(folder, device)
+    except (FileNotFoundError, elsa.CheckpointError) as error:
+        raise PipelineError(
+            f"--weights {given.place}: {error}",
+            "Give a folder that a stage of this version wrote, such as weights/detect",
+        ) from None
+    except ModuleNotFoundError as error:
+        raise PipelineError(
+            f"--weights {given.place} needs {error.name}, which is not installed",
+            "Install what README says under `make setup`",
+        ) from None
+
+
+@contextmanager
+def weights_folder(given: Weights) -> Iterator[Path]:
+    """A folder with the weights and what says whose they are; of a file it is temporary.
+
+    Raises:
+        PipelineError: the file, the hub or the store does not have them.
+    """
+    place = given.place
+    folder = Path(place).expanduser()
+    if place.startswith("models:/"):
+        yield _registered(place)
+    elif place.startswith(HUB):
+        yield _from_hub(place)
+    elif folder.is_file():
         if not given.task:
             raise PipelineError(
-                f"--weights {weights} is a file, and nothing in it says what model it is of",
+                f"--weights {place} is a file, and nothing in it says what model it is of",
                 "Add --task, or give the folder that a stage wrote, such as weights/detect",
             )
         from pipelines.commands.complete import complete
 
         with tempfile.TemporaryDirectory() as scratch:
             complete(folder, given.task, given.recipe, Path(scratch))
-            return load_predictor(scratch, device)
-    except (FileNotFoundError, elsa.CheckpointError) as error:
-        raise PipelineError(
-            f"--weights {weights}: {error}",
-            "Give a folder that a stage of this version wrote, such as weights/detect",
-        ) from None
-    except ModuleNotFoundError as error:
-        raise PipelineError(
-            f"--weights {weights} needs {error.name}, which is not installed",
-            "Install what README says under `make setup`",
-        ) from None
+            yield Path(scratch)
+    else:
+        yield folder
 
 
 def default_device() -> str:
@@ -166,6 +185,17 @@ def default_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _from_hub(place: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(place.removeprefix(HUB)))
+    except Exception as error:  # of whichever HTTP library the hub's client has
+        raise PipelineError(
+            f"--weights {place}: {error}", "Log in by `hf auth login` if it is private"
+        ) from error
 
 
 def _registered(uri: str) -> Path:

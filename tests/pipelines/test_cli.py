@@ -20,6 +20,7 @@ COMMANDS = (
         "evaluate",
         "predict",
         "export",
+        "publish",
         "compare",
         "published",
         "results",
