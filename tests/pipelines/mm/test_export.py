@@ -14,6 +14,7 @@ from elsa.export import ExportError
 from elsa.export_detector import detector_graphs
 from elsa.predict import Detector, load_predictor
 from elsa.run_exported import Exported, scaled
+from pipelines.commands import evaluate_export
 from pipelines.commands.export import export
 from pipelines.commands.predict import Weights
 from pipelines.errors import PipelineError
@@ -60,6 +61,14 @@ def test_an_exported_segmentor_labels_pictures_as_mmseg_does(make_job, tmp_path,
         expected = predictor(np.asarray(picture)).labels
         assert (logits.argmax(2) == expected).mean() > same
 
+    evaluate_export.predict(exported, job.dataset, tmp_path / "predictions")
+    files = sorted((Path(job.dataset.place) / "images/validation").iterdir())
+    assert len(files) == len(list((tmp_path / "predictions").iterdir())) > 0
+    for file in files:
+        labels = np.asarray(Image.open(tmp_path / f"predictions/{file.stem}.png")).astype(int)
+        expected = predictor(np.asarray(Image.open(file).convert("RGB"))).labels + 1
+        assert (labels == expected).mean() > 0.98
+
 
 @pytest.mark.parametrize("group", ["mask-rcnn_demo", "faster-rcnn_finetune"])
 def test_an_exported_detector_finds_what_mmdet_finds(group, make_job, tmp_path) -> None:
@@ -102,6 +111,22 @@ def test_an_exported_detector_finds_what_mmdet_finds(group, make_job, tmp_path) 
     assert (found.masks is None) == (expected.masks is None)
     if found.masks is not None:
         assert (found.masks == expected.masks)[same].mean() > 0.999
+
+    evaluate_export.predict(exported, job.dataset, tmp_path / "predictions")
+    results = json.loads((tmp_path / "predictions/coco.bbox.json").read_text())
+    assert (tmp_path / "predictions/coco.segm.json").is_file() == group.startswith("mask")
+    place = Path(job.dataset.place)
+    truth = json.loads((place / "annotations/instances_val2017.json").read_text())
+    names = {one["id"]: one["name"] for one in truth["categories"]}
+    for one in truth["images"]:
+        objects = exported.find(Image.open(place / "val2017" / one["file_name"]))
+        own = [result for result in results if result["image_id"] == one["id"]]
+        assert [result["score"] for result in own] == objects.scores.tolist()
+        classes = [exported.classes[label] for label in objects.labels]
+        assert [names[result["category_id"]] for result in own] == classes
+        corners = np.array([result["bbox"] for result in own])
+        corners[:, 2:] += corners[:, :2]
+        np.testing.assert_allclose(corners, objects.boxes, atol=1e-3)
 
 
 def test_what_is_no_such_detector_is_told(make_job, tmp_path) -> None:
