@@ -102,7 +102,7 @@ def test_loops_load_without_ray_mlflow_and_dvc(package: str) -> None:
 
 def test_stages_load_without_what_computes() -> None:
     """So a stage whose inputs are those of a finished run says so within a second or two."""
-    stages = ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "report"]
+    stages = ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "export", "report"]
     code = (
         "import importlib, sys\n"
         "heavy = ['torch', 'timm', 'ray', 'mlflow', 'dvc', 'matplotlib', 'pandas', 'scipy']\n"

@@ -56,7 +56,7 @@ def _of_runs(ids: Sequence[str], metric: str | None) -> dict[str, Any]:
     if missing:
         raise PipelineError(
             f"no run {', '.join(missing)} at {tracking.tracking_uri()}",
-            "Ids of MLflow runs are in lineage/*.json and in MLflow's table of runs",
+            "Ids of MLflow runs are in lineage/*.json (`dvc pull`) and in MLflow's table of runs",
         )
     return _compare([run for run in found.values() if run], metric)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 from ruamel.yaml import YAML
 
+from pipelines.data.files import write_whole
 from pipelines.paths import ROOT
 
 
@@ -49,8 +50,8 @@ def restore_outputs(stage: str, files: Mapping[str, str]) -> bool:
     """Bring back the outputs that `dvc.lock` records of a stage from DVC's cache.
 
     Args:
-        files: path and content of the stage's outputs that DVC does not cache. The others are
-            those of the wanted run if `dvc.lock` records these with them.
+        files: path and content of some of the stage's outputs, those that DVC does not cache
+            among them. The others are those of the wanted run if `dvc.lock` records these too.
 
     Returns:
         whether they are there now; False where `dvc.lock` holds another run's, or the cache lacks
@@ -72,11 +73,11 @@ def restore_outputs(stage: str, files: Mapping[str, str]) -> bool:
     try:
         with Repo(str(ROOT)) as repo:
             for out in repo.stage.load_one(name=stage).outs:
-                if out.use_cache and out.checkout(force=True) is None:
+                if not out.use_cache:
+                    (ROOT / out.def_path).parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(ROOT / out.def_path, files[out.def_path])
+                elif out.checkout(force=True) is None:
                     return False
     except (CheckoutError, DvcException, FileNotFoundError):
         return False
-    for name, text in files.items():
-        (ROOT / name).parent.mkdir(parents=True, exist_ok=True)
-        (ROOT / name).write_text(text)
     return True

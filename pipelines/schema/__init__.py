@@ -185,6 +185,11 @@ class Report(Section):
     """Validation images drawn with predictions beside the truth."""
 
 
+class Export(Section):
+    formats: Annotated[tuple[Literal["onnx", "pt2"], ...], Field(min_length=1)]
+    """`pt2` takes minutes, and is not for detectors, which are written as ONNX alone."""
+
+
 class Params(Section):
     """All of `params.yaml`: everything that determines what a pipeline run does."""
 
@@ -206,6 +211,7 @@ class Params(Section):
     detect: Detect
     segment: Segment
     sweep: Sweep
+    export: Export
     report: Report
 
     @model_validator(mode="after")

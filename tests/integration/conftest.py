@@ -100,7 +100,7 @@ def copy_checkout(root: Path) -> None:
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
-        written = name == "dvc.lock" or name.startswith(("metrics/", "lineage/"))
+        written = name == "dvc.lock" or name.startswith("metrics/")
         if (ROOT / name).exists() and not written:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, root / name, follow_symlinks=False)

@@ -33,7 +33,7 @@ from pipelines.run.checkpoints import fault
 from . import models
 from .conftest import Workspace, needs_chromium, rendered
 
-STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "report")
+STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "export", "report")
 
 
 def metrics(workspace: Workspace, stage: str) -> dict:

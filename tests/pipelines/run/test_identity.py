@@ -190,7 +190,7 @@ def test_an_unfinished_run_is_told_apart_by_its_inputs(root: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "stage", ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "report"]
+    "stage", ["prepare", "build_op", "pretrain", "detect", "segment", "sweep", "export", "report"]
 )
 def test_the_deps_of_dvc_are_the_code_that_the_stage_loads(stage: str) -> None:
     """So DVC sees each change of code that changes a result, and no other."""
