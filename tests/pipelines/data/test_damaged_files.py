@@ -21,11 +21,14 @@ from pipelines.data import pack
 from pipelines.data.checks import check_dataset
 from pipelines.data.files import write_json
 from pipelines.data.images import Images
+from pipelines.data.public import archives
 from pipelines.data.public.take import take_one
 from pipelines.data.weights import WeightsDescription, read_description, write_weights
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose, load_params, read_yaml
 from tests.mutations import VALUES, mutated, mutated_json
+
+from .test_archives import pack_archives
 
 Run = Callable[[], object]
 
@@ -176,3 +179,29 @@ def test_requests_to_a_served_model() -> None:
             assert found.dtype == np.uint8
     assert len(rejected) > 300
     assert set(rejected) == {"INVALID_PARAMETER_VALUE"}
+
+
+@pytest.mark.parametrize("kind", ["imagenet", "coco", "ade20k"])
+def test_archives(kind: str, copy_public, tmp_path: Path, monkeypatch: Any) -> None:
+    """With no published checksum to tell: nothing is left under the name of what is unpacked, and
+    no file is written outside."""
+    monkeypatch.setattr(archives, "CHECKSUMS", {})
+    folder, target = tmp_path / "archives", tmp_path / "out/target"
+    pack_archives(copy_public(kind), kind, folder)
+
+    def run() -> None:
+        shutil.rmtree(target.parent, ignore_errors=True)
+        target.parent.mkdir()
+        try:
+            archives.unpack(folder, kind, target, each)
+        except PipelineError:
+            assert not target.exists()
+            raise
+        finally:
+            assert {file.name for file in tmp_path.iterdir()} == before
+            assert {file.name for file in target.parent.iterdir()} <= {"target", "target.unpacking"}
+
+    target.parent.mkdir()
+    before = {file.name for file in tmp_path.iterdir()}
+    for file in sorted(folder.iterdir()):
+        damage(file, run, 60, structure=False)

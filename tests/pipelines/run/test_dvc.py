@@ -1,5 +1,6 @@
 """What a stage learns of the DVC that started it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -51,3 +52,21 @@ def test_outputs_metrics_and_plots_are_all_outputs() -> None:
         "plots": ["plots/a"],
     }
     assert outputs_of(definition) == ["weights/a", "data/b", "metrics/a.json", "plots/a"]
+
+
+def test_without_a_remote_dvc_says_in_a_line_what_to_do(tmp_path: Path) -> None:
+    """And one that a user adds takes that line's place."""
+    for name in (".dvc/config", "dvc.yaml", "dvc.lock", "params.yaml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
+
+    def dvc(*words: str) -> str:
+        command = [sys.executable, "-m", "dvc", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True).stderr
+
+    for command in ("pull", "push"):
+        (line,) = (line for line in dvc(command).splitlines() if line.startswith("ERROR"))
+        assert "dvc remote add --default <name> <url>" in line
+    dvc("remote", "add", "--default", "mine", str(tmp_path / "remote"))
+    assert "none yet" not in dvc("pull")
