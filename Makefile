@@ -1,7 +1,7 @@
 # Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: help setup demo test test-cluster asan lint ui gpu wheel
+.PHONY: help setup demo test test-cluster asan lint ui gpu wheel constraints
 
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
@@ -10,6 +10,7 @@ help:
 	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make gpu    prove and measure everything on this machine's GPU in 8 minutes; results in gpu-out (needs no set-up)"
 	@echo "make wheel  a wheel in dist with the operator compiled, for machines without a compiler"
+	@echo "make constraints  constraints.txt anew: the exact packages and their hashes"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
@@ -52,6 +53,13 @@ asan: setup
 wheel: setup
 	CUDA_VISIBLE_DEVICES= $(UV) run python -m ops.build --quiet --out build/wheel-op
 	ELSA_PREBUILT=build/wheel-op $(UV) build --wheel --out-dir dist
+
+# What `make setup` installs on this date, for installers that know nothing of uv.
+constraints: setup
+	@{ echo "# Exact versions and hashes of what \`make setup\` installs; written by \`make constraints\`."; \
+	  $(UV) export --quiet --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
+	  | sed "s/ ; python_full_version == [^\\]*/ /"; } > constraints.txt.part
+	@mv constraints.txt.part constraints.txt
 
 lint: setup
 	$(UV) run ruff check

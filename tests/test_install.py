@@ -155,3 +155,17 @@ def test_the_extras_install_all_that_is_imported() -> None:
     known |= {"pynvml", "PIL", "ruamel", "ops", "elsa", "pipelines"}
     used = {name.split(".")[0] for p in modules("pipelines").values() for name in imported(p)}
     assert used - set(sys.stdlib_module_names) - known == set()
+
+
+def test_the_constraints_are_what_setup_installs() -> None:
+    """And name no registry. `make constraints` writes them anew."""
+    text = (ROOT / "constraints.txt").read_text()
+    assert "://" not in text
+    found = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
+    assert text.count("--hash=sha256:") >= len(found)
+    lock = ROOT / "uv.lock"
+    if not lock.is_file():
+        pytest.skip("set up without uv")
+    packages = tomllib.loads(lock.read_text())["package"]
+    wanted = {one["name"]: one["version"] for one in packages if one["name"] != "elsa-pipeline"}
+    assert found == wanted
