@@ -61,7 +61,7 @@ def check_training(params: Params) -> list[Finding]:
         session.storage_path(params), tracking.tracking_uri(), data, params.scaling.use_gpu, op
     )
     if os.environ.get("RAY_ADDRESS"):
-        with session.ray_session():
+        with session.ray_session(trains=False):
             workers = preflight.check_workers(params.scaling, preflight.alive_nodes())
             if workers.fix and params.scaling.wait_s:
                 grows = f"; a stage waits scaling.wait_s={params.scaling.wait_s} s for more nodes"

@@ -39,7 +39,7 @@ def pack_imagenet(target: str, shard_mb: int, resize: int) -> None:
         target = str(Path(target).expanduser().resolve())
     from pipelines.run import session
 
-    with session.ray_session():
+    with session.ray_session(trains=False):
         packed = pack.pack(
             Path(place),
             target,

@@ -32,6 +32,7 @@ class Measured:
     """What a file is like beside the model it was made of."""
 
     name: str
+    """The file; `run.py` is all files of a detector together, `eager` the model in torch."""
     megabytes: float | None
     load_s: float | None
     ms: float | None
@@ -79,7 +80,7 @@ def write_files(
     images = [example(described["size"], batch) for batch in BATCHES]
     with torch.inference_mode():
         wanted = [model(one) for one in images]
-        rows = [Measured("the model itself", None, None, _ms(lambda: model(images[0])), None)]
+        rows = [Measured("eager", None, None, _ms(lambda: model(images[0])), None)]
     for kind in formats:
         file = folder / f"model.{kind}"
         print(f"writing {file.name}{' (minutes)' if kind == 'pt2' else ''}", flush=True)
@@ -133,8 +134,8 @@ def write_detector(
         rows.append(Measured(graph.file, file.stat().st_size / 1e6, None, None, difference))
     picture = example(described["size"], 1)[0].permute(1, 2, 0).byte().numpy()
     whole = _ms(lambda: exported.find(Image.fromarray(picture)))
-    rows.append(Measured("run.py, all of them", None, load_s, whole, None))
-    rows.insert(0, Measured("the model itself", None, None, _ms(lambda: predictor(picture)), None))
+    rows.append(Measured("run.py", None, load_s, whole, None))
+    rows.insert(0, Measured("eager", None, None, _ms(lambda: predictor(picture)), None))
     return described, rows
 
 

@@ -1,7 +1,5 @@
 """One Ray Train run: the only place that makes a `TorchTrainer`."""
 
-import os
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +19,7 @@ from pipelines.params import Scaling
 from pipelines.run import checkpoints, preflight, reporter, tracking
 from pipelines.run.display import showing
 from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer, raylet_errors
+from pipelines.run.session import worker_environment
 from pipelines.train.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -67,21 +66,6 @@ class RunSpec:
     def fewest_workers(self) -> int:
         """With fewer it waits."""
         return (self.elastic and self.scaling.min_workers) or self.scaling.num_workers
-
-
-def worker_environment() -> dict[str, str]:
-    """What makes glibc keep a step's memory for the next; the user's own `GLIBC_TUNABLES` win.
-
-    It gives large tensors back when they are freed, the sooner in threads like that of a worker:
-    each step pays for all of its pages anew, a sixth of its time on a CPU.
-    """
-    name, version = platform.libc_ver()
-    # Before 2.35 it rejects so large a threshold, and stops adapting its own.
-    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
-        return {}
-    settings = {"mmap_threshold": 2**30, "trim_threshold": 2**32, "arena_max": 1, "hugetlb": 1}
-    wish = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
-    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", wish)}
 
 
 def fit(
@@ -152,7 +136,8 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             callbacks=[reporter.Failures(shown), *callbacks],  # type: ignore[list-item]
-            worker_runtime_env={"env_vars": worker_environment()},  # type: ignore[call-arg]
+            # A local Ray's processes have it from the driver.
+            worker_runtime_env=None if spec.local else {"env_vars": worker_environment()},  # type: ignore[call-arg]
         ),
         torch_config=(LoopbackTorchConfig if spec.local else TorchConfig)(
             backend="nccl" if scaling.use_gpu else "gloo"

@@ -17,6 +17,9 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import worker_group
 
 CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's file of the checkpoints that it knows, in the folder of a run."""
@@ -29,8 +32,8 @@ LOCAL_ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # The node's agent collects what the dashboard would show, every 5 s otherwise.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    # Processes of an environment that none of ours has.
-    "RAY_prestart_worker_first_driver": "0",
+    # The controller waits for Ray within a coroutine, of which Ray warns; Ray Train sets it, too.
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }
 """Variables, without a promise of Ray, that a Ray of this driver's own reads."""
 LOOPBACK = {"_node_ip_address": "127.0.0.1"}
@@ -105,10 +108,52 @@ class Trainer(TorchTrainer):
         return [one for one in callbacks if not isinstance(one, self.unneeded)]
 
 
+class _LocalScalingPolicy(FixedScalingPolicy):
+    """Ray's, without asking an autoscaler for nodes: that is a process, and seconds of each start.
+
+    Overrides all that talks to it.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        pass
+
+    def _maybe_send_resource_request(self) -> None:
+        pass
+
+    async def before_controller_shutdown(self) -> None:
+        pass
+
+    def before_controller_abort(self) -> None:
+        pass
+
+
+class _LocalController(TrainController):
+    """Ray's, which starts workers without a runtime environment: they inherit its variables.
+
+    Replaces `get_env_vars_to_propagate` where the workers are started.
+    """
+
+    def __init__(self, *args: Any, **arguments: Any) -> None:
+        worker_group.get_env_vars_to_propagate = dict
+        super().__init__(*args, **arguments)
+
+
 class LocalTrainer(Trainer):
-    """For a Ray that ends with this driver: nobody else waits for a dead controller's resources."""
+    """For a Ray that ends with this driver, and whose processes have the driver's environment.
+
+    Nobody else waits for a dead controller's resources, and there is no node to wait for. Overrides
+    `_initialize_and_run_controller`: a process with a runtime environment starts twice.
+    """
 
     unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        policy = arguments["scaling_policy"]
+        if type(policy) is FixedScalingPolicy:
+            arguments["scaling_policy"] = _LocalScalingPolicy(policy.scaling_config)
+        controller: Any = ray.remote(num_cpus=0)(_LocalController).remote(**arguments)
+        ray.get(controller.run.remote())
+        return ray.get(controller.get_result.remote())
 
 
 class LoopbackTorchConfig(TorchConfig):

@@ -199,7 +199,7 @@ def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
     from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
-    with session.ray_session(trials=stage.trials) as run._session:
+    with session.ray_session(bool(stage.export) or stage.trials, stage.trials) as run._session:
         from pipelines.run import tracking
 
         tags = _tags(run)

@@ -172,7 +172,7 @@ def test_evaluation_of_the_weights_repeats_what_training_reported(workspace: Wor
     names = {file.name for file in validation.glob("*.png")}
     assert {file.name for file in (folder / "masks").iterdir()} == names
     run = MlflowClient(f"sqlite:///{workspace.root / 'mlflow.db'}").get_run(found["mlflow_run_id"])
-    assert run.data.tags["upstream_run_id"] == trained["mlflow_run_id"]
+    assert run.data.tags["upstream_run_id"] == lineage(workspace, "segment")["mlflow_run_id"]
     assert run.data.metrics["final/mIoU_ms_flip"] == pytest.approx(found["mIoU_ms_flip"], abs=1e-3)
     assert not list(workspace.root.glob("storage/evaluate-*"))  # nothing to resume, nothing left
 

@@ -9,7 +9,7 @@ import io
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlflow
 import numpy as np
@@ -18,7 +18,8 @@ from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel
 from PIL import Image, ImageOps
 
-from elsa.predict import Classes, Labels, Objects, load_predictor
+if TYPE_CHECKING:
+    from elsa.predict import Objects
 
 
 class ServedModel(PythonModel):
@@ -30,7 +31,10 @@ class ServedModel(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
+        # Here, for MLflow runs this file to log a model, and these take seconds.
         import torch
+
+        from elsa.predict import load_predictor
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.predictor = load_predictor(context.artifacts["weights"], device)
@@ -53,11 +57,12 @@ class ServedModel(PythonModel):
         return [self._answer(read_image(one)) for one in model_input.iloc[:, 0]]
 
     def _answer(self, image: "np.ndarray[Any, Any]") -> dict[str, Any]:
-        found, names = self.predictor(image), self.predictor.classes
-        if isinstance(found, Classes):
+        found: Any = self.predictor(image)
+        names = self.predictor.classes
+        if self.predictor.task == "classify":
             order = [names[label] for label in found.labels]
             return {"classes": order, "probabilities": found.probabilities.tolist()}
-        if isinstance(found, Labels):
+        if self.predictor.task == "segment":
             png = io.BytesIO()
             Image.fromarray(found.labels.astype(np.uint16)).save(png, "PNG")
             labels = base64.b64encode(png.getvalue()).decode()
@@ -65,7 +70,7 @@ class ServedModel(PythonModel):
         return _objects(found, names)
 
 
-def _objects(found: Objects, names: tuple[str, ...]) -> dict[str, Any]:
+def _objects(found: "Objects", names: tuple[str, ...]) -> dict[str, Any]:
     boxes = found.boxes.copy()
     boxes[:, 2:] -= boxes[:, :2]
     answer: dict[str, Any] = {

@@ -36,9 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
         text.replace("from pipelines.run import dvc", "from pipelines.run import dvc, stub")
     )
     with (root / "pipelines/run/session.py").open("a") as session:
-        session.write(
-            "\n\n@contextmanager\ndef ray_session(trials=False):\n    yield Session(local=True)\n"
-        )
+        session.write("\n\n@contextmanager\ndef ray_session(*_):\n    yield Session(local=True)\n")
     commit_all(root)
     workspace = Workspace(root)
     workspace.env["ELSA_TEST_LIBRARY"] = str(compiled_library)

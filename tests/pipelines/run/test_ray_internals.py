@@ -96,3 +96,25 @@ def test_the_list_of_checkpoints_is_where_and_as_we_read_it() -> None:
     assert internals.listed_checkpoints(text) == {"checkpoint_a"}
     assert internals.is_whole_list(text)
     assert not internals.is_whole_list(text[:20])
+
+
+def test_the_controller_and_its_policy_are_as_we_replace_them() -> None:
+    """What of them talks to an autoscaler, and where workers get an environment of their own."""
+    from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
+    from ray.train.v2._internal.execution.worker_group import worker_group
+    from ray.train.v2.api import data_parallel_trainer
+
+    for name in vars(internals._LocalScalingPolicy):
+        if not name.startswith("__"):
+            assert callable(getattr(FixedScalingPolicy, name, None)), f"Ray has no {name}"
+    talks = {
+        name
+        for name, value in vars(ScalingPolicy).items()
+        if callable(value) and "resource_request(" in inspect.getsource(value)
+    }
+    replaced = set(vars(internals._LocalScalingPolicy))
+    assert talks - replaced <= {"_send_resource_request", "_cancel_resource_request"}
+    assert callable(worker_group.get_env_vars_to_propagate)
+    source = inspect.getsource(data_parallel_trainer.DataParallelTrainer)
+    assert "_initialize_and_run_controller(" in source
+    assert "controller.get_result.remote()" in source
