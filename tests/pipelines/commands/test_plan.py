@@ -13,6 +13,9 @@ from pipelines.tasks import TASKS
 from pipelines.train.cost import PEAK_FLOPS
 
 
+pytestmark = pytest.mark.usefixtures("compiled_library")
+
+
 def smoke(**pretrain) -> Params:
     values = compose(["recipe=smoke"]).model_dump()
     values["pretrain"] |= pretrain
