@@ -38,7 +38,8 @@ def only_of_extras() -> list[str]:
     extras = packages(
         [line for lines in PROJECT["optional-dependencies"].values() for line in lines]
     )
-    extras -= packages(PROJECT["dependencies"]) | {"elsa-pipeline", "torchvision", "jinja2"}
+    extras -= packages(PROJECT["dependencies"]) | {"elsa-pipeline"}
+    extras -= {"torchvision", "jinja2", "huggingface-hub"}
     return sorted(MODULES.get(name, name.replace("-", "_")) for name in extras)
 
 

@@ -145,6 +145,8 @@ def changes(device: torch.device, workers: int) -> tuple[dict[str, Any], dict[st
         "pretrain.holdout": 0.0,
         "pretrain.amp": "bfloat16",
     }
+    if not cuda:
+        large["model.depths"] = [1, 1, 1, 1]
     return demo, large
 
 
@@ -155,6 +157,7 @@ def measure(device: torch.device, workers: int, note: Callable[[str, Any], None]
         whether all of it ran: what fails is noted with its error, and the rest goes on.
     """
     base = load_params(ROOT / "params.yaml")
+    first: Finished | None = None
     demo, large = changes(device, workers)
     whole = True
 
@@ -171,9 +174,16 @@ def measure(device: torch.device, workers: int, note: Callable[[str, Any], None]
         found = train(params, prepared_or_random(params, scratch), device)
         return found.last() | {k: v for k, v in found.epochs[-1].items() if k.endswith("top1")}
 
-    def repeated(leave_in: int = -1) -> float:
-        """Of two trainings, the second as a whole or left and resumed, the largest difference."""
+    def first_run() -> dict[str, float]:
+        nonlocal first
+        first = None
         first = train(params, data, device)
+        return first.last()
+
+    def repeated(leave_in: int = -1) -> float:
+        """The same once more, as a whole or left and resumed: the largest difference."""
+        if first is None:
+            raise PipelineError("the run to compare with failed")
         return train(params, data, device, leave_in).differs_from(first)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -184,14 +194,14 @@ def measure(device: torch.device, workers: int, note: Callable[[str, Any], None]
         steps = 25 if device.type == "cuda" else 4
         data = random_images(scratch / "large", params.pretrain.img_size, steps * size, size)
         print(f"{params.model.name}, {params.pretrain.img_size} px, batch {size}", flush=True)
-        attempt("bfloat16, mixup, EMA", lambda: train(params, data, device).last())
+        attempt("bfloat16, mixup, EMA", first_run)
         half = override(params, {"pretrain.amp": "float16"}, "float16")
         attempt("float16 with its scaler", lambda: train(half, data, device).last())
         attempt("two runs: largest difference of a weight", repeated)
         attempt("left and resumed: largest difference of a weight", lambda: repeated(leave_in=1))
         # Last, for they stay chosen in this process.
         params = override(params, {"pretrain.deterministic": True}, "deterministic kernels")
-        attempt("deterministic kernels", lambda: train(params, data, device).last())
+        attempt("deterministic kernels", first_run)
         attempt(
             "deterministic kernels, left and resumed: largest difference of a weight",
             lambda: repeated(leave_in=1),

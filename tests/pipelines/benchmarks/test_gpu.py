@@ -12,6 +12,7 @@ from ops.benchmarks import elsa_attention
 from pipelines.benchmarks import gpu, gpu_dense, gpu_training
 from pipelines.benchmarks.gpu import Outcome, Part
 
+pytestmark = pytest.mark.slow
 FIGURES = """
 import pathlib, sys
 pathlib.Path(sys.argv[1]).write_text('[1]')

@@ -12,7 +12,6 @@ from pipelines.paths import ROOT
 from pipelines.tasks import TASKS
 from pipelines.train.cost import PEAK_FLOPS
 
-
 pytestmark = pytest.mark.usefixtures("compiled_library")
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.conftest import Workspace, commit_all, copy_checkout
 
+pytestmark = pytest.mark.slow
 ALL = ["prepare", "build_op", "pretrain", "detect", "segment"]
 TRAINING = ALL[2:]
 
