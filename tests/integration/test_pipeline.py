@@ -255,9 +255,10 @@ def test_mlflow_holds_curves_params_data_and_model_of_training(workspace, stage)
     assert run.data.tags["mlflow.user"]
     assert any(key.startswith("system/") for key in run.data.metrics)
     epochs = client.get_metric_history(run.info.run_id, "images_per_second")
-    assert [m.step for m in epochs] == list(range(len(epochs)))
-    assert len(epochs) == int(run.data.params[f"{stage}.epochs"])
-    assert run.outputs.model_outputs
+    assert [m.step for m in epochs] == list(range(int(run.data.params[f"{stage}.epochs"])))
+    (model,) = run.outputs.model_outputs
+    scores = {m.key: m.value for m in client.get_logged_model(model.model_id).metrics}
+    assert scores == {f"final/{k}": v for k, v in weights(workspace, stage)["metrics"].items()}
 
 
 def git(workspace: Workspace, *arguments: str) -> None:

@@ -28,6 +28,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking import MlflowClient
 from mlflow.tracking.context.registry import resolve_tags
 
+from pipelines.data.weights import read_description
 from pipelines.errors import PipelineError
 from pipelines.params import flatten
 from pipelines.paths import ROOT
@@ -95,7 +96,10 @@ class Tracker:
         self.client.log_inputs(self.run_id, datasets=inputs)
 
     def log_model(self, name: str, folder: Path, params: Mapping[str, Any]) -> str:
-        """Log a weights folder as a model that `mlflow.pyfunc` loads and MLflow serves; its id."""
+        """Log a weights folder as a model that `mlflow.pyfunc` loads and MLflow serves; its id.
+
+        It carries the scores of the folder's description, which MLflow's page of models compares.
+        """
         from pipelines.run.tracking.models import write_model  # it imports torch's timm
 
         run = self.client.get_run(self.run_id)
@@ -112,6 +116,12 @@ class Tracker:
             self.client.log_model_artifacts(model.model_id, str(staged))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+        now, scores = int(time.time() * 1000), read_description(folder).metrics
+        logged = [
+            Metric(f"final/{key}", float(value), now, 0, model_id=model.model_id)
+            for key, value in scores.items()
+        ]
+        self.client.log_batch(self.run_id, metrics=logged)
         return model.model_id
 
     def fail(self, error: BaseException) -> None:
