@@ -167,7 +167,7 @@ def evaluate(**options: Any) -> None:
 @click.option(
     "--weights",
     required=True,
-    help="weights/<stage>, models:/NAME@champion, hf-hub:USER/NAME, or a file.",
+    help="weights/<stage>, models:/NAME@champion, hf-hub:USER/NAME, a file, or an export.",
 )
 @click.option(
     "--task", type=click.Choice(["classify", "detect", "segment"]), help="Of a published file."

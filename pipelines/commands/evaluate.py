@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from elsa.run_exported import Exported
 from pipelines.commands import evaluate_export
+from pipelines.commands import exported as exported_files
 from pipelines.commands.recognise import choose_params, load_model
 from pipelines.data import store
 from pipelines.data.errors import DataError
@@ -322,8 +323,8 @@ def evaluate(options: Options) -> None:
         PipelineError: what does not fit, or failed.
     """
     exported = None
-    if evaluate_export.is_export(options.weights):
-        exported = evaluate_export.load(options.weights, options.task)
+    if exported_files.is_export(options.weights):
+        exported = exported_files.load(options.weights, options.task)
         evaluation = prepare_export(options, exported)
     else:
         evaluation = prepare(options)

@@ -17,28 +17,8 @@ from pipelines.data.masks import run_lengths
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 
-SUFFIXES = (".onnx", ".pt2")
 BATCH = 16
 TOP = 5
-
-
-def is_export(weights: str) -> bool:
-    return Path(weights).suffix in SUFFIXES
-
-
-def load(weights: str, task: str) -> Exported:
-    """The exported model of a file.
-
-    Raises:
-        PipelineError: it can't be read, or is for another task.
-    """
-    try:
-        exported = Exported(Path(weights).expanduser())
-    except (OSError, ValueError, ImportError) as error:
-        raise PipelineError(f"--weights {weights}: {error}") from error
-    if exported.task != task:
-        raise PipelineError(f"{weights} is for --task {exported.task}, not {task}")
-    return exported
 
 
 def check_classes(exported: Exported, dataset: Dataset) -> None:

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import elsa
 from elsa.predict import Classes, Labels, Objects, Predictor, load_predictor
+from pipelines.commands import exported
 from pipelines.data.masks import run_lengths
 from pipelines.errors import PipelineError
 
@@ -104,7 +105,7 @@ def predict(
     files = find_pictures(pictures)
     if out.exists() and not (out / MARK).is_file():
         raise PipelineError(f"--out {out} exists and holds no predictions", "Name another folder")
-    predictor = load(weights, device)
+    predictor = _predictor(weights, device)
     written = Written()
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
@@ -129,6 +130,13 @@ def predict(
             shutil.rmtree(out, ignore_errors=True)
             staged.replace(out)
     _tell(written, predictor, len(files), out)
+
+
+def _predictor(given: Weights, device: str) -> Predictor:
+    """That of an export, too."""
+    if exported.is_export(given.place):
+        return exported.ExportedPredictor(exported.load(given.place, given.task))
+    return load(given, device)
 
 
 def load(given: Weights, device: str) -> Predictor:

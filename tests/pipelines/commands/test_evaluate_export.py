@@ -9,12 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from elsa.export import exportable, write_onnx
 from elsa.predict import load_predictor
 from elsa.run_exported import Exported
 from pipelines.commands import evaluate, evaluate_export
 from pipelines.commands.evaluate import Options
+from pipelines.commands.exported import ExportedPredictor
+from pipelines.commands.predict import Weights, predict
 from pipelines.data.layout import DATASETS
 from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights
@@ -64,6 +67,17 @@ def test_the_export_scores_what_the_weights_score(what, state, file, tmp_path) -
     expected = TASK.score(what, ours).metrics
     assert TASK.score(what, theirs).metrics == pytest.approx(expected, abs=0.1)
     assert {"top1", "loss"} <= set(expected)
+
+
+def test_pictures_get_the_answer_of_the_weights(file, tmp_path, capsys) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+    found = ExportedPredictor(Exported(file))(image)
+    expected = load_predictor(file.parent)(image)
+    assert (found.labels == expected.labels).all()
+    np.testing.assert_allclose(found.probabilities, expected.probabilities, atol=1e-5)
+    Image.fromarray(image).save(tmp_path / "photo.png")
+    predict([tmp_path / "photo.png"], Weights(str(file)), tmp_path / "out", "cpu", 0.5)
+    assert "1 pictures in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
