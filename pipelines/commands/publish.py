@@ -108,8 +108,8 @@ def _use(task: str, repository: str | None) -> str:
         )
     weights = f"{HUB}{repository}" if repository else "."
     return (
-        f"```python\n{code}\n```\n\nOr `elsa predict photo.jpg --weights {weights}`."
-        " Nothing in the files is executed or unpickled."
+        f"```python\n{code}\n```\n\nOr `elsa predict photo.jpg --weights {weights}`, which executes"
+        " and unpickles nothing in these files."
     )
 
 
