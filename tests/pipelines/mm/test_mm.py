@@ -27,7 +27,6 @@ from pipelines.tasks import TASKS
 from pipelines.train.job import Job
 from pipelines.train.reporter import LocalReporter
 
-pytestmark = pytest.mark.slow
 DATASETS = {"detect": "coco", "segment": "ade20k"}
 CPU = torch.device("cpu")
 SMALL = {"name": "elsa_swin_micro", "depths": (1, 1, 1, 1)}

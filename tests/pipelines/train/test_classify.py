@@ -25,7 +25,6 @@ from pipelines.train.job import Job
 from pipelines.train.loading import MicroBatchSampler, Part, make_loader
 from pipelines.train.reporter import LocalReporter
 
-pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 DETERMINISTIC = {"aa": "", "mixup": 0.0, "reprob": 0.0, "color_jitter": 0.0, "scale_min": 1.0}
 
