@@ -1,7 +1,11 @@
-"""A Ray that can't be had is told in one message."""
+"""A Ray that can't be had is told in one message, and one that was had leaves nothing."""
 
+import atexit
+import os
+import time
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
@@ -26,3 +30,31 @@ def test_a_ray_that_does_not_start(monkeypatch: Any, address: str | None, messag
         monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(PipelineError, match=message), ray_session():
         pass
+
+
+@ray.remote(num_cpus=0)
+class Stuck:
+    """Ends for Ray, and stays as a process."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def leave(self) -> None:
+        atexit.register(time.sleep, 600)
+        ray.actor.exit_actor()
+
+
+def test_no_worker_outlives_a_local_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = dict(os.environ)
+    try:
+        with ray_session(trains=False):
+            actor = Stuck.remote()
+            process = psutil.Process(ray.get(actor.pid.remote()))
+            with pytest.raises(ray.exceptions.RayActorError):
+                ray.get(actor.leave.remote())
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    _, alive = psutil.wait_procs([process], timeout=5)
+    assert not alive
