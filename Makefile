@@ -54,12 +54,15 @@ wheel: setup
 	CUDA_VISIBLE_DEVICES= $(UV) run python -m ops.build --quiet --out build/wheel-op
 	ELSA_PREBUILT=build/wheel-op $(UV) build --wheel --out-dir dist
 
-# What `make setup` installs on this date, for installers that know nothing of uv.
-constraints: setup
+# What `make setup` installs, for installers that know nothing of uv. Locked anew, without the wheels
+# that were kept here: those have no published hash.
+constraints: | $(UV)
+	@rm -f uv.lock && $(UV) lock --quiet
+	@$(UV) export --quiet --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
+	  --output-file constraints.txt.part
 	@{ echo "# Exact versions and hashes of what \`make setup\` installs; written by \`make constraints\`."; \
-	  $(UV) export --quiet --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
-	  | sed "s/ ; python_full_version == [^\\]*/ /"; } > constraints.txt.part
-	@mv constraints.txt.part constraints.txt
+	  sed "s/ ; python_full_version == [^\\]*/ /" constraints.txt.part; } > constraints.txt
+	@rm constraints.txt.part
 
 lint: setup
 	$(UV) run ruff check

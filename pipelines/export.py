@@ -1,5 +1,6 @@
 """The trained models as files that run without this project, each compared with its model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from pipelines.data.weights import read_description
@@ -10,10 +11,18 @@ from pipelines.run.stage import Stage, StageRun, run_stage
 from pipelines.tasks import TASKS
 from pipelines.tasks.task import require_operator
 
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
 
 def check(params: Params) -> list[str]:
     """The training stages whose weights are exported, after checking these."""
     require_operator()
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise PipelineError(
+            f"{', '.join(missing)} is missing, which writes and runs the files",
+            "Install the extra `export`; `make setup` does",
+        )
     stages = [task.stage for task in TASKS.values() if task.name in params.tasks]
     for stage in stages:
         read_description(ROOT / "weights" / stage)

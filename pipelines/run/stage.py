@@ -122,6 +122,8 @@ class Stage:
     """Whether the parameters ask for this stage (`tasks`)."""
     hand_on: Callable[[Params, Path], None] = lambda params, root: None
     """What a stage that is not asked for still writes for those after it, below a folder."""
+    trains: bool = False
+    """It trains a model."""
     trials: bool = False
     """It runs trials of a sweep."""
 
@@ -199,7 +201,7 @@ def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
     from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
-    with session.ray_session(bool(stage.export) or stage.trials, stage.trials) as run._session:
+    with session.ray_session(stage.trains or stage.trials, stage.trials) as run._session:
         from pipelines.run import tracking
 
         tags = _tags(run)

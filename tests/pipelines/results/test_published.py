@@ -8,8 +8,8 @@ import torch
 
 import elsa  # noqa: F401  registers the models
 from pipelines.commands.published import command_for, grouped
-from pipelines.params import compose, recipe_names
-from pipelines.paths import RECIPES
+from pipelines.params import compose, read_yaml, recipe_names
+from pipelines.paths import RECIPES, ROOT
 from pipelines.results.published import OTHER_RECIPES, compare, load_published, sources
 from pipelines.results.tables import result_rows
 from pipelines.tasks import TASKS
@@ -153,3 +153,24 @@ def test_the_command_of_each_row_trains_what_the_row_is_about() -> None:
         if method:
             section = TASKS[task].section(params)
             assert (section.method, section.schedule) == (method, schedule)
+
+
+def test_the_index_of_models_holds_the_papers_numbers_and_configs_that_exist() -> None:
+    """`model-index.yml`, which OpenMMLab's tools read."""
+    metrics = {"Top 1 Accuracy": "top1", "box AP": "bbox_mAP", "mask AP": "segm_mAP"}
+    metrics["mIoU(ms+flip)"] = "mIoU_ms_flip"
+    found = {}
+    for model in read_yaml(ROOT / "model-index.yml")["Models"]:
+        name, method, schedule = [*model["Name"].rsplit("_", 2), "", ""][:3]
+        if "Config" in model:
+            assert (ROOT / model["Config"]).is_file()
+        else:
+            name, method, schedule = model["Name"], "", ""
+        for result in model["Results"]:
+            ((metric, value),) = result["Metrics"].items()
+            found[name, method, schedule, metrics[metric]] = value
+    assert found == {
+        (row.model, row.method or "", row.schedule or "", row.metric): row.value
+        for row in load_published()
+        if row.model.startswith("elsa") and row.source == "paper"
+    }
