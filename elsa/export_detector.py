@@ -1,25 +1,23 @@
-"""Two-stage detectors of mmdet as ONNX graphs, between which numpy decides what to look at.
+"""Two-stage detectors of mmdet as graphs, between which numpy decides what to look at.
 
-    model.onnx   images -> the feature maps, and scores and shifts of the anchors
-    boxes.onnx   feature maps and proposals -> scores and shifts of the boxes
-    masks.onnx   feature maps and boxes -> logits of the masks, of a detector that has them
+    model   images -> the feature maps, and scores and shifts of the anchors
+    boxes   feature maps and proposals -> scores and shifts of the boxes
+    masks   feature maps and boxes -> logits of the masks, of a detector that has them
 
 `elsa.run_exported` has what lies between: anchors, decoding, suppression, pasting.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .export import ExportError, any_batch, example, write_graph
+from .export import ExportError, Graph, any_batch, example
 from .predict import Detector
 
-__all__ = ["Graph", "detector_graphs"]
+__all__ = ["detector_graphs"]
 
 
 class _Proposing(nn.Module):
@@ -46,15 +44,17 @@ class _Proposing(nn.Module):
 
 
 class _Looking(nn.Module):
-    """Feature maps and boxes (n, 5) with the image's number first, to what a head says of each."""
+    """Feature maps and, last, boxes (n, 5) with the image's number first, to what a head says of
+    each box."""
 
     def __init__(self, extractor: Any, head: Any) -> None:
         super().__init__()
         self.extractor, self.head = extractor, head
 
-    def forward(self, maps: list[Tensor], boxes: Tensor) -> Any:
+    def forward(self, *arguments: Tensor) -> Any:
         from torchvision.ops import roi_align
 
+        maps, boxes = arguments[:-1], arguments[-1]
         level = self.extractor.map_roi_levels(boxes, len(maps)).view(-1, 1, 1, 1)
         pooled = []
         for number, one in enumerate(maps):
@@ -64,28 +64,6 @@ class _Looking(nn.Module):
             pooled.append(torch.where(level == number, looked, torch.zeros_like(looked)))
         found = self.head(torch.stack(pooled).sum(0))
         return (found[0].softmax(-1), found[1]) if isinstance(found, tuple) else found
-
-
-@dataclass(frozen=True)
-class Graph:
-    """One of a detector's files."""
-
-    file: str
-    module: nn.Module
-    arguments: tuple[Any, ...]
-    """Examples of what it takes, flat or in a list."""
-    dynamic: tuple[Any, ...]
-    names: tuple[str, ...]
-    """Of arguments and results."""
-
-    def write(self, folder: Path, described: dict[str, Any]) -> None:
-        """Write the ONNX file.
-
-        Raises:
-            ExportError: torch can't.
-        """
-        file = folder / self.file
-        write_graph(self.module, self.arguments, self.dynamic, self.names, described, file)
 
 
 def detector_graphs(
@@ -110,21 +88,21 @@ def detector_graphs(
     maps = tuple(f"map{i}" for i in range(levels))
     count = len(described["strides"])
     found = [f"{kind}{i}" for kind in ("scores", "shifts") for i in range(count)]
-    graphs = [Graph("model.onnx", proposing, (images,), any_batch(), ("images", *maps, *found))]
+    graphs = [Graph("model", proposing, (images,), any_batch(), ("images",), (*maps, *found))]
 
     boxes = torch.tensor([[0.0, 1, 2, 30, 20], [1, 4, 4, 25, 28], [1, 0, 0, 9, 9]])
     heads: list[tuple[str, Any, Any, tuple[str, ...]]] = [
-        ("boxes.onnx", roi.bbox_roi_extractor, roi.bbox_head, ("scores", "shifts"))
+        ("boxes", roi.bbox_roi_extractor, roi.bbox_head, ("scores", "shifts"))
     ]
     if described["masks"]:
-        heads.append(("masks.onnx", roi.mask_roi_extractor, roi.mask_head, ("logits",)))
-    for file, extractor, head, results in heads:
+        heads.append(("masks", roi.mask_roi_extractor, roi.mask_head, ("logits",)))
+    for name, extractor, head, results in heads:
         batch, number = torch.export.Dim("batch", min=1), torch.export.Dim("boxes", min=1)
         used = maps[: len(extractor.roi_layers)]
-        dynamic: tuple[Any, ...] = ([{0: batch} for _ in used], {0: number})
-        arguments = (list(outputs[: len(used)]), boxes)
-        names = (*used, "boxes", *results)
-        graphs.append(Graph(file, _Looking(extractor, head).eval(), arguments, dynamic, names))
+        dynamic = ((*({0: batch} for _ in used), {0: number}),)
+        arguments = (*outputs[: len(used)], boxes)
+        module = _Looking(extractor, head).eval()
+        graphs.append(Graph(name, module, arguments, dynamic, (*used, "boxes"), results))
     return graphs, described
 
 

@@ -1,4 +1,6 @@
-"""Run an exported model: numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2).
+"""Run an exported model: numpy, Pillow, and onnxruntime (.onnx) or torch (.pt2; of a detector
+torchvision, too). A `.pt2` and the `elsa_ops.so` beside it are programs: run none that you do not
+trust.
 
     python run.py model.onnx photo.jpg       # the likeliest classes, objects, or photo.labels.png
 
@@ -39,63 +41,103 @@ class Objects:
     """(n, H, W); None of a model that finds boxes only."""
 
 
+class _Graph:
+    """One file: arrays to arrays.
+
+    Raises:
+        FileNotFoundError: the file, or the operator's library beside it, is not there.
+        ImportError: its runtime is not installed.
+        ValueError: it was not written by `elsa export`.
+    """
+
+    def __init__(self, file: Path, threads: int) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+        try:
+            self._onnx = file.suffix == ".onnx"
+            text = self._load_onnx(file, threads) if self._onnx else self._load_pt2(file)
+            self.described: dict[str, Any] = json.loads(text)
+        except (ImportError, FileNotFoundError):
+            raise
+        except Exception as error:  # of whatever a runtime makes of another file
+            raise ValueError(f"{file} is no model that `elsa export` wrote: {error}") from error
+
+    def _load_onnx(self, file: Path, threads: int) -> str:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(
+            file, options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = [one.name for one in self._session.get_inputs()]
+        found: str = self._session.get_modelmeta().custom_metadata_map["elsa"]
+        return found
+
+    def _load_pt2(self, file: Path) -> str:
+        import torch
+
+        loader: Any = torch._C._aoti.AOTIModelPackageLoader
+        found: str = loader.load_metadata_from_package(str(file), "model")["elsa"]
+        described = json.loads(found)
+        if "torchvision" in described["needs"]:
+            import torchvision  # noqa: F401 - registers its operators
+        if "elsa" in described["needs"] and not hasattr(torch.ops.elsa, "elsa_attention"):
+            library = file.with_name("elsa_ops.so")
+            if not library.is_file():
+                raise FileNotFoundError(f"{file} needs {library.name} beside it")
+            torch.ops.load_library(str(library))
+        self._session = torch._inductor.aoti_load_package(str(file))
+        self.inputs = described["inputs"]
+        return found
+
+    def __call__(self, *arguments: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        if self._onnx:
+            given = dict(zip(self.inputs, arguments, strict=True))
+            found: list[NDArray[np.float32]] = self._session.run(None, given)
+            return found
+        import torch
+
+        with torch.inference_mode():
+            result = self._session(*map(torch.from_numpy, arguments))
+        return [one.numpy() for one in ([result] if torch.is_tensor(result) else result)]
+
+
 class Exported:
     """An exported model; of a detector the files beside it, too.
 
     Args:
         file: `.onnx` or `.pt2`, written by `elsa export`.
-        threads: of the runtime; 0 takes all cores.
+        threads: of onnxruntime; 0 takes all cores.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file, or one that belongs to it, is not there.
         ValueError: it was not written by `elsa export`.
         ImportError: its runtime is not installed.
     """
 
     def __init__(self, file: str | Path, threads: int = 0) -> None:
         file = Path(file)
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no file {file}")
-        self._file = file
-        try:
-            described = self._load_onnx(threads) if file.suffix == ".onnx" else self._load_pt2()
-            self.task: str = described["task"]
-            self.classes: list[str] = described["classes"]
-            self.size: tuple[int, int] = tuple(described["size"])
-            """(H, W)"""
-            self._described = described
-            if self.task == "detect":
-                kinds = ("boxes", "masks") if described["masks"] else ("boxes",)
-                files = {kind: file.with_name(f"{kind}.onnx") for kind in kinds}
-                self._heads = {k: self._session_of(one, threads) for k, one in files.items()}
-                return
+        self._graphs = {"model": _Graph(file, threads)}
+        described = self._graphs["model"].described
+        self.task: str = described["task"]
+        self.classes: list[str] = described["classes"]
+        self.size: tuple[int, int] = tuple(described["size"])
+        """(H, W)"""
+        self._described = described
+        if self.task == "detect":
+            for name in ("boxes", "masks") if described["masks"] else ("boxes",):
+                beside = file.with_name(file.name.replace("model", name, 1))
+                self._graphs[name] = _Graph(beside, threads)
+        else:
             self._resize, self._squash = int(described["resize"]), bool(described["squash"])
             self._interpolation = INTERPOLATIONS[described["interpolation"]]
             """Of what is cropped afterwards; else see `scaled`."""
-        except ImportError:
-            raise
-        except Exception as error:  # of whatever a runtime makes of another file
-            raise ValueError(f"{file} is no model that `elsa export` wrote: {error}") from error
 
-    def _load_onnx(self, threads: int) -> dict[str, Any]:
-        self._session = self._session_of(self._file, threads)
-        found = self._session.get_modelmeta().custom_metadata_map
-        return dict(json.loads(found["elsa"]))
-
-    @staticmethod
-    def _session_of(file: Path, threads: int) -> Any:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-
-    def _load_pt2(self) -> dict[str, Any]:
-        import torch
-
-        self._session = torch._inductor.aoti_load_package(str(self._file))
-        return dict(json.loads(self._session.get_metadata()["elsa"]))
+    def run(self, graph: str, *arguments: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """What one of its graphs (`model`; of a detector also `boxes`, `masks`) says of arrays."""
+        return self._graphs[graph](*arguments)
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits (n, classes) or (n, classes, H, W) of images (n, 3, H, W), RGB from 0 to 255.
@@ -108,14 +150,7 @@ class Exported:
                 f"images are (n, 3, {self.size[0]}, {self.size[1]}) float32, got"
                 f" {images.shape} {images.dtype}"
             )
-        if self._file.suffix == ".onnx":
-            found: NDArray[np.float32] = self._session.run(None, {"images": images})[0]
-            return found
-        import torch
-
-        with torch.inference_mode():
-            result: NDArray[np.float32] = self._session(torch.from_numpy(images)).numpy()
-        return result
+        return self.run("model", images)[0]
 
     def prepare(self, picture: Image.Image) -> NDArray[np.float32]:
         """A picture as an image (3, H, W) of the model's size."""
@@ -175,7 +210,7 @@ class Exported:
     ) -> tuple[dict[str, Any], NDArray[np.float32]]:
         """Feature maps of an image (1, 3, H, W), and boxes (n, 4) to look at within it."""
         about, limits = self._described, self._described["rpn"]
-        levels, found = len(about["strides"]), self._session.run(None, {"images": image})
+        levels, found = len(about["strides"]), self.run("model", image)
         maps = {f"map{i}": one for i, one in enumerate(found[: -2 * levels])}
         parts = []
         for level, base in enumerate(about["anchors"]):
@@ -192,21 +227,12 @@ class Exported:
         boxes, scores, of_level = boxes[large], scores[large], of_level[large]
         return maps, boxes[_suppressed(boxes, scores, of_level, limits)]
 
-    def run(self, file: str, arguments: list[Any]) -> list[Any]:
-        """What one of a detector's files says of arguments in its own order."""
-        kind = Path(file).stem
-        session = self._session if kind == "model" else self._heads[kind]
-        names = [one.name for one in session.get_inputs()]
-        found: list[Any] = session.run(None, dict(zip(names, arguments, strict=True)))
-        return found
-
-    def _look(self, head: str, maps: dict[str, Any], boxes: NDArray[np.float32]) -> list[Any]:
-        session = self._heads[head]
+    def _look(
+        self, head: str, maps: dict[str, NDArray[np.float32]], boxes: NDArray[np.float32]
+    ) -> list[NDArray[np.float32]]:
         numbered = np.concatenate([np.zeros_like(boxes[:, :1]), boxes], 1)
-        taken = {one.name for one in session.get_inputs()}
-        given = {name: value for name, value in maps.items() if name in taken}
-        found: list[Any] = session.run(None, {**given, "boxes": numbered})
-        return found
+        given = {**maps, "boxes": numbered}
+        return self.run(head, *(given[name] for name in self._graphs[head].inputs))
 
 
 def _anchors(

@@ -204,11 +204,11 @@ def predict(
 @click.option(
     "--format",
     "formats",
-    type=click.Choice(["onnx", "pt2"]),
+    type=click.Choice(["onnx", "pt2", "pt2-decomposed"]),
     multiple=True,
     default=["onnx"],
     show_default=True,
-    help="May be given twice.",
+    help="May be given several times. pt2 uses the compiled operator, pt2-decomposed torch alone.",
 )
 @click.option("--size", type=click.IntRange(16), nargs=2, help="Height and width of the images.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("export"), show_default=True)
@@ -218,7 +218,7 @@ def export(
     """Write a model as an ONNX or a pt2 file.
 
     Other runtimes execute these files without this project; run.py beside them shows how. They are
-    compared with the model before the folder --out appears. Of a detector they are several, ONNX.
+    compared with the model before the folder --out appears. Of a detector they are several.
     """
     from pipelines.commands.export import export as run
     from pipelines.commands.predict import Weights

@@ -41,15 +41,13 @@ def write(weights: str, formats: tuple[str, ...], folder: str) -> dict[str, floa
     """
     import elsa
     from elsa.export import ExportError
-    from elsa.predict import Detector, load_predictor
+    from elsa.predict import load_predictor
     from pipelines.results.export import write_export
 
     try:
         predictor = load_predictor(weights, "cpu")
     except (FileNotFoundError, elsa.CheckpointError) as error:
         raise PipelineError(str(error)) from None
-    if isinstance(predictor, Detector):
-        formats = ("onnx",)
     source = f"weights/{Path(weights).name}"
     Path(folder).mkdir(parents=True)
     try:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import elsa.run_exported
-from elsa.export import ExportError, example, exportable, write_onnx, write_pt2
+from elsa.export import Graph, example, image_graph
+from elsa.export_detector import detector_graphs
+from elsa.export_onnx import write_onnx
+from elsa.export_pt2 import write_pt2
 from elsa.predict import Detector, Predictor
 from elsa.run_exported import Exported
 from pipelines.data.files import write_json
@@ -19,26 +22,32 @@ from pipelines.errors import PipelineError
 if TYPE_CHECKING:
     from torch import Tensor
 
-WRITERS = {"onnx": write_onnx, "pt2": write_pt2}
+FORMATS: dict[str, tuple[str, Callable[..., None]]] = {
+    "onnx": ("onnx", write_onnx),
+    "pt2": ("pt2", write_pt2),
+    "pt2-decomposed": ("decomposed.pt2", partial(write_pt2, decomposed=True)),
+}
+"""By the format its files' suffix, and what writes one."""
 RECORD, RUNNER = "export.json", "run.py"
 TOLERANCE = 1e-4
 """Largest difference of results, as a share of the largest of them."""
 BATCHES = (1, 3)
-"""What the files are compared with the model on: the batch is theirs to vary."""
+"""What a file of images is compared with the model on: the batch is its to vary."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a file is like beside the model it was made of."""
+    """What a format is like beside the model."""
 
     name: str
-    """The file; `run.py` is all files of a detector together, `eager` the model in torch."""
+    """Its first file; `eager` is the model in torch."""
     megabytes: float | None
+    """Of all its files, without the operator's library."""
     load_s: float | None
-    ms: float | None
-    """Of an image, alone in its batch."""
+    ms: float
+    """Of an image, alone in its batch; of a detector with what `run.py` does between its graphs."""
     difference: float | None
-    """Largest, of results, over the largest of them."""
+    """Largest of results, over the largest of them, in any of its files."""
 
 
 def write_export(
@@ -51,6 +60,7 @@ def write_export(
     """Write the model in each format, what runs it, and a record; how they compare.
 
     Args:
+        formats: of `FORMATS`.
         size: (H, W) of the images; None takes that of the model's evaluation.
         source: what the record says that the weights are.
 
@@ -58,98 +68,87 @@ def write_export(
         ExportError: the model can't be exported.
         PipelineError: a file computes something else than it.
     """
-    write = write_detector if isinstance(predictor, Detector) else write_files
-    described, rows = write(predictor, formats, size, folder)
+    if isinstance(predictor, Detector):
+        graphs, described = detector_graphs(predictor, size)
+    else:
+        graphs, described = image_graph(predictor, size)
+    eager = _eager(predictor, graphs[0], described)
+    rows = [Measured("eager", None, None, _ms(eager), None)]
+    rows += [_written(kind, graphs, described, folder) for kind in formats]
     shutil.copy(elsa.run_exported.__file__, folder / RUNNER)
     write_json(folder / RECORD, {**described, "weights": source}, indent=1)
     return rows
 
 
-def write_files(
-    predictor: Predictor, formats: Sequence[str], size: tuple[int, int] | None, folder: Path
-) -> tuple[dict[str, Any], list[Measured]]:
-    """Write a classifier or segmentor, a file for each format, and compare.
-
-    Raises:
-        ExportError: it can't be exported.
-        PipelineError: a file computes something else.
-    """
+def _eager(predictor: Predictor, graph: Graph, described: dict[str, Any]) -> Callable[[], object]:
+    """What the model does with an image."""
     import torch
 
-    model, described = exportable(predictor, size)
-    images = [example(described["size"], batch) for batch in BATCHES]
-    with torch.inference_mode():
-        wanted = [model(one) for one in images]
-        rows = [Measured("eager", None, None, _ms(lambda: model(images[0])), None)]
-    for kind in formats:
-        file = folder / f"model.{kind}"
-        print(f"writing {file.name}{' (minutes)' if kind == 'pt2' else ''}", flush=True)
-        WRITERS[kind](model, described, file)
-        start = time.perf_counter()
-        exported = Exported(file)
-        load_s = time.perf_counter() - start
-        arrays = [one.numpy() for one in images]
-        found = [torch.from_numpy(exported.logits(array)) for array in arrays]
-        difference = _checked(file, max(map(_difference, found, wanted)))
-        ms = _ms(partial(exported.logits, arrays[0]))
-        rows.append(Measured(file.name, file.stat().st_size / 1e6, load_s, ms, difference))
-    return described, rows
+    if isinstance(predictor, Detector):
+        return partial(predictor, _picture(described))
+    return torch.inference_mode()(partial(graph.module, example(described["size"], 1)))
 
 
-def write_detector(
-    predictor: Predictor, formats: Sequence[str], size: tuple[int, int] | None, folder: Path
-) -> tuple[dict[str, Any], list[Measured]]:
-    """Write the graphs of a detector, and compare each.
+def _picture(described: dict[str, Any]) -> Any:
+    return example(described["size"], 1)[0].permute(1, 2, 0).byte().numpy()
 
-    Raises:
-        ExportError: it can't be exported.
-        PipelineError: a file computes something else.
-    """
-    import torch
+
+def _written(
+    kind: str, graphs: Sequence[Graph], described: dict[str, Any], folder: Path
+) -> Measured:
+    """Write the graphs in a format and compare each with the model."""
     from PIL import Image
 
-    from elsa.export_detector import detector_graphs
-
-    assert isinstance(predictor, Detector)
-    if set(formats) != {"onnx"}:
-        raise ExportError("a detector is exported as ONNX only")
-    graphs, described = detector_graphs(predictor, size)
-    rows = []
+    suffix, write = FORMATS[kind]
+    files = {graph.name: folder / f"{graph.name}.{suffix}" for graph in graphs}
     for graph in graphs:
-        print(f"writing {graph.file}", flush=True)
-        graph.write(folder, described)
+        minutes = " (about a minute)" if kind.startswith("pt2") else ""
+        print(f"writing {files[graph.name].name}{minutes}", flush=True)
+        write(graph, described, files[graph.name])
     start = time.perf_counter()
-    exported = Exported(folder / "model.onnx")
+    exported = Exported(files["model"])
     load_s = time.perf_counter() - start
-    for graph in graphs:
+    difference = max(_difference(exported, graph, described, files) for graph in graphs)
+    if exported.task == "detect":
+        picture = Image.fromarray(_picture(described))
+        ms = _ms(partial(exported.find, picture))
+    else:
+        ms = _ms(partial(exported.logits, example(described["size"], 1).numpy()))
+    megabytes = sum(file.stat().st_size for file in files.values()) / 1e6
+    return Measured(files["model"].name, megabytes, load_s, ms, difference)
+
+
+def _difference(
+    exported: Exported, graph: Graph, described: dict[str, Any], files: dict[str, Path]
+) -> float:
+    """Of a graph's file from its module.
+
+    Raises:
+        PipelineError: it is more than rounding.
+    """
+    import torch
+
+    cases = [graph.arguments]
+    if graph.inputs == ("images",):
+        cases = [(example(described["size"], batch),) for batch in BATCHES]
+    found = 0.0
+    for arguments in cases:
         with torch.inference_mode():
-            wanted = graph.module(*graph.arguments)
-        leaves = torch.utils._pytree.tree_leaves(graph.arguments)
-        found = exported.run(graph.file, [leaf.numpy() for leaf in leaves])
-        pairs = zip(
-            map(torch.from_numpy, found), torch.utils._pytree.tree_leaves(wanted), strict=True
-        )
-        file = folder / graph.file
-        difference = _checked(file, max(_difference(*pair) for pair in pairs))
-        rows.append(Measured(graph.file, file.stat().st_size / 1e6, None, None, difference))
-    picture = example(described["size"], 1)[0].permute(1, 2, 0).byte().numpy()
-    whole = _ms(lambda: exported.find(Image.fromarray(picture)))
-    rows.append(Measured("run.py", None, load_s, whole, None))
-    rows.insert(0, Measured("eager", None, None, _ms(lambda: predictor(picture)), None))
-    return described, rows
-
-
-def _checked(file: Path, difference: float) -> float:
-    if not difference < TOLERANCE:
+            wanted = graph.module(*arguments)
+        wanted = [wanted] if torch.is_tensor(wanted) else wanted
+        written = exported.run(graph.name, *(one.numpy() for one in arguments))
+        pairs = zip(map(torch.from_numpy, written), wanted, strict=True)
+        found = max(found, *(_relative(*pair) for pair in pairs))
+    if not found < TOLERANCE:
         raise PipelineError(
-            f"{file.name} computes something else than the model: its results differ by"
-            f" {difference:.1e} of the largest, and {TOLERANCE:.0e} is admitted",
+            f"{files[graph.name].name} computes something else than the model: its results differ"
+            f" by {found:.1e} of the largest, and {TOLERANCE:.0e} is admitted",
             "Report this with the weights' model.json",
         )
-    return difference
+    return found
 
 
-def _difference(found: "Tensor", wanted: "Tensor") -> float:
+def _relative(found: "Tensor", wanted: "Tensor") -> float:
     return float((found - wanted).abs().max() / wanted.abs().max())
 
 

@@ -186,8 +186,8 @@ class Report(Section):
 
 
 class Export(Section):
-    formats: Annotated[tuple[Literal["onnx", "pt2"], ...], Field(min_length=1)]
-    """`pt2` takes minutes, and is not for detectors, which are written as ONNX alone."""
+    formats: Annotated[tuple[Literal["onnx", "pt2", "pt2-decomposed"], ...], Field(min_length=1)]
+    """`pt2` is compiled for a minute or more, by model and by graph of a detector."""
 
 
 class Params(Section):

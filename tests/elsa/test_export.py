@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import ops
 from elsa import run_exported
-from elsa.export import ExportError, example, exportable, write_onnx, write_pt2
-from elsa.predict import load_predictor
+from elsa.export import ExportError, Graph, any_batch, example, image_graph
+from elsa.export_onnx import write_onnx
+from elsa.export_pt2 import write_pt2
+from elsa.predict import Predictor, load_predictor
 from elsa.run_exported import Exported
 
 pytestmark = pytest.mark.usefixtures("compiled_library")
@@ -42,6 +44,27 @@ class Aggregation(nn.Module):
         return ops.elsa_attention(images, attn, *cast, **self.options)
 
 
+def graph_of(model: nn.Module, size: int) -> Graph:
+    images = (example((size, size)),)
+    return Graph("model", model.eval(), images, any_batch(), ("images",), ("logits",))
+
+
+def described(size: int) -> dict[str, Any]:
+    """What the runner must know; of a picture it makes an image by scaling both sides."""
+    about = {"size": [size, size], "task": "classify", "classes": []}
+    return about | {"resize": 0, "squash": True, "interpolation": "bicubic"}
+
+
+def check(exported: Exported, model: nn.Module, size: int) -> None:
+    """Against the reference in float64, for batches of other sizes than the exported one."""
+    for batch in (1, 4):
+        images = example((size, size), batch)
+        with ops.use_backend("reference"), torch.no_grad():
+            expected = model(images.double())
+        found = torch.from_numpy(exported.logits(images.numpy())).double()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+
+
 @pytest.mark.parametrize(
     ("ghosts", "kernel_size", "dilation", "stride", "size"),
     [
@@ -56,25 +79,11 @@ class Aggregation(nn.Module):
 def test_the_operator_in_onnx_is_the_operator(
     ghosts: str, kernel_size: int, dilation: int, stride: int, size: int, tmp_path: Path
 ) -> None:
-    """Against the reference in float64, for batches of other sizes than the exported one."""
     torch.manual_seed(0)
     options = {"kernel_size": kernel_size, "dilation": dilation, "stride": stride}
-    model = Aggregation(ghosts, size, **options).eval()
-    described = {
-        "size": [size, size],
-        "task": "classify",
-        "classes": [],
-        "resize": 0,
-        "squash": True,
-    }
-    write_onnx(model, {**described, "interpolation": "bicubic"}, tmp_path / "model.onnx")
-    exported = Exported(tmp_path / "model.onnx")
-    for batch in (1, 4):
-        images = example((size, size), batch)
-        with ops.use_backend("reference"), torch.no_grad():
-            expected = model(images.double())
-        found = torch.from_numpy(exported.logits(images.numpy())).double()
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max())
+    model = Aggregation(ghosts, size, **options)
+    write_onnx(graph_of(model, size), described(size), tmp_path / "model.onnx")
+    check(Exported(tmp_path / "model.onnx"), model, size)
     import onnx
 
     proto = onnx.load(tmp_path / "model.onnx")
@@ -97,6 +106,11 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "weights"
 
 
+def write_classifier(predictor: Predictor, file: Path) -> None:
+    (graph,), about = image_graph(predictor, None)
+    write_onnx(graph, about, file)
+
+
 def pictures() -> list[Image.Image]:
     generator = np.random.default_rng(0)
     shapes = [(32, 32), (50, 41), (37, 90), (20, 64)]
@@ -105,7 +119,7 @@ def pictures() -> list[Image.Image]:
 
 def test_a_classifier_says_the_same_of_pictures(folder: Path, tmp_path: Path) -> None:
     predictor = load_predictor(folder)
-    write_onnx(*exportable(predictor, None), tmp_path / "model.onnx")
+    write_classifier(predictor, tmp_path / "model.onnx")
     exported = Exported(tmp_path / "model.onnx")
     assert (exported.task, exported.classes) == ("classify", ["a", "b", "c"])
     for picture in pictures():
@@ -116,7 +130,7 @@ def test_a_classifier_says_the_same_of_pictures(folder: Path, tmp_path: Path) ->
 
 
 def test_a_file_runs_where_neither_torch_nor_this_project_is(folder: Path, tmp_path: Path) -> None:
-    write_onnx(*exportable(load_predictor(folder), None), tmp_path / "model.onnx")
+    write_classifier(load_predictor(folder), tmp_path / "model.onnx")
     shutil.copy(run_exported.__file__, tmp_path / "run.py")
     pictures()[1].save(tmp_path / "photo.png")
     refuse = (
@@ -132,18 +146,44 @@ def test_a_file_runs_where_neither_torch_nor_this_project_is(folder: Path, tmp_p
     assert done.stdout.startswith(f"photo.png: {'abc'[label]} ")
 
 
-def test_pt2_runs_by_torch_alone(tmp_path: Path) -> None:
+RUN_PT2 = """
+import sys, types
+import numpy as np
+for name in ("timm", "elsa", "ops", "onnx"):
+    sys.modules[name] = None
+import run
+model = run.Exported(sys.argv[1])
+np.save("logits.npy", model.logits(np.load("images.npy")))
+"""
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_pt2_runs_by_torch_and_what_lies_beside_it(decomposed: bool, tmp_path: Path) -> None:
+    """In a process without this project; the decomposed one without the operator's library, too."""
     torch.manual_seed(0)
-    model = Aggregation("mul add", 8, kernel_size=3, dilation=1, stride=1).eval()
-    described = {"size": [8, 8], "task": "segment", "classes": ["x"], "resize": 0, "squash": True}
-    write_pt2(model, {**described, "interpolation": "bilinear"}, tmp_path / "model.pt2")
-    exported = Exported(tmp_path / "model.pt2")
-    for batch in (1, 4):
-        images = example((8, 8), batch)
-        with torch.no_grad():
-            expected = model(images)
-        found = torch.from_numpy(exported.logits(images.numpy()))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    model = Aggregation("mul add", 8, kernel_size=3, dilation=1, stride=1)
+    write_pt2(graph_of(model, 8), described(8), tmp_path / "model.pt2", decomposed)
+    check(Exported(tmp_path / "model.pt2"), model, 8)
+    library = tmp_path / "elsa_ops.so"
+    assert library.is_file() != decomposed
+
+    shutil.copy(run_exported.__file__, tmp_path / "run.py")
+    images = example((8, 8), 3)
+    np.save(tmp_path / "images.npy", images.numpy())
+    command = [sys.executable, "-c", RUN_PT2, "model.pt2"]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = model(images)
+    found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    if not decomposed:
+        library.unlink()
+        assert "model.pt2 needs elsa_ops.so beside it" in run().stderr
 
 
 def test_what_is_no_exported_model_is_told(tmp_path: Path) -> None:
@@ -165,14 +205,13 @@ def test_what_is_no_exported_model_is_told(tmp_path: Path) -> None:
 
 
 def test_images_of_another_shape_and_models_that_can_not_be_are_told(tmp_path: Path) -> None:
-    model = Aggregation("", 6, kernel_size=3, dilation=1, stride=1).eval()
-    described = {"size": [6, 6], "task": "classify", "classes": [], "resize": 0, "squash": True}
-    write_onnx(model, {**described, "interpolation": "bicubic"}, tmp_path / "model.onnx")
+    model = Aggregation("", 6, kernel_size=3, dilation=1, stride=1)
+    write_onnx(graph_of(model, 6), described(6), tmp_path / "model.onnx")
     exported = Exported(tmp_path / "model.onnx")
     for wrong in (np.zeros((1, 3, 7, 6), np.float32), np.zeros((1, 3, 6, 6), np.uint8)):
         with pytest.raises(ValueError, match=r"images are \(n, 3, 6, 6\) float32, got"):
             exported.logits(wrong)
-    shifted = Aggregation("", 6, kernel_size=3, dilation=1, stride=1, border="shift").eval()
+    shifted = Aggregation("", 6, kernel_size=3, dilation=1, stride=1, border="shift")
     with pytest.raises(ExportError, match=r"border='shift' is not exported"):
-        write_onnx(shifted, {**described, "interpolation": "bicubic"}, tmp_path / "shifted.onnx")
+        write_onnx(graph_of(shifted, 6), described(6), tmp_path / "shifted.onnx")
     assert not (tmp_path / "shifted.onnx").exists()

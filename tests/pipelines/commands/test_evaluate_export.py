@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from elsa.export import exportable, write_onnx
+from elsa.export import image_graph
+from elsa.export_onnx import write_onnx
 from elsa.predict import load_predictor
 from elsa.run_exported import Exported
 from pipelines.commands import evaluate, evaluate_export
@@ -49,7 +50,8 @@ def file(what: Prediction, state: dict, compiled_library: Path, tmp_path_factory
     about = WeightsDescription(TASK.model(what.params), "", "", {}, classes=what.classes)
     write_weights(folder, state, about)
     TASK.write_model_config(folder, what)
-    write_onnx(*exportable(load_predictor(folder), None), folder / "model.onnx")
+    (graph,), described = image_graph(load_predictor(folder), None)
+    write_onnx(graph, described, folder / "model.onnx")
     return folder / "model.onnx"
 
 
