@@ -17,6 +17,7 @@ import ops
 from ops import library
 
 from .export import ExportError, Graph
+from .run_exported import cpu_features
 
 __all__ = ["write_pt2"]
 
@@ -42,6 +43,7 @@ def write_pt2(
     targets = {str(node.target).split(".")[0] for node in traced.graph.nodes}
     about = {**described, "inputs": graph.inputs, "outputs": graph.outputs}
     about["needs"] = sorted(targets & {"elsa", "torchvision"})
+    about["cpu"] = sorted(cpu_features())
     try:
         with warnings.catch_warnings():  # torch's own, about its own calls
             warnings.simplefilter("ignore", FutureWarning)

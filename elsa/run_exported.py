@@ -41,13 +41,20 @@ class Objects:
     """(n, H, W); None of a model that finds boxes only."""
 
 
+def cpu_features() -> set[str]:
+    """What this CPU can, by numpy's names; compiled code that needs more would kill the process."""
+    from numpy._core._multiarray_umath import __cpu_features__
+
+    return {name for name, here in __cpu_features__.items() if here}
+
+
 class _Graph:
     """One file: arrays to arrays.
 
     Raises:
         FileNotFoundError: the file, or the operator's library beside it, is not there.
         ImportError: its runtime is not installed.
-        ValueError: it was not written by `elsa export`.
+        ValueError: it was not written by `elsa export`, or compiled for another CPU.
     """
 
     def __init__(self, file: Path, threads: int) -> None:
@@ -60,7 +67,9 @@ class _Graph:
         except (ImportError, FileNotFoundError):
             raise
         except Exception as error:  # of whatever a runtime makes of another file
-            raise ValueError(f"{file} is no model that `elsa export` wrote: {error}") from error
+            raise ValueError(
+                f"{file} is no model that `elsa export` wrote for this machine: {error}"
+            ) from error
 
     def _load_onnx(self, file: Path, threads: int) -> str:
         import onnxruntime
@@ -81,6 +90,9 @@ class _Graph:
         loader: Any = torch._C._aoti.AOTIModelPackageLoader
         found: str = loader.load_metadata_from_package(str(file), "model")["elsa"]
         described = json.loads(found)
+        lacking = set(described["cpu"]) - cpu_features()
+        if lacking:
+            raise ValueError(f"it was compiled for a CPU with {', '.join(sorted(lacking))}")
         if "torchvision" in described["needs"]:
             import torchvision  # noqa: F401 - registers its operators
         if "elsa" in described["needs"] and not hasattr(torch.ops.elsa, "elsa_attention"):
@@ -113,7 +125,7 @@ class Exported:
 
     Raises:
         FileNotFoundError: the file, or one that belongs to it, is not there.
-        ValueError: it was not written by `elsa export`.
+        ValueError: it was not written by `elsa export`, or compiled for another CPU.
         ImportError: its runtime is not installed.
     """
 

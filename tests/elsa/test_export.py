@@ -181,6 +181,10 @@ def test_pt2_runs_by_torch_and_what_lies_beside_it(decomposed: bool, tmp_path: P
         expected = model(images)
     found = torch.from_numpy(np.load(tmp_path / "logits.npy"))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_exported, "cpu_features", lambda: set[str]())
+        with pytest.raises(ValueError, match=r"model\.pt2 .*compiled for a CPU with .*SSE"):
+            Exported(tmp_path / "model.pt2")
     if not decomposed:
         library.unlink()
         assert "model.pt2 needs elsa_ops.so beside it" in run().stderr
@@ -198,7 +202,9 @@ def test_what_is_no_exported_model_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no file .*none\.onnx"):
         Exported(tmp_path / "none.onnx")
     for name in ("other.onnx", "text.onnx", "text.pt2"):
-        with pytest.raises(ValueError, match=rf"{name} is no model that `elsa export` wrote"):
+        with pytest.raises(
+            ValueError, match=rf"{name} is no model that `elsa export` wrote for this machine"
+        ):
             Exported(tmp_path / name)
         assert run_exported.main([str(tmp_path / name), "photo.jpg"]) == 1
     assert run_exported.main([]) == 2
