@@ -1,5 +1,6 @@
 """One Ray Train run: the only place that makes a `TorchTrainer`."""
 
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from pipelines.errors import PipelineError
 from pipelines.params import Scaling
 from pipelines.run import checkpoints, preflight, reporter, tracking
 from pipelines.run.display import showing
-from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer, raylet_errors
+from pipelines.run.local_ray import raylet_errors
+from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer
 from pipelines.run.session import worker_environment
+from pipelines.run.trace import mark
 from pipelines.train.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -88,6 +91,7 @@ def fit(
             spec.storage, tracking.tracking_uri(), spec.data, spec.scaling.use_gpu
         )
         preflight.require(spec.stage, fewest, needs)
+    mark("nodes checked")
     with showing(spec.stage, quiet=spec.trial) as shown:
         checkpoints.repair(spec.path, lambda line: shown.line.remote(line))
         trainer = _trainer(loop, job, spec, shown, callbacks)
@@ -103,6 +107,7 @@ def fit(
         except ray.train.TrainingFailedError as error:
             message = ray.get(shown.failure.remote()) or f"training failed: {_cause(error)}"
             raise PipelineError(message) from error
+        mark("workers ended")
         if message := ray.get(shown.failure.remote()):
             raise PipelineError(message)
         if ray.get(shown.stopping.remote()):
@@ -121,7 +126,7 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
     scaling, workers, least = spec.scaling, spec.scaling.num_workers, spec.fewest_workers
     uri = tracking.tracking_uri()
     told = reporter.Reporting(spec.mlflow_run_id, uri, shown, spec.path)
-    make = LocalTrainer if spec.local and not spec.trial else Trainer
+    make = LocalTrainer if spec.local else Trainer
     return make(
         _on_worker(loop, workers if spec.elastic else 0),
         train_loop_config={"job": job, "reporting": told},
@@ -149,12 +154,15 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
     """What Ray calls on each worker; `planned` workers are wanted where fewer may run, else 0."""
 
     def run(config: dict[str, Any]) -> None:
+        mark("worker reached")
         import torch
         from ray.train.torch import get_device
 
         display = config["reporting"].display
         if ray.get(display.failure.remote()):
             return  # Ray tries a failed worker again; this failure would only be repeated
+        # Imports make objects and no garbage; looking for some took a sixth of their time.
+        gc.set_threshold(100_000, 50, 50)
         # Denormal numbers, of which training makes many, cost a third of the speed of a CPU.
         torch.set_flush_denormal(True)
         told = reporter.RayReporter(config["reporting"])
@@ -163,6 +171,7 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
                 f"training on {told.world_size} of scaling.num_workers={planned} workers; with more"
                 " as soon as there are nodes for them"
             )
+        mark("reporter made")
         try:
             loop(config["job"], get_device(), told)
         except torch.OutOfMemoryError as error:
@@ -173,6 +182,7 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
             raise
         finally:
             told.close()
+            mark("loop ended")
 
     return run
 

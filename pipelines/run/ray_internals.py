@@ -1,19 +1,20 @@
-"""Everything that this project takes from Ray without Ray's promise to keep it.
+"""Everything that this project takes from Ray Train without Ray's promise to keep it.
+
+`local_ray` has the same of Ray itself, which a driver needs before Ray Train and torch.
 
 Each function or class names the private parts that it touches, and why. `tests/pipelines/run/
 test_ray_internals.py` holds each of them, so an upgrade of Ray shows what it broke.
 """
 
+import asyncio
 import importlib
 import json
-import os
 import re
 import socket
-from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
+from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -25,19 +26,6 @@ CHECKPOINT_LIST = "checkpoint_manager_snapshot.json"
 """Ray Train's file of the checkpoints that it knows, in the folder of a run."""
 CHECKPOINT_PREFIX = "checkpoint_"
 """How Ray Train's folders of checkpoints are called; the rest is the time, so they sort by it."""
-LOCAL_ENVIRONMENT = {
-    # Its process takes seconds of a small machine's start, and no cloud preempts this one.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # A worker's report waits for the controller's next look at it, every 2 s otherwise.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # The node's agent collects what the dashboard would show, every 5 s otherwise.
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    # The controller waits for Ray within a coroutine, of which Ray warns; Ray Train sets it, too.
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-}
-"""Variables, without a promise of Ray, that a Ray of this driver's own reads."""
-LOOPBACK = {"_node_ip_address": "127.0.0.1"}
-"""Argument of `ray.init` that keeps a local Ray off the network."""
 
 
 def listed_checkpoints(text: str) -> set[str]:
@@ -67,26 +55,6 @@ def persist_checkpoint(
         checkpoint, name
     )
     return uploaded
-
-
-def stop_log_monitor() -> None:
-    """End the process that sends the workers' output to a driver that wants none.
-
-    Touches `ray._private.worker._global_node`; `ray.init` has no argument for it.
-    """
-    node: Any = ray._private.worker._global_node
-    node.kill_log_monitor()
-
-
-def raylet_errors(lines: int = 20) -> str:
-    """The last lines of this node's raylet.err, where Ray says why a process did not start; empty
-    where this process did not start the node. Touches `ray._private.worker._global_node`."""
-    node: Any = ray._private.worker._global_node
-    if node is None:  # a trial's own process
-        return ""
-    log = Path(node.get_logs_dir_path()) / "raylet.err"
-    found = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return "\n".join([f"{log}:", *found[-lines:]])
 
 
 class Trainer(TorchTrainer):
@@ -127,22 +95,14 @@ class _LocalScalingPolicy(FixedScalingPolicy):
         pass
 
 
-class _LocalController(TrainController):
-    """Ray's, which starts workers without a runtime environment: they inherit its variables.
-
-    Replaces `get_env_vars_to_propagate` where the workers are started.
-    """
-
-    def __init__(self, *args: Any, **arguments: Any) -> None:
-        worker_group.get_env_vars_to_propagate = dict
-        super().__init__(*args, **arguments)
-
-
 class LocalTrainer(Trainer):
     """For a Ray that ends with this driver, and whose processes have the driver's environment.
 
-    Nobody else waits for a dead controller's resources, and there is no node to wait for. Overrides
-    `_initialize_and_run_controller`: a process with a runtime environment starts twice.
+    The controller runs in this process: as an actor it is one process more that imports torch,
+    before any worker starts. Nobody else waits for a dead controller's resources, and there is no
+    node to wait for. Overrides `_initialize_and_run_controller`; replaces
+    `get_env_vars_to_propagate`, as workers with a runtime environment start twice, and
+    `RuntimeContext.current_actor`, of which the workers get a handle that ours don't use.
     """
 
     unneeded = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -151,9 +111,11 @@ class LocalTrainer(Trainer):
         policy = arguments["scaling_policy"]
         if type(policy) is FixedScalingPolicy:
             arguments["scaling_policy"] = _LocalScalingPolicy(policy.scaling_config)
-        controller: Any = ray.remote(num_cpus=0)(_LocalController).remote(**arguments)
-        ray.get(controller.run.remote())
-        return ray.get(controller.get_result.remote())
+        worker_group.get_env_vars_to_propagate = dict
+        RuntimeContext.current_actor = property(lambda context: None)  # type: ignore[method-assign, assignment]
+        controller = TrainController(**arguments)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
 
 class LoopbackTorchConfig(TorchConfig):
@@ -188,9 +150,3 @@ def bind_store_to_its_address() -> None:
         return original(host_name=host_name, port=port, **options)
 
     rendezvous.TCPStore = store
-
-
-def prepare_local_environment() -> None:
-    """Set `LOCAL_ENVIRONMENT`, where the user has not."""
-    for name, value in LOCAL_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)

@@ -22,6 +22,7 @@ from ray.train import CheckpointUploadMode, UserCallback
 from pipelines.errors import PipelineError
 from pipelines.run import checkpoints
 from pipelines.run.ray_internals import persist_checkpoint
+from pipelines.run.trace import mark
 from pipelines.train.reporter import readable
 
 UNDELIVERED = "undelivered_metrics.json"
@@ -43,8 +44,6 @@ class RayReporter:
     """Reports from inside a Ray Train worker."""
 
     def __init__(self, reporting: Reporting) -> None:
-        from pipelines.run import tracking
-
         context = self._context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._display, self._storage = reporting.display, reporting.storage
@@ -55,10 +54,15 @@ class RayReporter:
         self._delivery = None
         self._monitor = None
         os.environ["MLFLOW_TRACKING_URI"] = reporting.mlflow_uri
+        # MLflow takes a second or more to import, and most workers don't log.
         if self.rank == 0:
+            from pipelines.run import tracking
+
             tracker = tracking.Tracker(reporting.mlflow_run_id, reporting.mlflow_uri)
             self._delivery = tracking.Delivery(tracker, self.tell)
         if context.get_local_rank() == 0:
+            from pipelines.run import tracking
+
             self._monitor = tracking.system_metrics(
                 reporting.mlflow_run_id, context.get_node_rank()
             )
@@ -83,6 +87,8 @@ class RayReporter:
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
         if self.rank == 0 and (now - self._shown > 1 or done >= total):
+            if not self._shown:
+                mark("first step")
             self._shown = now
             self._display.update.remote(done, total, unit, note)
 

@@ -5,7 +5,8 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT, SHARED
-from pipelines.run import preflight
+from pipelines.run import local_ray, preflight
 from pipelines.run.display import track
-from pipelines.run.ray_internals import LOOPBACK, prepare_local_environment, stop_log_monitor
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(trains: bool = True, trials: bool = False) -> Iterator[Session]:
+def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iterator[Session]:
     """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
 
     A Ray of our own leaves out what only takes time from training: on two cores each of its
@@ -53,7 +53,7 @@ def ray_session(trains: bool = True, trials: bool = False) -> Iterator[Session]:
 
     Args:
         trains: `fit` is to run in it.
-        trials: `fit` is to run trials of a sweep in it.
+        check: runs in another thread, and may import what the driver needs, too.
 
     Raises:
         PipelineError: too little memory for a local Ray, one that does not start, or no cluster at
@@ -69,24 +69,21 @@ def ray_session(trains: bool = True, trials: bool = False) -> Iterator[Session]:
         # Inherited by all of its processes. As their runtime environment each would start twice.
         os.environ |= environment | worker_environment()
         os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        prepare_local_environment()
+        local_ray.prepare_environment()
         common |= {
             "address": "local",
-            # Ray Train asks it whether the controller of a trial still lives.
-            "include_dashboard": trials,
-            "dashboard_host": "127.0.0.1",
+            "include_dashboard": False,
             "object_store_memory": preflight.OBJECT_STORE,
-            **LOOPBACK,
+            **local_ray.LOOPBACK,
         }
-    threading.Thread(target=_import_for_driver, args=(trains,), daemon=True).start()
+    threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True).start()
     try:
-        ray.init(**common)
+        with nullcontext() if address else local_ray.few_processes():
+            ray.init(**common)
     except Exception as error:  # Ray has no class for processes that are too slow to start
         ray.shutdown()
         raise _unusable(address, error) from error
     try:
-        if not address:
-            stop_log_monitor()
         yield Session(local=not address)
     finally:
         ours = psutil.Process().children(recursive=True) if not address else []
@@ -104,9 +101,15 @@ def _end_workers(processes: list[psutil.Process]) -> None:
                 process.kill()
 
 
-def _import_for_driver(trains: bool) -> None:
-    """Import what the driver needs next and takes seconds, beside the start of Ray's processes."""
-    for module in (*(["torch"] if trains else []), "mlflow.store.tracking.sqlalchemy_store"):
+def _import_for_driver(trains: bool, check: "Future[Any] | None") -> None:
+    """Import what the driver needs next and takes seconds, beside the start of Ray's processes.
+
+    After the check: two threads that import may each wait for what the other has begun.
+    """
+    if check:
+        wait([check])
+    fit = ["torch", "pipelines.run.fit"] if trains else []
+    for module in (*fit, "mlflow.store.tracking.sqlalchemy_store"):
         importlib.import_module(module)
 
 

@@ -1,6 +1,7 @@
 """A pipeline stage from start to end: parameters, identity, lock, Ray, MLflow, outputs."""
 
 import argparse
+import gc
 import hashlib
 import json
 import os
@@ -8,6 +9,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,12 +28,15 @@ from pipelines.run.identity import (
     stage_inputs,
     unfinished_runs,
 )
+from pipelines.run.trace import mark
 
 if TYPE_CHECKING:
     from pipelines.run.session import Session
     from pipelines.run.tracking import Tracker
 
 RUNS = SHARED / ".runs"
+QUICK_S = 0.5
+"""Of a check, before Ray starts: most faults are told in it; checks that import torch go on."""
 
 
 class StageRun:
@@ -123,9 +129,7 @@ class Stage:
     hand_on: Callable[[Params, Path], None] = lambda params, root: None
     """What a stage that is not asked for still writes for those after it, below a folder."""
     trains: bool = False
-    """It trains a model."""
-    trials: bool = False
-    """It runs trials of a sweep."""
+    """It trains models."""
 
 
 def run_stage(stage: Stage) -> None:
@@ -141,12 +145,17 @@ def run_stage(stage: Stage) -> None:
         "--force", action="store_true", help="run anew even if an unfinished run could be resumed"
     )
     forced = parser.parse_args().force
+    mark("command")
+    gc.set_threshold(
+        100_000, 50, 50
+    )  # imports make no garbage, and looking for it is a sixth of them
     try:
         params = load_params()
         if stage.included(params):
             _run(stage, params, forced)
         else:
             _leave_out(stage, params)
+        gc.freeze()  # Python's last look at all objects takes a second or two
     except PipelineError as error:
         sys.exit(f"error: {stage.name}: {error}")
     except KeyboardInterrupt:
@@ -166,9 +175,10 @@ def _run(stage: Stage, params: Params, forced: bool) -> None:
         if not again and _restore(stage, state):
             _say(stage.name, "its inputs are those of a finished run: outputs restored")
             return
-        checked = stage.check(params)
+        checked = _begin_check(stage, params)
         if state.files and not again:
-            if _export(stage, StageRun(stage.name, params, inputs.identity, state), checked):
+            run = StageRun(stage.name, params, inputs.identity, state)
+            if _export(stage, run, checked.result()):
                 _say(stage.name, "its inputs are those of a finished run: outputs written again")
                 return
             _say(stage.name, "its inputs are those of a finished run whose results are gone")
@@ -179,6 +189,20 @@ def _run(stage: Stage, params: Params, forced: bool) -> None:
             _tell_differences(inputs)
         state.inputs = asdict(inputs)
         _compute(stage, StageRun(stage.name, params, inputs.identity, state), checked)
+
+
+def _begin_check(stage: Stage, params: Params) -> "Future[Any]":
+    """Start `stage.check`, which may import torch and mm beside the start of Ray.
+
+    Raises:
+        PipelineError: of the check, if it finds something wrong at once.
+    """
+    pool = ThreadPoolExecutor(1)
+    check = pool.submit(stage.check, params)
+    pool.shutdown(wait=False)
+    with suppress(TimeoutError):
+        check.result(timeout=QUICK_S)
+    return check
 
 
 def _restore(stage: Stage, state: RunState) -> bool:
@@ -196,12 +220,15 @@ def _export(stage: Stage, run: StageRun, checked: Any) -> bool:
     return True
 
 
-def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
+def _compute(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
     # Imported late: they take seconds, and bad parameters should be told at once.
     from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
-    with session.ray_session(stage.trains or stage.trials, stage.trials) as run._session:
+    with session.ray_session(stage.trains, check) as run._session:
+        mark("Ray started")
+        checked = check.result()
+        mark("inputs checked")
         from pipelines.run import tracking
 
         tags = _tags(run)
@@ -212,6 +239,7 @@ def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
         run.state.save(run.folder)
         tracker.log_params(_logged_params(run))
         tracker.log_dict(run.params.model_dump(mode="json"), "params.json")
+        mark("MLflow run opened")
         try:
             stage.run(run, checked)
             _publish(run, outputs_digest(stage.name))
@@ -225,6 +253,8 @@ def _compute(stage: Stage, run: StageRun, checked: Any) -> None:
                 ) from error
             raise
         tracker.finish()
+        mark("outputs written")
+    mark("Ray stopped")
 
 
 def _say(stage: str, text: str) -> None:

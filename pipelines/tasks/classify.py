@@ -21,7 +21,6 @@ from pipelines.tasks.task import (
     Prediction,
     Scene,
     Task,
-    require_operator,
 )
 from pipelines.train.job import Job
 
@@ -56,7 +55,6 @@ class Classify(Task):
     artifacts: ClassVar[tuple[str, ...]] = ("results/pretrain", "plots/pretrain")
 
     def check(self, params: Params) -> Job:
-        require_operator()
         weights = params.pretrain.weights
         if weights:
             from pipelines.train.models import build_model, load_weights

@@ -18,7 +18,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import ROOT
 from pipelines.results.outputs import Result, dense_result, write_dense
-from pipelines.tasks.task import Loop, Prediction, Task, require_operator
+from pipelines.tasks.task import Loop, Prediction, Task
 from pipelines.train.job import Job
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ class DenseTask(Task):
     def check(self, params: Params) -> Job:
         from pipelines.mm.config import build_config
 
-        require_operator()
         weights, given = None, self.given_weights(params)
         if given == PRETRAINED:
             check_architecture(_pretrained(params), params.model.model_dump(mode="json"))

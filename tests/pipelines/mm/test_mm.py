@@ -352,7 +352,6 @@ def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatc
     save_file(state, file)
     task = TASKS["detect"]
     monkeypatch.setattr(type(task), "find_dataset", lambda *_: job.dataset)
-    monkeypatch.setattr("pipelines.tasks.dense.require_operator", lambda: None)
     section = job.params.detect.model_copy(update={"weights": str(file)})
     params = job.params.model_copy(update={"detect": section})
     ready = task.check(params)

@@ -88,7 +88,6 @@ def test_a_classifier_has_no_heads_to_start_from(given, tmp_path, monkeypatch):
     save_file(classifier.state_dict(), job.weights)
     task = TASKS["detect" if job.stage == "detect" else "segment"]
     monkeypatch.setattr(type(task), "find_dataset", lambda *_: job.dataset)
-    monkeypatch.setattr("pipelines.tasks.dense.require_operator", lambda: None)
     section = task.section(job.params).model_copy(update={"weights": job.weights})
     params = job.params.model_copy(update={job.stage: section})
     with pytest.raises(PipelineError, match=rf"nothing that fits .*{job.stage}\.init_from=model"):

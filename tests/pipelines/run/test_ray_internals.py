@@ -3,11 +3,8 @@
 import importlib
 import inspect
 import json
-from pathlib import Path
 
 import pytest
-import ray
-import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from pipelines.run import ray_internals as internals
@@ -27,34 +24,6 @@ def test_callbacks_that_we_leave_out_are_still_among_rays_default_ones() -> None
     source = inspect.getsource(TorchTrainer._create_default_callbacks)
     for callback in {*internals.Trainer.unneeded, *internals.LocalTrainer.unneeded}:
         assert callback.__name__ in source, f"Ray has no default {callback.__name__} any more"
-
-
-def test_environment_variables_that_we_set_are_read_by_ray() -> None:
-    from ray.dashboard.modules.reporter import reporter_consts
-    from ray.train.v2._internal import constants
-
-    known = {value for value in vars(constants).values() if isinstance(value, str)}
-    known |= set(vars(reporter_consts))
-    text = inspect.getsource(reporter_consts) + inspect.getsource(constants)
-    settings = Path(ray._raylet.__file__).read_bytes()  # each is a variable RAY_<name>
-    for name in internals.LOCAL_ENVIRONMENT:
-        is_setting = name.removeprefix("RAY_").encode() in settings
-        assert name in known or name in text or is_setting, f"Ray does not read {name} any more"
-
-
-def test_init_takes_the_argument_that_keeps_it_on_loopback() -> None:
-    source = inspect.getsource(ray.init)
-    for name in internals.LOOPBACK:
-        assert name in source, f"ray.init does not take {name} any more"
-
-
-def test_the_nodes_methods_that_we_call_exist() -> None:
-    from ray._private import worker
-    from ray._private.node import Node
-
-    assert hasattr(worker, "_global_node"), "ray._private.worker has no _global_node"
-    for name in ("kill_log_monitor", "get_logs_dir_path"):
-        assert callable(getattr(Node, name, None)), f"Ray's Node has no {name}"
 
 
 def test_the_torch_backend_can_be_replaced() -> None:
@@ -99,7 +68,9 @@ def test_the_list_of_checkpoints_is_where_and_as_we_read_it() -> None:
 
 
 def test_the_controller_and_its_policy_are_as_we_replace_them() -> None:
-    """What of them talks to an autoscaler, and where workers get an environment of their own."""
+    """What of them talks to an autoscaler, where workers get an environment of their own, and how a
+    controller runs."""
+    from ray.train.v2._internal.execution.controller import TrainController
     from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy, ScalingPolicy
     from ray.train.v2._internal.execution.worker_group import worker_group
     from ray.train.v2.api import data_parallel_trainer
@@ -116,6 +87,10 @@ def test_the_controller_and_its_policy_are_as_we_replace_them() -> None:
     unused = {"_send_resource_request", "_cancel_resource_request"}  # but by what is replaced
     assert talks - replaced - unused == {"_get_num_workers_for_resource_request"}
     assert callable(worker_group.get_env_vars_to_propagate)
+    assert "controller_actor=ray.get_runtime_context().current_actor" in inspect.getsource(
+        worker_group
+    )
+    assert inspect.iscoroutinefunction(TrainController.run)
     source = inspect.getsource(data_parallel_trainer.DataParallelTrainer)
     assert "_initialize_and_run_controller(" in source
     assert "controller.get_result.remote()" in source

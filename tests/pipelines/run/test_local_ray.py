@@ -1,0 +1,50 @@
+"""What a local Ray takes from Ray without its promise: a new Ray that breaks it fails here."""
+
+import inspect
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray._private.node import Node
+
+from pipelines.run import local_ray
+from pipelines.run.session import ray_session
+
+
+def test_environment_variables_that_we_set_are_read_by_ray() -> None:
+    from ray.dashboard.modules.reporter import reporter_consts
+    from ray.train.v2._internal import constants
+
+    known = {value for value in vars(constants).values() if isinstance(value, str)}
+    known |= set(vars(reporter_consts))
+    text = inspect.getsource(reporter_consts) + inspect.getsource(constants)
+    settings = Path(ray._raylet.__file__).read_bytes()  # each is a variable RAY_<name>
+    for name in local_ray.ENVIRONMENT:
+        is_setting = name.removeprefix("RAY_").encode() in settings
+        assert name in known or name in text or is_setting, f"Ray does not read {name} any more"
+
+
+def test_init_takes_the_argument_that_keeps_it_on_loopback() -> None:
+    source = inspect.getsource(ray.init)
+    for name in local_ray.LOOPBACK:
+        assert name in source, f"ray.init does not take {name} any more"
+
+
+def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before, methods = dict(os.environ), dict(vars(Node))
+    try:
+        with ray_session(trains=False):
+            commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+            assert local_ray.raylet_errors().split(":")[0].endswith("raylet.err")
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    assert dict(vars(Node)) == methods
+    told = "\n".join(commands)
+    assert "gcs_server" in told
+    assert "raylet" in told
+    for name in ("monitor.py", "log_monitor.py", "dashboard.py"):
+        assert f"/{name}" not in told
