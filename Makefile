@@ -1,10 +1,11 @@
 # Thin: everything runs through uv, and each line works directly too (`uv run dvc repro`).
 UV := $(or $(shell command -v uv),.tools/bin/uv)
 
-.PHONY: help setup demo test test-cluster asan lint ui gpu wheel constraints
+.PHONY: help setup demo smoke test test-cluster asan lint ui gpu wheel constraints
 
 help:
 	@echo "make demo   set up, run the whole pipeline on real images, show the results"
+	@echo "make smoke  all stages on a few small images in minutes, in a copy of the committed files (.smoke)"
 	@echo "make test   set up, run the tests"
 	@echo "make test-cluster  what takes minutes more: loss of a node, two hosts (root, openssh-server, iproute2, rsync)"
 	@echo "make asan   the operator's tests under AddressSanitizer"
@@ -31,6 +32,12 @@ setup: | $(UV)
 demo: setup
 	$(UV) run dvc repro report
 	@$(UV) run elsa results
+
+# Beside the checkout's own results, but with its cache: an operator that is built is not built again.
+smoke: setup
+	@rm -rf .smoke && git clone --quiet . .smoke
+	@cd .smoke && export PATH="$(CURDIR)/.venv/bin:$$PATH" && dvc config --local cache.dir "$(CURDIR)/.dvc/cache" \
+	  && python -m pipelines compose recipe=smoke && dvc repro report && python -m pipelines results
 
 # Two at a time, but what runs whole pipelines, which use all cores themselves.
 test: setup

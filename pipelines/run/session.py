@@ -5,7 +5,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +76,8 @@ def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iter
             "object_store_memory": preflight.OBJECT_STORE,
             **local_ray.LOOPBACK,
         }
-    threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True).start()
+    importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
+    importing.start()
     try:
         with nullcontext() if address else local_ray.few_processes():
             ray.init(**common)
@@ -84,30 +85,40 @@ def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iter
         ray.shutdown()
         raise _unusable(address, error) from error
     try:
+        importing.join()
         yield Session(local=not address)
     finally:
-        ours = psutil.Process().children(recursive=True) if not address else []
+        workers = [] if address else _workers()
         ray.shutdown()
-        _end_workers(ours)
+        _end(workers)
 
 
-def _end_workers(processes: list[psutil.Process]) -> None:
-    """Kill those of Ray's workers that outlive it, as one does whose end meets a lock of Ray's own
-    that nobody opens: it would stay with all of its memory."""
-    _, alive = psutil.wait_procs(processes, timeout=2)
+def _workers() -> list[psutil.Process]:
+    """The processes of this driver's own Ray that run Python code of its tasks and actors."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if "".join(process.cmdline()[:1]).startswith("ray::"):
+                found.append(process)
+    return found
+
+
+def _end(workers: list[psutil.Process]) -> None:
+    """Kill those that outlive Ray, as one does whose end meets a lock of Ray's own that nobody
+    opens: it would stay with all of its memory."""
+    _, alive = psutil.wait_procs(workers, timeout=2)
     for process in alive:
         with suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
-                process.kill()
+            process.kill()
 
 
 def _import_for_driver(trains: bool, check: "Future[Any] | None") -> None:
     """Import what the driver needs next and takes seconds, beside the start of Ray's processes.
 
-    After the check: two threads that import may each wait for what the other has begun.
+    After the check, as two threads that import may each get the half of what the other has begun.
     """
-    if check:
-        wait([check])
+    if check and check.exception():  # which it waits for
+        return
     fit = ["torch", "pipelines.run.fit"] if trains else []
     for module in (*fit, "mlflow.store.tracking.sqlalchemy_store"):
         importlib.import_module(module)

@@ -28,7 +28,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
     stage = root / "pipelines/run/stage.py"
     text = stage.read_text()
     for real, stub in (
-        ("stage.check(params)", "stub.check(stage, params)"),
+        ("submit(stage.check, params)", "submit(stub.check, stage, params)"),
         ("stage.run(run, checked)", "stub.compute(stage, run, checked)"),
     ):
         assert text.count(real) == 1
