@@ -25,6 +25,8 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
     root = tmp_path_factory.mktemp("decisions")
     copy_checkout(root)
     shutil.copy(Path(__file__).with_name("stub.py"), root / "pipelines/run/stub.py")
+    tracking = root / "pipelines/run/tracking/__init__.py"
+    shutil.copy(Path(__file__).with_name("stub_tracking.py"), tracking)
     stage = root / "pipelines/run/stage.py"
     text = stage.read_text()
     for real, stub in (
