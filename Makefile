@@ -38,6 +38,7 @@ smoke: setup
 	@rm -rf .smoke && git clone --quiet . .smoke
 	@cd .smoke && export PATH="$(CURDIR)/.venv/bin:$$PATH" && dvc config --local cache.dir "$(CURDIR)/.dvc/cache" \
 	  && python -m pipelines compose recipe=smoke && dvc repro report && python -m pipelines results
+	@echo "All of it is in .smoke: .smoke/reports/index.html"
 
 # Two at a time, but what runs whole pipelines, which use all cores themselves.
 test: setup

@@ -28,6 +28,7 @@ from pipelines.run.trace import VARIABLE
 
 LOOK_S = 0.1
 FIRST_STEP, LAST_STEP = "first step", "loop ended"
+NAMED = (FIRST_STEP, LAST_STEP, "Ray started", "worker reached")
 MODULES = ("torch", "ray.train.torch", "timm", "mlflow", "pipelines.mm.train", "mmseg.apis")
 
 
@@ -180,7 +181,7 @@ def draw(lines: list[Timeline], file: Path) -> None:
                 axis.barh(row, now - then, left=then, height=0.8, color=str(0.9 - 0.7 * busy))
         for when, _, name in line.events:
             axis.axvline(when, color="tab:red", linewidth=0.5)
-            if name in (FIRST_STEP, LAST_STEP, "Ray started", "worker reached"):
+            if name in NAMED and when == line.at(name):
                 axis.text(when, len(shown) - 0.4, name, rotation=30, fontsize=8)
         axis.set_yticks(range(len(shown)), [one.name for one in shown], fontsize=8)
         axis.set_xlim(0, line.seconds)
