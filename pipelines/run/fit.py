@@ -1,6 +1,5 @@
 """One Ray Train run: the only place that makes a `TorchTrainer`."""
 
-import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -161,8 +160,6 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
         display = config["reporting"].display
         if ray.get(display.failure.remote()):
             return  # Ray tries a failed worker again; this failure would only be repeated
-        # Imports make objects and no garbage; looking for some took a sixth of their time.
-        gc.set_threshold(100_000, 50, 50)
         # Denormal numbers, of which training makes many, cost a third of the speed of a CPU.
         torch.set_flush_denormal(True)
         told = reporter.RayReporter(config["reporting"])

@@ -146,9 +146,8 @@ def run_stage(stage: Stage) -> None:
     )
     forced = parser.parse_args().force
     mark("command")
-    gc.set_threshold(
-        100_000, 50, 50
-    )  # imports make no garbage, and looking for it is a sixth of them
+    # Imports make no garbage, and looking for some takes a sixth of their time.
+    gc.set_threshold(100_000, 50, 50)
     try:
         params = load_params()
         if stage.included(params):
