@@ -52,7 +52,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     write_findings(stage, plan, trials, folder)
 
 
-STAGE = Stage("sweep", __doc__ or "", run, check, trains=True)
+STAGE = Stage("sweep", __doc__ or "", run, check, trials=True)
 
 if __name__ == "__main__":
     os.environ.setdefault("MPLBACKEND", "Agg")

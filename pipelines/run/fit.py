@@ -79,7 +79,7 @@ def fit(
 
     Args:
         job: sent to the workers.
-        callbacks: of Ray Train.
+        callbacks: of Ray Train; those of a trial that Tune may stop early.
 
     Raises:
         PipelineError: a node lacks something, or training failed for good.
@@ -125,7 +125,8 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
     scaling, workers, least = spec.scaling, spec.scaling.num_workers, spec.fewest_workers
     uri = tracking.tracking_uri()
     told = reporter.Reporting(spec.mlflow_run_id, uri, shown, spec.path)
-    make = LocalTrainer if spec.local else Trainer
+    # A trial that is stopped early ends with its process, which a controller in it holds up.
+    make = LocalTrainer if spec.local and not callbacks else Trainer
     return make(
         _on_worker(loop, workers if spec.elastic else 0),
         train_loop_config={"job": job, "reporting": told},

@@ -35,12 +35,12 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def few_processes() -> Iterator[None]:
-    """What `ray.init` starts within it has no autoscaler, dashboard and log monitor.
+def few_processes(dashboard: bool) -> Iterator[None]:
+    """What `ray.init` starts within it has no autoscaler and log monitor, or no dashboard either.
 
-    The node's agent has only what Ray itself asks it for. Each of them takes a second or more of a
-    small machine, most before `ray.init` returns, which has no argument for it. Replaces
-    `Node.start_monitor`, `start_log_monitor` and `start_api_server`, and
+    Without one the node's agent has only what Ray itself asks it for. Each of them takes a second
+    or more of a small machine, most before `ray.init` returns, which has no argument for it.
+    Replaces `Node.start_monitor`, `start_log_monitor` and `start_api_server`, and
     `utils.get_dashboard_dependency_error`, by which Ray knows an installation without a dashboard.
     """
     nothing: Any = lambda self, **arguments: None  # noqa: E731
@@ -48,9 +48,10 @@ def few_processes() -> Iterator[None]:
     replaced: list[tuple[Any, str, Any]] = [
         (Node, "start_monitor", nothing),
         (Node, "start_log_monitor", nothing),
-        (Node, "start_api_server", nothing),
-        (utils, "get_dashboard_dependency_error", missing),
     ]
+    if not dashboard:
+        replaced.append((Node, "start_api_server", nothing))
+        replaced.append((utils, "get_dashboard_dependency_error", missing))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:

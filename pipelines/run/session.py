@@ -45,7 +45,9 @@ def worker_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iterator[Session]:
+def ray_session(
+    trains: bool = True, trials: bool = False, check: "Future[Any] | None" = None
+) -> Iterator[Session]:
     """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
 
     A Ray of our own leaves out what only takes time from training: on two cores each of its
@@ -53,6 +55,7 @@ def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iter
 
     Args:
         trains: `fit` is to run in it.
+        trials: `fit` is to run trials of a sweep in it.
         check: runs in another thread, and may import what the driver needs, too.
 
     Raises:
@@ -72,14 +75,16 @@ def ray_session(trains: bool = True, check: "Future[Any] | None" = None) -> Iter
         local_ray.prepare_environment()
         common |= {
             "address": "local",
-            "include_dashboard": False,
+            # Ray Train asks it whether the controller of a trial still lives.
+            "include_dashboard": trials,
+            "dashboard_host": "127.0.0.1",
             "object_store_memory": preflight.OBJECT_STORE,
             **local_ray.LOOPBACK,
         }
     importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
     importing.start()
     try:
-        with nullcontext() if address else local_ray.few_processes():
+        with nullcontext() if address else local_ray.few_processes(dashboard=trials):
             ray.init(**common)
     except Exception as error:  # Ray has no class for processes that are too slow to start
         ray.shutdown()

@@ -129,7 +129,9 @@ class Stage:
     hand_on: Callable[[Params, Path], None] = lambda params, root: None
     """What a stage that is not asked for still writes for those after it, below a folder."""
     trains: bool = False
-    """It trains models."""
+    """It trains a model."""
+    trials: bool = False
+    """It runs trials of a sweep."""
 
 
 def run_stage(stage: Stage) -> None:
@@ -224,7 +226,8 @@ def _compute(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
     from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
-    with session.ray_session(stage.trains, check) as run._session:
+    trains = stage.trains or stage.trials
+    with session.ray_session(trains, stage.trials, check) as run._session:
         mark("Ray started")
         checked = check.result()
         mark("inputs checked")

@@ -5,8 +5,10 @@ import inspect
 import json
 
 import pytest
+from ray.train import UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from pipelines.params import compose
 from pipelines.run import ray_internals as internals
 
 
@@ -94,3 +96,21 @@ def test_the_controller_and_its_policy_are_as_we_replace_them() -> None:
     source = inspect.getsource(data_parallel_trainer.DataParallelTrainer)
     assert "_initialize_and_run_controller(" in source
     assert "controller.get_result.remote()" in source
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "kind"), [([], "LocalTrainer"), ([UserCallback()], "Trainer")]
+)
+def test_only_a_run_that_nobody_stops_early_has_its_controller_in_the_driver(
+    callbacks: list[UserCallback], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune ends a stopped trial with its process; a controller in it held up all later trials."""
+    from pipelines.run import fit
+
+    made = []
+    for name in ("LocalTrainer", "Trainer"):
+        monkeypatch.setattr(fit, name, lambda *_, _name=name, **__: made.append(_name))
+    scaling = compose(["recipe=smoke"]).scaling
+    spec = fit.RunSpec("pretrain", "run", "id", scaling, "/tmp", {}, local=True, trial=True)
+    fit._trainer(lambda *_: None, None, spec, None, callbacks)
+    assert made == [kind]
