@@ -132,16 +132,26 @@ class Exported:
     def __init__(self, file: str | Path, threads: int = 0) -> None:
         file = Path(file)
         self._graphs = {"model": _Graph(file, threads)}
-        described = self._graphs["model"].described
+        try:
+            self._read(self._graphs["model"].described)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is no model that `elsa export` wrote: in its description {error!r}"
+            ) from error
+        for name in self._heads:
+            # model.onnx and boxes.onnx, model.decomposed.pt2 and boxes.decomposed.pt2
+            beside = file.with_name("".join([name, *file.suffixes]))
+            self._graphs[name] = _Graph(beside, threads)
+
+    def _read(self, described: dict[str, Any]) -> None:
+        self._described = described
         self.task: str = described["task"]
         self.classes: list[str] = described["classes"]
         self.size: tuple[int, int] = tuple(described["size"])
         """(H, W)"""
-        self._described = described
+        self._heads: tuple[str, ...] = ()
         if self.task == "detect":
-            for name in ("boxes", "masks") if described["masks"] else ("boxes",):
-                beside = file.with_name(file.name.replace("model", name, 1))
-                self._graphs[name] = _Graph(beside, threads)
+            self._heads = ("boxes", "masks") if described["masks"] else ("boxes",)
         else:
             self._resize, self._squash = int(described["resize"]), bool(described["squash"])
             self._interpolation = INTERPOLATIONS[described["interpolation"]]

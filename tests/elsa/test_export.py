@@ -210,6 +210,19 @@ def test_what_is_no_exported_model_is_told(tmp_path: Path) -> None:
     assert run_exported.main([]) == 2
 
 
+def test_a_damaged_description_is_told(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    tensor = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    for text in ("{}", "[]", "3", '{"task": "classify", "classes": [], "size": 7}'):
+        proto = helper.make_model(helper.make_graph([], "other", [tensor], [tensor]))
+        helper.set_model_props(proto, {"elsa": text})
+        onnx.save(proto, tmp_path / "other.onnx")
+        with pytest.raises(ValueError, match=r"other\.onnx is no model that `elsa export` wrote"):
+            Exported(tmp_path / "other.onnx")
+
+
 def test_images_of_another_shape_and_models_that_can_not_be_are_told(tmp_path: Path) -> None:
     model = Aggregation("", 6, kernel_size=3, dilation=1, stride=1)
     write_onnx(graph_of(model, 6), described(6), tmp_path / "model.onnx")
