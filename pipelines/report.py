@@ -156,8 +156,6 @@ def _upstream(upstream: dict[str, Any]) -> str:
 
 def _ablation() -> dict[str, Any] | None:
     """What the last sweep in this workspace found; None where there was none."""
-    from pipelines.results.comparison import verdict
-
     comparison = ROOT / "sweeps/comparison.json"
     if not comparison.exists() or not (ROOT / "lineage/sweep.json").exists():
         return None
@@ -168,7 +166,9 @@ def _ablation() -> dict[str, Any] | None:
             "runs": row["runs"],
             "score": f"{row['mean']:.1f}" + (f" ± {row['ci95']:.1f}" if row["ci95"] else ""),
             "verdict": (
-                verdict(row, found["reference"]) if "difference" in row else "the reference"
+                row.get("finding", "of an earlier version: run the sweep again")
+                if "difference" in row
+                else "the reference"
             ),
         }
         for row in found["rows"]

@@ -31,7 +31,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     stage.tracker.set_tags({"space": stage.section.space, "reference": plan.reference})
     dataset = plan.job.dataset
     stage.tracker.log_dataset(dataset.name, dataset.digest, dataset.place, "training")
-    trials = Trials(stage, plan.space, plan.trials, plan.base)
+    trials = Trials(stage, plan)
     asha = trials.asha
     try:
         run_trials(

@@ -7,6 +7,7 @@ from typing import Any
 
 from pipelines.errors import PipelineError
 from pipelines.results.comparison import Scored, compare, markdown, write_comparison
+from pipelines.results.sequential import Design
 from pipelines.run import tracking
 from pipelines.run.tracking import RunRecord
 from pipelines.tasks import TASKS
@@ -45,9 +46,15 @@ def of_sweep(name: str | None, metric: str | None = None) -> dict[str, Any]:
             f"Run `dvc repro sweep`, or `dvc exp run sweep -S sweep.space={name or '...'}`",
         )
     judged = {f"final/{task.metric}" for task in TASKS.values()}
-    runs = [r for r in tracking.sweep_trials(sweep.run_id) if judged & r.metrics.keys()]
-    labels = {run.run_id: json.loads(run.tags["sweeps"])[sweep.run_id] for run in runs}
-    return _compare(runs, metric, labels, sweep.tags.get("reference"))
+    trials = tracking.sweep_trials(sweep.run_id)
+    labels = {run.run_id: json.loads(run.tags["sweeps"])[sweep.run_id] for run in trials}
+    runs = [run for run in trials if judged & run.metrics.keys()]
+    design = Design(
+        comparisons=max(len(set(labels.values())) - 1, 1),
+        seeds=int(sweep.params["sweep.seeds"]),
+        smallest=float(sweep.params.get("sweep.smallest_difference", 0)),
+    )
+    return _compare(runs, metric, labels, sweep.tags.get("reference"), design)
 
 
 def _of_runs(ids: Sequence[str], metric: str | None) -> dict[str, Any]:
@@ -66,6 +73,7 @@ def _compare(
     metric: str | None,
     labels: dict[str, str] | None = None,
     reference: str | None = None,
+    design: Design | None = None,
 ) -> dict[str, Any]:
     metrics = [task.metric for task in TASKS.values()]
     shared = [name for name in metrics if all(f"final/{name}" in run.metrics for run in runs)]
@@ -74,7 +82,8 @@ def _compare(
             f"the runs have none of the metrics {', '.join(metrics)} in common",
             "Compare finished runs of one stage, or name a metric (--metric)",
         )
-    return compare([_scored(run) for run in runs], metric or (shared or [""])[0], labels, reference)
+    chosen, scored = metric or (shared or [""])[0], [_scored(run) for run in runs]
+    return compare(scored, chosen, labels, reference, design)
 
 
 def _scored(run: RunRecord) -> Scored:

@@ -1,4 +1,4 @@
-"""Runs compared over their seeds: mean, 95% interval, and difference to a reference."""
+"""Runs compared over their seeds: mean, 95% interval, difference to a reference, and verdict."""
 
 import csv
 import io
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.errors import PipelineError
+from pipelines.results.sequential import Decision, Design
 
 COST = ("parameters", "gflops", "images_per_second")
 
@@ -25,23 +26,40 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def difference(
-    values: Mapping[int, float], others: Mapping[int, float]
-) -> tuple[float, float | None, int]:
-    """Mean of `values` less that of `others`, by seed; half its 95% interval; how many seeds pair.
+    values: Mapping[int, float], others: Mapping[int, float], design: Design
+) -> dict[str, Any]:
+    """`values` less `others`, by seed: the columns of a row of `compare`.
 
-    Paired where two or more seeds are the same, else Welch's interval.
+    Paired where two or more seeds are the same, else by Welch's test, which is one look.
     """
-    from scipy.stats import ttest_ind
-
     shared = sorted(values.keys() & others.keys())
     if len(shared) > 1:
-        return *interval([values[seed] - others[seed] for seed in shared]), len(shared)
-    mean = statistics.fmean(values.values()) - statistics.fmean(others.values())
+        differences = [values[seed] - others[seed] for seed in shared]
+        decided = design.decide(differences)
+        mean, half, pairs = statistics.fmean(differences), design.half(differences), len(shared)
+    else:
+        mean = statistics.fmean(values.values()) - statistics.fmean(others.values())
+        half, pairs = _welch(values, others, 1 - design.error), 0
+        decided = Decision(design.verdict(mean, half), 0, mean, half)
+    return {
+        "difference": mean,
+        "difference_ci95": half,
+        "paired_seeds": pairs,
+        "verdict": decided.verdict,
+        "decided_after": None if decided.verdict == "open" else decided.seeds,
+    }
+
+
+def _welch(
+    values: Mapping[int, float], others: Mapping[int, float], confidence: float
+) -> float | None:
+    from scipy.stats import ttest_ind
+
     if min(len(values), len(others)) < 2:
-        return mean, None, 0
+        return None
     test = ttest_ind(list(values.values()), list(others.values()), equal_var=False)
-    ends = test.confidence_interval(0.95)
-    return mean, float(ends.high - ends.low) / 2, 0
+    ends = test.confidence_interval(confidence)
+    return float(ends.high - ends.low) / 2
 
 
 @dataclass(frozen=True)
@@ -61,13 +79,17 @@ def compare(
     metric: str,
     labels: Mapping[str, str] | None = None,
     reference: str | None = None,
+    design: Design | None = None,
 ) -> dict[str, Any]:
     """Runs that differ only in their seed are one row: the metric's mean, and what it costs.
+
+    The intervals of the differences hold for all rows together.
 
     Args:
         runs: finished ones.
         labels: the name of each run's row, by run id; by default the parameters that differ.
         reference: the row that the others are compared with; by default the first.
+        design: of a sweep; by default that of these runs, where any difference matters.
 
     Raises:
         PipelineError: no runs, or one without the metric.
@@ -89,13 +111,13 @@ def compare(
         name: {run.seed: run.metrics[f"final/{metric}"] for run in group}
         for name, group in groups.items()
     }
+    design = design or Design(max(len(groups) - 1, 1), max(map(len, scores.values())))
     rows = []
     for name, group in groups.items():
         row = _row(name, group, scores[name], varying)
         if name != reference:
-            row["difference"], row["difference_ci95"], row["paired_seeds"] = difference(
-                scores[name], scores[reference]
-            )
+            row |= difference(scores[name], scores[reference], design)
+            row["finding"] = _finding(row, reference)
         rows.append(row)
     return {"metric": metric, "reference": reference, "rows": rows}
 
@@ -114,23 +136,26 @@ def _row(
     return row
 
 
-def verdict(row: Mapping[str, Any], reference: str) -> str:
+def _finding(row: Mapping[str, Any], reference: str) -> str:
     """One sentence on a row of `compare`, other than the reference's."""
-    half = row["difference_ci95"]
+    half, runs = row["difference_ci95"], row["runs"]
+    after = f"after {runs} seed{'s' if runs > 1 else ''}"
     if half is None:
-        return f"{row['difference']:+.1f} to {reference}, at one seed: no interval"
+        return f"{row['difference']:+.1f} to {reference} {after}: no interval yet"
     span = f"{row['difference']:+.1f} ± {half:.1f} to {reference}"
-    if abs(row["difference"]) > half:
-        return f"{span}: {'better' if row['difference'] > 0 else 'worse'}"
-    return f"{span}: no difference shown"
+    if row["verdict"] == "open":
+        return f"{span} {after}: open"
+    if decided := row["decided_after"]:
+        after = f"decided after {decided} seeds"
+    return f"{span}: {row['verdict']}, {after}"
 
 
 def markdown(comparison: Mapping[str, Any]) -> str:
     """The comparison as a table."""
     lines = [
-        f"| point | runs | {comparison['metric']} | ± 95% | difference | ± 95% |"
-        " parameters, M | GFLOPs | images/s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        f"| point | runs | {comparison['metric']} | ± 95% | difference | ± 95%, all rows |"
+        " verdict | parameters, M | GFLOPs | images/s |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|",
     ]
     for row in comparison["rows"]:
         cells = [
@@ -140,6 +165,7 @@ def markdown(comparison: Mapping[str, Any]) -> str:
             _number(row["ci95"], 1),
             _number(row.get("difference"), 1, "+") if "difference" in row else "reference",
             _number(row.get("difference_ci95"), 1),
+            row.get("verdict", ""),
             _number(row["parameters"] and row["parameters"] / 1e6, 2),
             _number(row["gflops"], 3),
             _number(row["images_per_second"], 0),
@@ -158,7 +184,7 @@ def write_comparison(comparison: Mapping[str, Any], folder: Path) -> None:
     (folder / "comparison.md").write_text(markdown(comparison))
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n")
     names = list(comparison["rows"][0]["params"])
-    columns = ["mean", "ci95", "difference", "difference_ci95", "paired_seeds", *COST]
+    columns = ["mean", "ci95", "difference", "difference_ci95", "paired_seeds", "verdict", *COST]
     text = io.StringIO()
     table = csv.writer(text)
     table.writerow(["point", *names, "runs", *columns])

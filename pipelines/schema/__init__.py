@@ -172,7 +172,11 @@ class Sweep(Section):
     space: str = Field(min_length=1)
     """A file of `pipelines/recipes/sweeps/`, or `none`: nothing is swept."""
     seeds: Positive
-    """Runs of each point, with `pretrain.seed` and the numbers after it."""
+    """Most runs of each point, with the stage's seed and the numbers after it. A point that is
+    decided (`pipelines/results/sequential.py`) gets no more."""
+    smallest_difference: Annotated[float, Field(ge=0)]
+    """Of the stage's metric, in percent points, that matters: a point is decided, too, once a
+    larger one is excluded. 0: any does."""
     max_trials: NonNegative
     """The budget: trials, epochs of all trials together, hours. Each 0: no limit. Finished trials
     that are taken over cost nothing."""

@@ -75,7 +75,7 @@ def _compare(
     """The comparison, with the score that points are chosen by and each point's best run."""
     labels = {run_id: outcome.trial.label for run_id, outcome in finished.items()}
     known = [scored(run, plan.task.stage) for run in runs]
-    comparison = compare(known, plan.task.metric, labels, plan.reference)
+    comparison = compare(known, plan.task.metric, labels, plan.reference, plan.design)
     for row in comparison["rows"]:
         ids = row["run_ids"]
         scores = {run_id: max(value for _, value in trials.scores(run_id)) for run_id in ids}
@@ -85,10 +85,12 @@ def _compare(
 
 
 def _choose(comparison: dict[str, Any], score: str, finished: dict[str, Outcome]) -> Champion:
-    """The point with the highest mean score, among those with most seeds."""
+    """The point with the highest mean score among those that are better than the reference; where
+    none is, among those with most seeds."""
     rows = comparison["rows"]
     most = max(row["runs"] for row in rows)
-    best = max((row for row in rows if row["runs"] == most), key=lambda row: row[score])
+    better = [row for row in rows if row.get("verdict") == "better"]
+    best = max(better or (row for row in rows if row["runs"] == most), key=lambda row: row[score])
     return Champion(finished[best["best_run"]], best, len(rows), score)
 
 
@@ -117,8 +119,8 @@ def _summary(
 ) -> dict[str, Any]:
     outcomes, metric, best = trials.outcomes.values(), plan.task.metric, champion.row
     counts = {
-        f"trials_{state}": sum(o.state == state for o in outcomes)
-        for state in ("finished", "failed", "stopped")
+        f"trials_{state}": sum(o.state == state.replace("_", " ") for o in outcomes)
+        for state in ("finished", "failed", "stopped", "not_needed")
     }
     reference = next(r for r in comparison["rows"] if r["point"] == comparison["reference"])
     return {

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.results import plots
-from pipelines.results.comparison import verdict
 from pipelines.run import tracking
 from pipelines.run.stage import StageRun
 from pipelines.sweeps.plan import Plan
@@ -60,7 +59,7 @@ def write_page(
         seeds=stage.section.seeds,
         comparison=comparison,
         verdicts=[
-            f"{row['point']}: {verdict(row, reference)}."
+            f"{row['point']}: {row['finding']}."
             for row in comparison["rows"]
             if row["point"] != reference
         ],

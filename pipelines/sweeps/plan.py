@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pipelines.params import Params
+from pipelines.results.sequential import Design
 from pipelines.sweeps.cost import cost_of
 from pipelines.sweeps.space import Space, Trial, label, list_trials, load_space, make_trial
 from pipelines.tasks import Job, Task, task_of_stage
@@ -19,6 +20,8 @@ class Plan:
     """What all trials have in common."""
     job: Job
     """What the task's check gave."""
+    design: Design
+    """Of the comparison of its points with the reference."""
 
     @property
     def task(self) -> Task:
@@ -51,4 +54,6 @@ def make_plan(params: Params) -> Plan:
     trials = list_trials(params, space)
     for trial in trials:
         cost_of(trial)
-    return Plan(space, trials, make_trial(params, space, {}), job)
+    points = len({trial.label for trial in trials})
+    design = Design(max(points - 1, 1), params.sweep.seeds, params.sweep.smallest_difference)
+    return Plan(space, trials, make_trial(params, space, {}), job, design)

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,9 +15,10 @@ from pipelines.run.session import storage_path
 from pipelines.run.stage import RUNS, StageRun
 from pipelines.run.tracking import RunRecord, Tracker
 from pipelines.sweeps.cost import cost_of
-from pipelines.sweeps.space import Space, Trial, make_trial
+from pipelines.sweeps.plan import Plan
+from pipelines.sweeps.space import Trial, make_trial
 from pipelines.sweeps.study import Study
-from pipelines.tasks import Result, task_of_stage
+from pipelines.tasks import Result
 
 if TYPE_CHECKING:
     from pipelines.sweeps.tuning import TrialJob
@@ -31,7 +32,9 @@ class Outcome:
     run_id: str = ""
     run_name: str = ""
     state: str = "not run"
-    """finished, stopped, failed, running or not run."""
+    """finished, stopped, failed, running, not needed or not run."""
+    score: float | None = None
+    """The metric of its stage, of a finished one."""
     reused: bool = False
     reason: str = ""
     locks: ExitStack = field(default_factory=ExitStack)
@@ -45,17 +48,18 @@ class Trials:
     their MLflow run, and that says whether they finished.
 
     Args:
-        trials: those that are known before the first one starts.
-        base: what all trials have in common.
+        plan: its trials are those that are known before the first one starts.
     """
 
-    def __init__(self, stage: StageRun, space: Space, trials: Sequence[Trial], base: Trial) -> None:
+    def __init__(self, stage: StageRun, plan: Plan) -> None:
+        trials, space = plan.trials, plan.space
         self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
         self.waiting = deque(trials)
         self.outcomes: dict[str, Outcome] = {t.identity: Outcome(t) for t in trials}
-        self.task = task_of_stage(space.stage)
-        self.score = self.task.epoch_score(base.params)
+        self.task = plan.task
+        self.score = self.task.epoch_score(plan.base.params)
         """What points are chosen by: the accuracy that also chooses a run's best epoch."""
+        self.reference, self.design = plan.reference, plan.design
         search = space.search
         self.asha = search.asha if search else None
         self.study = Study(search, self.sweep) if search and search.method == "optuna" else None
@@ -86,7 +90,8 @@ class Trials:
         tracker.log_summary({**result.metrics, "wall_time_s": seconds})
         tracker.finish()
         metric = self.task.metric
-        self._end(outcome, "finished", f"{metric} {result.metrics[metric]:.1f}")
+        outcome.score = result.metrics[metric]
+        self._end(outcome, "finished", f"{metric} {outcome.score:.1f}")
 
     def stopped(self, key: str, epoch: int) -> None:
         """ASHA stopped a trial."""
@@ -154,9 +159,9 @@ class Trials:
             outcome.run_id = before.run_id
             own = before.tags.get("mlflow.parentRunId") == self.sweep
             ended = self._earlier(outcome, before, own)
-            if own or not ended:
-                self._count(trial)
             if ended:
+                if own:
+                    self._count(trial)
                 self._mark(before.tags, outcome)
                 self._end(outcome, ended, outcome.reason)
                 if not (self.asha and ended in ("finished", "stopped")):
@@ -165,8 +170,10 @@ class Trials:
                     {self.score: value, "epoch": step} for step, value in self.scores(before.run_id)
                 ]
                 return TrialJob(trial.identity, {}, "", "", replay=epochs)
-        else:
-            self._count(trial)
+        if reason := self._decided(trial):
+            self._end(outcome, "not needed", reason)
+            return None
+        self._count(trial)
         tracker = tracking.start_run(
             f"{trial.label} seed {trial.seed}",
             "sweep",
@@ -199,8 +206,8 @@ class Trials:
                 return ""  # its weights are gone
             outcome.reused = True
             where = "this sweep, before it was interrupted" if own else f"run {before.name!r}"
-            score = before.metrics[f"final/{metric}"]
-            outcome.reason = f"taken over from {where}: {metric} {score:.1f}"
+            outcome.score = before.metrics[f"final/{metric}"]
+            outcome.reason = f"taken over from {where}: {metric} {outcome.score:.1f}"
             return "finished"
         if before.status == "FINISHED" and "stopped" in before.tags and self.asha:
             outcome.reused, outcome.reason = True, before.tags["stopped"]
@@ -210,6 +217,30 @@ class Trials:
             outcome.reason = before.tags.get("error", "failed")
             return "failed"
         return ""
+
+    def _decided(self, trial: Trial) -> str:
+        """Why a trial need not run; empty if it must: its point is open, or a point beside the
+        reference is."""
+        if self.design.seeds < 2:
+            return ""
+        of_reference = self._scores_of(self.reference)
+        points = {o.trial.label for o in self.outcomes.values()} - {self.reference}
+        if trial.label != self.reference:
+            points = {trial.label}
+        reasons = []
+        for point in points:
+            own = self._scores_of(point)
+            pairs = sorted(own.keys() & of_reference.keys())
+            found = self.design.decide([own[seed] - of_reference[seed] for seed in pairs])
+            if found.verdict == "open":
+                return ""
+            reasons.append(f"{found.verdict} after {found.seeds} seeds")
+        return reasons[0] if len(reasons) == 1 else "all points are decided"
+
+    def _scores_of(self, label: str) -> dict[int, float]:
+        """By seed, those of a point's finished trials."""
+        outcomes = (o for o in self.outcomes.values() if o.trial.label == label)
+        return {o.trial.seed: o.score for o in outcomes if o.score is not None}
 
     def _count(self, trial: Trial) -> None:
         self._spent_trials += 1

@@ -233,6 +233,12 @@ def list_trials(params: Params, space: Space) -> list[Trial]:
             f"sweep.space={name} searches with optuna, one run of each point",
             "Set sweep.seeds=1, and compare its best point with others at several seeds",
         )
+    if params.sweep.smallest_difference and params.sweep.seeds == 1:
+        raise ParamsError(
+            f"sweep.smallest_difference={params.sweep.smallest_difference:g} can't be excluded with"
+            " sweep.seeds=1",
+            "Raise sweep.seeds: three decide little, ten most of what matters",
+        )
     trials = [make_trial(params, space, p, s) for s in range(params.sweep.seeds) for p in points]
     first = trials[: len(points)]
     _check_different(name, first)

@@ -8,6 +8,7 @@ from scipy import stats
 from pipelines.errors import PipelineError
 from pipelines.results import comparison
 from pipelines.results.comparison import Scored
+from pipelines.results.sequential import Design
 
 
 def record(run_id: str, seed: int, top1: float, lam: int) -> Scored:
@@ -33,18 +34,23 @@ def test_seeds_pair_where_they_are_the_same():
     assert row["paired_seeds"] == 3
     alone = stats.ttest_1samp(list(ours.values()), 0).confidence_interval(0.95)
     assert row["ci95"] == pytest.approx((alone.high - alone.low) / 2)
-    assert comparison.verdict(row, "lam=1").endswith("no difference shown")  # 1.3 +- 1.4
+    assert row["verdict"] == "open"
+    assert row["finding"] == "+1.3 ± 1.4 to lam=1 after 3 seeds: open"
     table = comparison.markdown(result)
-    assert "| lam=0 | 3 | 70.0 | 24.8 | +1.3 | 1.4 | 1.00 |" in table
+    assert "| lam=0 | 3 | 70.0 | 24.8 | +1.3 | 1.4 | open | 1.00 |" in table
 
 
 def test_other_seeds_are_not_paired_and_one_seed_has_no_interval():
     ours, theirs = {0: 60.0, 1: 70.0, 2: 80.0}, {3: 10.0, 4: 12.0, 5: 11.0}
-    mean, half, paired = comparison.difference(ours, theirs)
+    row = comparison.difference(ours, theirs, Design(1, 3))
     test = stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False)
     low, high = test.confidence_interval(0.95)
-    assert (mean, half, paired) == (pytest.approx(59), pytest.approx((high - low) / 2), 0)
-    assert comparison.difference({0: 1.0}, {0: 2.0}) == (-1.0, None, 0)
+    assert (row["difference"], row["paired_seeds"], row["verdict"]) == (59, 0, "better")
+    assert row["difference_ci95"] == pytest.approx((high - low) / 2)
+    more = comparison.difference(ours, theirs, Design(10, 3))
+    assert more["difference_ci95"] > 1.5 * row["difference_ci95"]
+    row = comparison.difference({0: 1.0}, {0: 2.0}, Design(1, 3))
+    assert (row["difference"], row["difference_ci95"], row["verdict"]) == (-1.0, None, "open")
     assert comparison.interval([3.0]) == (3.0, None)
 
 

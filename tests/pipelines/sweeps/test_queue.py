@@ -1,0 +1,95 @@
+"""Which trials a sweep starts, by what has been decided. With a real MLflow store."""
+
+import random
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pipelines.params import Params, compose
+from pipelines.results.outputs import Result
+from pipelines.results.sequential import Design
+from pipelines.run import tracking
+from pipelines.sweeps import queue, space
+from pipelines.sweeps.plan import Plan
+from pipelines.sweeps.queue import Trials
+
+SEEDS = 6
+SCORES = {"elsa": 50.0, "window": 80.0, "depthwise": 50.0}
+
+
+def score(operator: str, seed: int) -> float:
+    """What a trial gives; noise has a standard deviation of 1."""
+    return SCORES[operator] + random.Random(f"{operator} {seed}").gauss(0, 1)
+
+
+def identity(stage: str, params: Params) -> str:
+    """Without data and code."""
+    return f"{params.model.operator}{params.pretrain.seed}"
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setattr(queue, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr("pipelines.run.fit.last_checkpoint", lambda name, storage: object())
+    monkeypatch.setattr(space, "stage_identity", identity)
+    params = compose(["recipe=smoke", f"sweep.seeds={SEEDS}"])
+    of_operators = space.Space(
+        about="a test", points=[{"model.operator": operator} for operator in SCORES]
+    )
+    trials = space.list_trials(params, of_operators)
+    base = space.make_trial(params, of_operators, {})
+    job = SimpleNamespace()
+    return Plan(of_operators, trials, base, job, Design(len(SCORES) - 1, SEEDS))
+
+
+def begin(plan: Plan, sweep: str | None = None) -> tuple[Trials, str]:
+    tracker = tracking.start_run("sweep", "test", {}, sweep)
+    params = plan.base.params
+    stage = SimpleNamespace(tracker=tracker, params=params, state=SimpleNamespace(attempt=1))
+    return Trials(stage, plan), tracker.run_id
+
+
+def run(trials: Trials, most: int = 100) -> list[str]:
+    """Operators of the trials that ran."""
+    ran = []
+    while len(ran) < most and (job := trials.next()):
+        operator, seed = job.params["model"]["operator"], job.params["pretrain"]["seed"]
+        ran.append(operator)
+        trials.finished(job.key, Result({"top1": score(operator, seed)}, []))
+    return ran
+
+
+def test_a_decided_point_gets_no_more_seeds_and_an_open_one_all(plan: Plan) -> None:
+    trials, _ = begin(plan)
+    ran = run(trials)
+    assert {name: ran.count(name) for name in SCORES} == {
+        "elsa": SEEDS,  # the reference, as a point is open
+        "window": 3,
+        "depthwise": SEEDS,
+    }
+    left = [o for o in trials.outcomes.values() if o.state == "not needed"]
+    assert [(o.trial.label, o.reason) for o in left] == [
+        ("operator=window", "better after 3 seeds")
+    ] * (SEEDS - 3)
+
+
+def test_the_reference_gets_no_more_seeds_once_all_points_are_decided(plan, monkeypatch) -> None:
+    monkeypatch.setitem(SCORES, "depthwise", 20.0)
+    trials, _ = begin(plan)
+    assert len(run(trials)) == 9
+    reasons = {o.reason for o in trials.outcomes.values() if o.state == "not needed"}
+    assert reasons == {"better after 3 seeds", "worse after 3 seeds", "all points are decided"}
+
+
+def test_a_killed_sweep_decides_as_if_it_had_not_been(plan: Plan) -> None:
+    trials, sweep = begin(plan)
+    first = run(trials, most=10)
+    again, _ = begin(plan, sweep)
+    second = run(again)
+    assert len(first + second) == 2 * SEEDS + 3
+    assert (first + second).count("window") == 3
+    taken = [o for o in again.outcomes.values() if o.reused]
+    assert len(taken) == len(first)
+    assert all(o.score is not None and "before it was interrupted" in o.reason for o in taken)
