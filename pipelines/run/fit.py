@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 from ray.exceptions import ActorDiedError, ActorUnschedulableError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from pipelines.errors import PipelineError
@@ -140,6 +140,8 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
             storage_path=spec.storage,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            # `shown` tells what a user needs; Ray's own files have the rest.
+            logging_config=LoggingConfig(log_level="CRITICAL"),
             callbacks=[reporter.Failures(shown), *callbacks],  # type: ignore[list-item]
             # A local Ray's processes have it from the driver.
             worker_runtime_env=None if spec.local else {"env_vars": worker_environment()},  # type: ignore[call-arg]

@@ -217,6 +217,43 @@ def test_mlflow_opens_on_charts_of_the_points(sweep: Workspace, tmp_path: Path) 
         assert (point in page) == (row["state"] == "finished")
 
 
+ASHA = """about: a test
+fixed:
+  scaling.num_workers: 1
+  scaling.max_failures: 0
+  pretrain.epochs: 3
+  pretrain.img_size: 28
+search:
+  method: random
+  trials: 5
+  seed: 0
+  parameters:
+    pretrain.lr: {low: 1.0e-9, high: 1.0e-2, log: true}
+  asha: {grace_epochs: 1, reduction_factor: 2}
+"""
+
+
+def test_asha_stops_what_falls_behind_and_the_sweep_goes_on(sweep: Workspace) -> None:
+    (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(ASHA)
+    edit(sweep.root, "max_trials: 1", "max_trials: 0")
+    code, output = sweep.run(*COMMAND, timeout=400)
+    assert code == 0, output[-5000:]
+    found = outcomes(sweep).values()
+    states = [row["state"] for row in found]
+    assert set(states) == {"finished", "stopped"}, states
+    assert len(states) == 5
+    for row in found:
+        run = client(sweep).get_run(row["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        epochs = len(client(sweep).get_metric_history(run.info.run_id, "holdout_top1"))
+        if row["state"] == "stopped":
+            assert row["reason"] == f"stopped by ASHA after epoch {epochs}"
+            assert epochs < 3
+        else:
+            assert epochs == 3
+    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(sweep.root)]
+
+
 SEGMENT = """about: a test
 stage: segment
 fixed:
@@ -243,7 +280,6 @@ def test_a_sweep_can_be_of_segmentation(sweep: Workspace) -> None:
         ),
     )
     (sweep.root / "pipelines/recipes/sweeps/test.yaml").write_text(SEGMENT)
-    edit(sweep.root, "max_trials: 1", "max_trials: 0")
     code, output = sweep.run(*COMMAND)
     assert code == 0, output[-5000:]
     found = outcomes(sweep)
