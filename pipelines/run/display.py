@@ -22,7 +22,7 @@ class Display:
 
     def __init__(self) -> None:
         self._failure: str | None = None
-        self._stop = False
+        self._stop = self._moving = False
         self._state: tuple[int, int, str, str] | None = None
         self._lines: list[str] = []
 
@@ -38,6 +38,20 @@ class Display:
     def stopping(self) -> bool:
         """Whether the user, or the machine, wants the run to end after its next checkpoint."""
         return self._stop
+
+    def move(self, nodes: list[str]) -> None:
+        """The workers leave nodes that are being taken away, after a checkpoint."""
+        if not self._moving:
+            self._moving = True
+            self.line(
+                f"node {', '.join(nodes)} is about to be taken away: after a checkpoint training"
+                " continues on the others as soon as there is room for the workers"
+            )
+
+    def moved(self) -> bool:
+        """Whether the workers have left for that since the last question."""
+        moving, self._moving = self._moving, False
+        return moving
 
     def fail(self, message: str) -> None:
         self._failure = self._failure or message

@@ -93,10 +93,12 @@ def fit(
     mark("nodes checked")
     with showing(spec.stage, quiet=spec.trial) as shown:
         checkpoints.repair(spec.path, lambda line: shown.line.remote(line))
-        trainer = _trainer(loop, job, spec, shown, callbacks)
         try:
             with _signals(shown if spec.stops else None):
-                trainer.fit()
+                moving = True
+                while moving:
+                    _trainer(loop, job, spec, shown, callbacks).fit()
+                    moving = ray.get(shown.moved.remote())
         except (ActorDiedError, ActorUnschedulableError) as error:
             raise PipelineError(
                 f"Ray could not keep the controller of {spec.name} running: {error}"

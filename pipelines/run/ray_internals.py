@@ -18,6 +18,7 @@ from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import worker_group
@@ -55,6 +56,16 @@ def persist_checkpoint(
         checkpoint, name
     )
     return uploaded
+
+
+def drained_nodes() -> list[str]:
+    """Nodes of this worker's run that are about to be taken away, by the start of their ids.
+
+    Touches the train context's `preemption_context`: Ray's own `get_preemption_info` waits for all
+    workers each time.
+    """
+    found = get_train_context().preemption_context.preemption_info
+    return [node[:8] for node in found.preempted_node_ids] if found else []
 
 
 class Trainer(TorchTrainer):

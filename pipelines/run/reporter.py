@@ -21,7 +21,7 @@ from ray.train import CheckpointUploadMode, UserCallback
 
 from pipelines.errors import PipelineError
 from pipelines.run import checkpoints
-from pipelines.run.ray_internals import persist_checkpoint
+from pipelines.run.ray_internals import drained_nodes, persist_checkpoint
 from pipelines.run.trace import mark
 from pipelines.train.reporter import readable
 
@@ -107,7 +107,12 @@ class RayReporter:
         self._report({}, folder)
 
     def stopping(self) -> bool:
-        if self.rank or not ray.wait([self._stopping], timeout=0)[0]:
+        if self.rank:
+            return False
+        if nodes := drained_nodes():
+            ray.get(self._display.move.remote(nodes))
+            return True
+        if not ray.wait([self._stopping], timeout=0)[0]:
             return False
         stopping = bool(ray.get(self._stopping))
         self._stopping = self._display.stopping.remote()

@@ -328,15 +328,20 @@ with ray_session() as session:
 """
 
 
-@pytest.mark.skipif(
-    not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
-)
-def test_pretraining_continues_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
-    """On the worker that is left; the second node joined in a test above."""
-    output = tmp_path / "output"
+WORKER_NODES = """
+import ray
+ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+alive = [node for node in ray.nodes() if node["Alive"]]
+print(*(n["NodeID"] for n in alive if "node:__internal_head__" not in n["Resources"]))
+"""
+
+
+def pretrain_until_a_checkpoint(cluster: RayCluster, folder: Path) -> subprocess.Popen:
+    """On two workers or, where there is one node, on one; its output is `folder / output`."""
+    output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", ELASTIC, str(tmp_path), "1"],
+            [sys.executable, "-c", ELASTIC, str(folder), "1"],
             cwd=ROOT,
             env=cluster.env
             | {
@@ -349,12 +354,47 @@ def test_pretraining_continues_when_a_node_is_lost(cluster: RayCluster, tmp_path
             stderr=subprocess.STDOUT,
         )
     deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("storage/*/checkpoint_2*/digests.json")):
+    while not list(folder.glob("storage/*/checkpoint_2*/digests.json")):
         assert process.poll() is None, output.read_text()
         assert time.monotonic() < deadline, output.read_text()
         time.sleep(0.1)
     assert "num_workers=2 workers" not in output.read_text()
-    os.killpg(cluster.nodes[1].pid, signal.SIGKILL)
+    return process
+
+
+needs_minutes = pytest.mark.skipif(
+    not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
+)
+
+
+@needs_minutes
+def test_pretraining_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: Path) -> None:
+    """As a spot instance is; the second node joined in a test above, and another follows it."""
+    process, output = pretrain_until_a_checkpoint(cluster, tmp_path), tmp_path / "output"
+    address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    code, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
+    assert code == 0, node
+    code, told = cluster.run(
+        *("ray", "drain-node", "--address", address["RAY_ADDRESS"], "--node-id", node.strip()),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"),
+        *("--deadline-remaining-seconds", "30"),
+    )
+    assert code == 0, told
+    assert process.wait(timeout=240) == 0, output.read_text()
+    shown = output.read_text()
+    assert f"node {node[:8]} is about to be taken away" in shown
+    assert "on 1 of scaling.num_workers=2 workers" in shown
+    assert "failed" not in shown  # it left before the node was gone
+    assert f"epochs {list(range(6))}" in shown
+    cluster.nodes[1].wait(timeout=60)
+    cluster.join()
+
+
+@needs_minutes
+def test_pretraining_continues_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
+    """On the worker that is left."""
+    process, output = pretrain_until_a_checkpoint(cluster, tmp_path), tmp_path / "output"
+    os.killpg(cluster.nodes[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
     assert "training resumes from the last checkpoint" in output.read_text()
     assert "on 1 of scaling.num_workers=2 workers" in output.read_text()

@@ -54,6 +54,17 @@ def test_a_checkpoint_can_be_uploaded_as_ray_does() -> None:
     assert parameters(StorageContext.persist_current_checkpoint) >= {"checkpoint"}
 
 
+def test_a_notice_of_preemption_is_where_we_look_for_it() -> None:
+    from ray.train.v2._internal.execution.context import TrainContext
+    from ray.train.v2._internal.execution.preemption import PreemptionContext, PreemptionInfo
+    from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
+
+    assert "preemption_context" in TrainContext.__dataclass_fields__
+    assert PreemptionContext().preemption_info is None
+    assert PreemptionInfo(None, {"b": [1], "a": [0]}).preempted_node_ids == ["a", "b"]
+    assert "preemption_context.preemption_info = " in inspect.getsource(RayTrainWorker)
+
+
 def test_the_list_of_checkpoints_is_where_and_as_we_read_it() -> None:
     from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
     from ray.train.v2._internal.execution import storage
