@@ -126,7 +126,7 @@ def fit(
 def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequence[Any]) -> Trainer:
     scaling, workers, least = spec.scaling, spec.scaling.num_workers, spec.fewest_workers
     uri = tracking.tracking_uri()
-    told = reporter.Reporting(spec.mlflow_run_id, uri, shown, spec.path)
+    told = reporter.Reporting(spec.mlflow_run_id, uri, shown, spec.path, scaling.hang_s)
     # A trial that is stopped early ends with its process, which a controller in it holds up.
     make = LocalTrainer if spec.local and not callbacks else Trainer
     return make(

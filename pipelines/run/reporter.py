@@ -23,6 +23,7 @@ from pipelines.errors import PipelineError
 from pipelines.run import checkpoints
 from pipelines.run.ray_internals import drained_nodes, persist_checkpoint
 from pipelines.run.trace import mark
+from pipelines.run.watchdog import Watchdog
 from pipelines.train.reporter import readable
 
 UNDELIVERED = "undelivered_metrics.json"
@@ -38,6 +39,8 @@ class Reporting:
     """Handle of the `Display` actor."""
     storage: str
     """Folder or URL of the Ray Train run."""
+    hang_s: float
+    """`scaling.hang_s`."""
 
 
 class RayReporter:
@@ -48,6 +51,7 @@ class RayReporter:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._display, self._storage = reporting.display, reporting.storage
         self._stopping = self._display.stopping.remote()
+        self._watchdog = Watchdog(self.rank, reporting.hang_s, self._tell_at_once)
         self._shown = 0.0
         self._uploaded = threading.Event()
         self._uploaded.set()
@@ -79,12 +83,17 @@ class RayReporter:
                 self._delivery.put_all(read_undelivered(Path(folder)))
             yield Path(folder)
 
+    def _tell_at_once(self, line: str) -> None:
+        ray.wait([self._display.line.remote(line)], timeout=10)
+
     def tell(self, line: str) -> None:
         """Show a line to the user; rank 0's alone."""
+        self._watchdog.alive()
         if self.rank == 0:
             self._display.line.remote(line)
 
     def progress(self, done: int, total: int, unit: str, note: str = "") -> None:
+        self._watchdog.alive(f"{done} of {total} {unit}")
         now = time.monotonic()
         if self.rank == 0 and (now - self._shown > 1 or done >= total):
             if not self._shown:
@@ -93,6 +102,7 @@ class RayReporter:
             self._display.update.remote(done, total, unit, note)
 
     def metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._watchdog.alive()
         if self._delivery:
             self._delivery.put(metrics, step)
 
@@ -107,6 +117,7 @@ class RayReporter:
         self._report({}, folder)
 
     def stopping(self) -> bool:
+        self._watchdog.alive()
         if self.rank:
             return False
         if nodes := drained_nodes():
@@ -159,6 +170,7 @@ class RayReporter:
     def close(self) -> None:
         """Wait for the last checkpoint, stop the system monitor, and give the last metrics a
         moment to arrive."""
+        self._watchdog.close()
         self._uploaded.wait()
         if self._monitor:
             self._monitor.finish()

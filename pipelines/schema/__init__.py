@@ -51,6 +51,9 @@ class Scaling(Section):
     wait_s: NonNegative
     """Seconds that a cluster gets to start the nodes for all workers, before the stage ends with
     what is missing. A local Ray does not grow and is never waited for."""
+    hang_s: NonNegative
+    """Seconds without a sign of progress, after which a worker tells where it stands and ends like
+    one that failed. Compiling a model and computing scores must take less; 0: it may hang."""
 
     @model_validator(mode="after")
     def consistent(self) -> "Scaling":

@@ -66,6 +66,11 @@ def loop(job: Job, device, reporter) -> None:
             return
         if job.fails == "deaf":
             time.sleep(600)
+        if job.fails == "hang":
+            if reporter.rank == 1 and (scratch / "starts").read_text().count("\n") == 2:
+                time.sleep(600)
+            torch.distributed.barrier()
+            return
         if job.fails == "loader":
             if (scratch / "starts").read_text() == "started\n":
                 list(DataLoader(Numbers(), num_workers=1, multiprocessing_context="spawn"))
@@ -102,14 +107,14 @@ def fit(session, tmp_path: Path, monkeypatch):
     )
     assert params.scaling.max_failures == 3
 
-    def run(fails: str) -> None:
+    def run(fails: str, **scaling: int) -> None:
         scratch = tmp_path / fails
         scratch.mkdir()
         spec = RunSpec(
             stage="pretrain",
             name=f"{fails}-1",
             mlflow_run_id=tracking.start_run("pretrain", "test", {}).run_id,
-            scaling=params.scaling,
+            scaling=params.scaling.model_copy(update=scaling),
             storage=storage_path(params),
             data={},
             local=session.local,
@@ -151,6 +156,19 @@ def test_a_run_resumes_after_a_loader_process_was_killed(fit, tmp_path: Path, ca
     told = capsys.readouterr().err
     assert "worker 0 failed: DataLoader worker" in told
     assert "lower loader.data_workers or loader.prefetch_factor" in told
+    assert "training resumes from the last checkpoint" in told
+
+
+def test_a_run_that_hangs_tells_where_each_worker_stands_and_resumes(fit, tmp_path, capsys) -> None:
+    fit("hang", num_workers=2, hang_s=4)
+    assert (tmp_path / "hang/starts").read_text() == "started\n" * 4
+    told = capsys.readouterr().err
+    stuck, waiting = (
+        next(line for line in told.splitlines() if f"worker {rank} on" in line) for rank in (1, 0)
+    )
+    assert "hangs: nothing for " in stuck
+    assert "It is in loop (test_launch.py:" in stuck
+    assert "barrier (distributed_c10d.py:" in waiting
     assert "training resumes from the last checkpoint" in told
 
 

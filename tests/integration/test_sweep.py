@@ -221,11 +221,11 @@ ASHA = """about: a test
 fixed:
   scaling.num_workers: 1
   scaling.max_failures: 0
-  pretrain.epochs: 3
+  pretrain.epochs: 2
   pretrain.img_size: 28
 search:
   method: random
-  trials: 5
+  trials: 4
   seed: 0
   parameters:
     pretrain.lr: {low: 1.0e-9, high: 1.0e-2, log: true}
@@ -241,16 +241,14 @@ def test_asha_stops_what_falls_behind_and_the_sweep_goes_on(sweep: Workspace) ->
     found = outcomes(sweep).values()
     states = [row["state"] for row in found]
     assert set(states) == {"finished", "stopped"}, states
-    assert len(states) == 5
+    assert len(states) == 4
     for row in found:
         run = client(sweep).get_run(row["mlflow_run_id"])
         assert run.info.status == "FINISHED"
         epochs = len(client(sweep).get_metric_history(run.info.run_id, "holdout_top1"))
         if row["state"] == "stopped":
-            assert row["reason"] == f"stopped by ASHA after epoch {epochs}"
-            assert epochs < 3
-        else:
-            assert epochs == 3
+            assert row["reason"] == "stopped by ASHA after epoch 1"
+        assert epochs == (1 if row["state"] == "stopped" else 2)
     assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(sweep.root)]
 
 
