@@ -123,5 +123,9 @@ def commit_all(root: Path) -> None:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     root = tmp_path_factory.mktemp("workspace")
     copy_checkout(root)
+    shutil.copy(Path(__file__).with_name("loaded.py"), root / "sitecustomize.py")
     commit_all(root)
-    return Workspace(root)
+    workspace = Workspace(root)
+    workspace.env["PYTHONPATH"] = str(root)
+    workspace.env["ELSA_TEST_LOADED"] = str(tmp_path_factory.mktemp("loaded"))
+    return workspace

@@ -386,7 +386,8 @@ def test_pretraining_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path
     assert "on 1 of scaling.num_workers=2 workers" in shown
     assert "failed" not in shown  # it left before the node was gone
     assert f"epochs {list(range(6))}" in shown
-    cluster.nodes[1].wait(timeout=60)
+    cluster.nodes[-1].terminate()
+    cluster.nodes[-1].wait(timeout=60)
     cluster.join()
 
 

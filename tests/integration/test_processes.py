@@ -1,0 +1,58 @@
+"""What the processes of a stage load: each package is seconds of its start, or hundreds of MB."""
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import Workspace
+
+RAY = {"ray", "pandas", "pyarrow"}
+TRAINS = {"torch", "torchvision", "ray.train", "ray.data", "scipy"}
+MM = {"mmengine", "mmcv", "mmdet", "mmseg", "pycocotools", "matplotlib", "timm"}
+DRIVERS = {
+    "prepare": RAY | {"mlflow"},
+    "build_op": RAY | {"mlflow", "torch"},
+    "pretrain": RAY | TRAINS | {"mlflow", "timm"},
+    "detect": RAY | TRAINS | MM | {"mlflow"},
+    "segment": RAY | TRAINS | MM | {"mlflow"},
+    "report": RAY | {"mlflow", "matplotlib"},
+}
+WORKERS = {
+    "pipelines.train.classify": RAY | TRAINS | {"timm", "mlflow"},
+    "pipelines.mm.train": RAY | TRAINS | MM | {"mlflow"},
+}
+
+
+@pytest.fixture(scope="module")
+def processes(workspace: Workspace) -> list[tuple[str, set[str]]]:
+    """Command and packages of each process of `dvc repro` and of what the tests before this file
+    have run."""
+    code, output = workspace.run("dvc", "repro", "report")
+    assert code == 0, output[-5000:]
+    found = []
+    for file in Path(workspace.env["ELSA_TEST_LOADED"]).iterdir():
+        command, *packages = file.read_text().splitlines() or [""]
+        found.append((command, set(packages)))
+    return found
+
+
+@pytest.mark.parametrize("stage", DRIVERS)
+def test_a_driver_loads_only_what_it_needs(processes, stage: str) -> None:
+    drivers = [loaded for command, loaded in processes if command.endswith(f"pipelines.{stage}")]
+    assert any("ray" in loaded for loaded in drivers)
+    for loaded in drivers:
+        assert loaded <= DRIVERS[stage]
+
+
+@pytest.mark.parametrize("loop", WORKERS)
+def test_a_worker_loads_only_what_it_needs(processes, loop: str) -> None:
+    workers = [
+        loaded - WORKERS.keys()
+        for command, loaded in processes
+        if "default_worker.py" in command and loop in loaded
+    ]
+    assert len(workers) > 1
+    for loaded in workers:
+        assert loaded <= WORKERS[loop]
+    if loop == "pipelines.train.classify":
+        assert min("mlflow" in loaded for loaded in workers) == 0, "MLflow where nothing is logged"
