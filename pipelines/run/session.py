@@ -3,6 +3,7 @@
 import importlib
 import os
 import platform
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -84,6 +85,8 @@ def ray_session(
     importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
     importing.start()
     try:
+        if address:
+            _reach(address)
         with nullcontext() if address else local_ray.few_processes(dashboard=trials):
             ray.init(**common)
     except Exception as error:  # Ray has no class for processes that are too slow to start
@@ -96,6 +99,18 @@ def ray_session(
         workers = [] if address else _workers()
         ray.shutdown()
         _end(workers)
+
+
+def _reach(address: str) -> None:
+    """Knock at a cluster's address: Ray would try for a minute, where nobody is.
+
+    Raises:
+        OSError: nobody answers.
+    """
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        with socket.create_connection((host, int(port)), timeout=10):
+            pass
 
 
 def _workers() -> list[psutil.Process]:

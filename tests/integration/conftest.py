@@ -53,6 +53,11 @@ class Workspace:
                 raise
         return process.returncode, output
 
+    def left_running(self) -> list[psutil.Process]:
+        """Processes of commands that have ended, after some seconds to end in."""
+        mine = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(self.root)]
+        return psutil.wait_procs(mine, timeout=10)[1]
+
     @contextmanager
     def watch_sockets(self, process: subprocess.Popen) -> Iterator[None]:
         """Note what `process` and its children listen on, every few seconds."""

@@ -249,7 +249,7 @@ def test_asha_stops_what_falls_behind_and_the_sweep_goes_on(sweep: Workspace) ->
         if row["state"] == "stopped":
             assert row["reason"] == "stopped by ASHA after epoch 1"
         assert epochs == (1 if row["state"] == "stopped" else 2)
-    assert not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(sweep.root)]
+    assert not sweep.left_running()
 
 
 SEGMENT = """about: a test
