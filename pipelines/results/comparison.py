@@ -141,7 +141,7 @@ def _finding(row: Mapping[str, Any], reference: str) -> str:
     half, runs = row["difference_ci95"], row["runs"]
     after = f"after {runs} seed{'s' if runs > 1 else ''}"
     if half is None:
-        return f"{row['difference']:+.1f} to {reference} {after}: no interval yet"
+        return f"{row['difference']:+.1f} to {reference} {after}: no interval"
     span = f"{row['difference']:+.1f} ± {half:.1f} to {reference}"
     if row["verdict"] == "open":
         return f"{span} {after}: open"

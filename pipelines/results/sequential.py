@@ -31,7 +31,7 @@ class Decision:
     mean: float
     half: float | None
     """The difference lies within `mean` ± this, at all looks and for all points together; None
-    before the first look."""
+    where there is no interval."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,11 @@ class Design:
         return float(1 - (1 - ERROR) ** (1 / self.comparisons))
 
     def half(self, differences: Sequence[float]) -> float | None:
-        """Half the width of the interval around the mean of paired differences."""
+        """Half the width of the interval around the mean of paired differences; None before the
+        first look, and where all are equal: scores that count few images tell no spread so."""
         count = len(differences)
         first = min(FIRST_LOOK, self.seeds)
-        if count < max(first, 2):
+        if count < max(first, 2) or max(differences) - min(differences) < 1e-9:
             return None
         bound = bounds(self.error, self.seeds)[min(count, self.seeds) - first]
         mean = fmean(differences)
@@ -80,7 +81,7 @@ class Design:
         return decision
 
     def verdict(self, mean: float, half: float | None) -> str:
-        """Of one look; `half` is None before the first."""
+        """Of one look; `half` is None where there is no interval."""
         if half is None:
             return "open"
         if abs(mean) > half:

@@ -66,6 +66,8 @@ def test_a_point_is_better_worse_within_what_matters_or_open() -> None:
     assert design.decide([-5 + value for value in small]).verdict == "worse"
     assert design.decide(small).verdict == "within 1"
     assert Design(3, 6).decide(small).verdict == "open"
+    assert design.decide([10.0] * 6).verdict == "open"  # of ten images, say
+    assert design.decide([0.0] * 6).verdict == "open"
     assert design.decide([4.0]) == Decision("open", 1, 4.0, None)
     first = design.decide([5.0, 5.01, 4.99, -100.0, 100.0])
     assert (first.verdict, first.seeds) == ("better", 3)  # and it stays so
