@@ -124,19 +124,19 @@ def doctor() -> None:
     metavar="STAGE=RATE",
     help="Images/s of one GPU in pretrain, detect or segment (repeatable).",
 )
-def plan(
-    overrides: tuple[str, ...], gpus: int, gpu: str, utilisation: float, measured: tuple[str, ...]
-) -> None:
-    """Estimate hours and memory on GPUs.
+@click.option("--price", type=click.FloatRange(0), default=0.0, help="Of a GPU per hour.")
+@click.option("--carbon", type=click.FloatRange(0), default=0.0, help="Grams of CO2 per kWh.")
+def plan(overrides: tuple[str, ...], measured: tuple[str, ...], gpu: str, **machine: Any) -> None:
+    """Estimate hours, energy, price and memory on GPUs.
 
-    As in: elsa plan recipe=elsa_swin_tiny --gpus 8
+    As in: elsa plan recipe=elsa_swin_tiny --gpus 8 --price 2.5
     """
     from pipelines.commands.plan import Machine, parse_measured, show_plan
     from pipelines.train.cost import PEAK_FLOPS
 
     if gpu not in PEAK_FLOPS:
         raise click.BadParameter(f"choose one of {', '.join(PEAK_FLOPS)}", param_hint="--gpu")
-    show_plan(overrides, Machine(gpus, gpu, utilisation, parse_measured(measured)))
+    show_plan(overrides, Machine(gpu=gpu, measured=parse_measured(measured), **machine))
 
 
 @main.command()

@@ -33,6 +33,18 @@ INTERCONNECTS = {
 }
 """Bytes/s that a ring of all-reduces gets within a node, and between nodes (of a node's links
 together), by the vendors' numbers. Real ones reach 70 to 90%."""
+WATTS = {
+    "b200": 1000,
+    "h200": 700,
+    "h100 pcie": 350,
+    "h100": 700,
+    "l40s": 350,
+    "a100": 400,
+    "v100": 300,
+    "l4": 72,
+    "t4": 70,
+}
+"""The most that a GPU's board draws, by NVIDIA's data sheets; the SXM kind where there are two."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,10 @@ class Machine:
     """Share of the peak, in 0 to 1."""
     measured: Mapping[str, float]
     """Images/s of one GPU by stage, instead of FLOPs and utilisation."""
+    price: float = 0.0
+    """Of one GPU with its share of the node, per hour, in any currency; 0: unknown."""
+    carbon: float = 0.0
+    """Grams of CO2 per kWh of the electricity; 0: unknown."""
 
 
 def training_images(params: Params, task: Task) -> int:
@@ -114,6 +130,7 @@ def efficiency(gradients: float, step: float, gpus: int, links: tuple[float, flo
 def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One row per training stage, and one per stage and interconnect with the efficiency."""
     rows, scaling = [], []
+    total = 0.0
     for task in (TASKS[name] for name in params.tasks):
         section, gpus = task.section(params), machine.gpus
         epochs = section.epochs + getattr(section, "cooldown_epochs", 0)
@@ -123,6 +140,7 @@ def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[d
         needed = model_flops(model, forward)
         rate = machine.measured.get(task.stage) or _rate(section, needed, machine)
         hours = images * epochs / (rate * gpus) / 3600
+        total += hours
         ema, half = getattr(section, "model_ema", False), section.amp != "none"
         rows.append(
             {
@@ -132,14 +150,25 @@ def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[d
                 "GFLOPs/image": f"{needed / 1e9:.3g}",
                 "batch/GPU": f"{batch} x {section.accumulate}",
                 "images/s": f"{rate * gpus:,.0f}",
-                "hours": f"{hours:.3g}",
-                "GPU-hours": f"{hours * gpus:.3g}",
+                **_cost(hours, machine),
                 "GiB/GPU": f"{memory(model, forward, batch, ema, half):.1f}",
                 "from": "measured" if task.stage in machine.measured else "FLOPs",
             }
         )
         scaling += _scaling(task.stage, model, batch * section.accumulate / rate)
+    rows.append({**dict.fromkeys(rows[0], ""), "stage": "all", **_cost(total, machine)})
     return rows, scaling
+
+
+def _cost(hours: float, machine: Machine) -> dict[str, str]:
+    """The columns of what hours on the machine take."""
+    energy = hours * machine.gpus * WATTS[machine.gpu] / 1000
+    columns = {"hours": hours, "GPU-hours": hours * machine.gpus, "kWh": energy}
+    if machine.carbon:
+        columns["kg CO2"] = energy * machine.carbon / 1000
+    if machine.price:
+        columns["price"] = hours * machine.gpus * machine.price
+    return {name: f"{value:.3g}" for name, value in columns.items()}
 
 
 def _rate(section: Any, needed: int, machine: Machine) -> float:
@@ -201,7 +230,8 @@ def show_plan(overrides: Sequence[str], machine: Machine) -> None:
     print(
         f"{params.recipe} on {machine.gpus} x {machine.gpu}: an estimate. Rows from FLOPs assume"
         f" {machine.utilisation:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:.0f} TFLOP/s per GPU;\n"
-        "memory is the tensors of a step, leave a fifth free.\n"
+        "memory is the tensors of a step, leave a fifth free; kWh are the GPUs' boards at full\n"
+        "power, without hosts and cooling.\n"
     )
     _print(rows)
     print(

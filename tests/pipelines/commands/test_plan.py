@@ -28,8 +28,10 @@ def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPat
     )
     assert scaling[0]["stage"] == "pretrain"
     assert scaling[0]["ms/step"] == "800"  # 8 images at 10 images/s
-    pretrain, detect, segment = rows
-    assert [row["stage"] for row in rows] == ["pretrain", "detect", "segment"]
+    pretrain, detect, segment, _ = rows
+    assert [row["stage"] for row in rows] == ["pretrain", "detect", "segment", "all"]
+    hours = [float(row["hours"]) for row in rows]
+    assert hours[3] == pytest.approx(sum(hours[:3]), rel=0.02)
     assert (pretrain["hours"], pretrain["GPU-hours"]) == ("0.4", "0.8")  # (6 + 2) * 3600 / 20 s
     assert pretrain["batch/GPU"] == "8 x 1"
     for row in (detect, segment):
@@ -37,6 +39,17 @@ def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPat
         needed = 3 * float(row["GFLOPs/image"]) * 1e9 * 3600 * row["epochs"]
         hours = needed / (2 * 0.5 * PEAK_FLOPS["h100"]) / 3600
         assert float(row["hours"]) == pytest.approx(hours, rel=0.02)
+
+
+def test_hours_cost_energy_carbon_and_money(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "training_images", lambda params, task: 36000)
+    params = smoke().model_copy(update={"tasks": ("classify",)})
+    machine = plan.Machine(2, "l4", 0.5, {"pretrain": 10.0}, price=1.5, carbon=400)
+    row, total = plan.plan(params, machine)[0]  # 6 * 36,000 images at 20 per second: 3 hours
+    assert (row["hours"], row["GPU-hours"], row["price"]) == ("3", "6", "9")
+    assert (row["kWh"], row["kg CO2"]) == ("0.432", "0.173")
+    assert total["price"] == "9"
+    assert plan.WATTS.keys() == PEAK_FLOPS.keys()
 
 
 def test_efficiency_follows_from_the_bytes_of_a_ring() -> None:
