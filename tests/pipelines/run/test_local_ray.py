@@ -2,6 +2,7 @@
 
 import inspect
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -37,7 +38,10 @@ def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     before, methods = dict(os.environ), dict(vars(Node))
     try:
         with ray_session(trains=False):
-            commands = [" ".join(p.cmdline()) for p in psutil.Process().children(recursive=True)]
+            commands = []
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    commands.append(" ".join(process.cmdline()))
             assert local_ray.raylet_errors().split(":")[0].endswith("raylet.err")
     finally:
         os.environ.clear()
