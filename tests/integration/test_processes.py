@@ -43,7 +43,7 @@ def test_a_driver_loads_only_what_it_needs(processes, stage: str) -> None:
     drivers = [loaded for command, loaded in processes if command.endswith(f"pipelines.{stage}")]
     assert any("ray" in loaded for loaded in drivers)
     for loaded in drivers:
-        assert loaded <= DRIVERS[stage]
+        assert loaded - {"dvc"} <= DRIVERS[stage]  # which restores outputs, and reads --force
 
 
 @pytest.mark.parametrize("loop", WORKERS)
