@@ -85,12 +85,11 @@ def _compare(
 
 
 def _choose(comparison: dict[str, Any], score: str, finished: dict[str, Outcome]) -> Champion:
-    """The point with the highest mean score among those that are better than the reference; where
-    none is, among those with most seeds."""
+    """The point with the highest mean score, among those that were decided or have most seeds."""
     rows = comparison["rows"]
     most = max(row["runs"] for row in rows)
-    better = [row for row in rows if row.get("verdict") == "better"]
-    best = max(better or (row for row in rows if row["runs"] == most), key=lambda row: row[score])
+    known = (row for row in rows if row["runs"] == most or row.get("decided_after"))
+    best = max(known, key=lambda row: row[score])
     return Champion(finished[best["best_run"]], best, len(rows), score)
 
 
