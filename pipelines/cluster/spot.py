@@ -38,7 +38,7 @@ def seconds_left(metadata: str) -> float | None:
     if code == 404:
         return None
     if code != 200:
-        raise OSError(f"code {code}")
+        raise OSError(f"{metadata} answers with code {code}")
     when = datetime.fromisoformat(json.loads(notice)["time"])
     return max((when - datetime.now(UTC)).total_seconds(), 0.0)
 
@@ -60,19 +60,18 @@ def drain(gcs: str, node_address: str, seconds: float) -> None:
 
     Raises:
         CalledProcessError: Ray does not take it.
-        StopIteration: no node is at that address.
+        OSError: no cluster is at `gcs`, or none of its nodes at `node_address`.
     """
     import ray
 
     ray.init(address=gcs, log_to_driver=False)
-    node = next(
-        found["NodeID"]
-        for found in ray.nodes()
-        if found["Alive"] and found["NodeManagerAddress"] == node_address
-    )
+    alive = [node for node in ray.nodes() if node["Alive"]]
     ray.shutdown()
+    ids = [node["NodeID"] for node in alive if node["NodeManagerAddress"] == node_address]
+    if not ids:
+        raise OSError(f"the cluster at {gcs} has no node {node_address}")
     command = [
-        *("ray", "drain-node", "--address", gcs, "--node-id", node),
+        *("ray", "drain-node", "--address", gcs, "--node-id", ids[0]),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"),
         *("--deadline-remaining-seconds", str(int(seconds))),
     ]
@@ -80,16 +79,15 @@ def drain(gcs: str, node_address: str, seconds: float) -> None:
 
 
 def watch(metadata: str, gcs: str, node_address: str, look_s: float = LOOK_S) -> None:
-    """Look until there is a notice, and tell Ray."""
+    """Look until there is a notice, and tell Ray until it takes it."""
     while True:
         try:
             left = seconds_left(metadata)
-        except OSError as error:
-            print(f"no answer from {metadata}: {error}", file=sys.stderr, flush=True)
-            left = None
-        if left is not None:
-            print(f"this node is taken away in {left:.0f} s", file=sys.stderr, flush=True)
-            return drain(gcs, node_address, left)
+            if left is not None:
+                print(f"this node is taken away in {left:.0f} s", file=sys.stderr, flush=True)
+                return drain(gcs, node_address, left)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"looking again in {look_s:g} s: {error}", file=sys.stderr, flush=True)
         time.sleep(look_s)
 
 

@@ -221,10 +221,10 @@ class Trials:
     def _decided(self, trial: Trial) -> str:
         """Why a trial need not run; empty if it must: its point is open, or a point beside the
         reference is."""
-        if self.design.seeds < 2:
+        points = {o.trial.label for o in self.outcomes.values()} - {self.reference}
+        if self.design.seeds < 2 or not points:
             return ""
         of_reference = self._scores_of(self.reference)
-        points = {o.trial.label for o in self.outcomes.values()} - {self.reference}
         if trial.label != self.reference:
             points = {trial.label}
         reasons = []

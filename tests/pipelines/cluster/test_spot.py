@@ -1,6 +1,7 @@
 """A spot notice reaches Ray. With a metadata service as AWS documents it; not run on AWS."""
 
 import json
+import subprocess
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -68,8 +69,9 @@ def test_a_notice_drains_the_node_with_the_time_that_is_left(metadata, monkeypat
     assert 100 < seconds <= 120
 
 
-def test_without_a_metadata_service_it_says_so_and_looks_again(monkeypatch, capfd) -> None:
-    looks = iter([OSError("refused"), None, 7.0])
+def test_what_fails_is_told_and_tried_again(monkeypatch, capfd) -> None:
+    looks = iter([OSError("refused"), None, 7.0, 6.0])
+    answers = iter([subprocess.CalledProcessError(1, ["ray", "drain-node"]), None])
 
     def left(metadata: str) -> float | None:
         found = next(looks)
@@ -78,8 +80,14 @@ def test_without_a_metadata_service_it_says_so_and_looks_again(monkeypatch, capf
         return found
 
     monkeypatch.setattr(spot, "seconds_left", left)
-    monkeypatch.setattr(spot, "drain", lambda *arguments: None)
+
+    def drain(*arguments: object) -> None:
+        if error := next(answers):
+            raise error
+
+    monkeypatch.setattr(spot, "drain", drain)
     spot.watch("nowhere", "head:6379", "10.0.0.2", 0.01)
     told = capfd.readouterr().err
-    assert "no answer from nowhere: refused" in told
-    assert "taken away in 7 s" in told
+    assert "looking again in 0.01 s: refused" in told
+    assert "drain-node" in told
+    assert "taken away in 6 s" in told

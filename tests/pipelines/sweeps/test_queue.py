@@ -1,6 +1,7 @@
 """Which trials a sweep starts, by what has been decided. With a real MLflow store."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,12 @@ def test_the_reference_gets_no_more_seeds_once_all_points_are_decided(plan, monk
     assert len(run(trials)) == 9
     reasons = {o.reason for o in trials.outcomes.values() if o.state == "not needed"}
     assert reasons == {"better after 3 seeds", "worse after 3 seeds", "all points are decided"}
+
+
+def test_a_point_alone_gets_all_its_seeds(plan: Plan) -> None:
+    alone = [trial for trial in plan.trials if trial.label == plan.reference]
+    trials, _ = begin(replace(plan, trials=alone, design=Design(1, SEEDS)))
+    assert run(trials) == ["elsa"] * SEEDS
 
 
 def test_a_killed_sweep_decides_as_if_it_had_not_been(plan: Plan) -> None:
