@@ -171,6 +171,7 @@ def choices(seen: Seen, device: Device, model: str, pretrained: bool) -> list[Ch
         Choice(f"{stage}.num_classes", len(seen.classes), ", ".join(seen.classes[:4])),
         Choice(f"{stage}.img_size", side, f"short sides are {seen.side} px in the middle"),
         Choice(f"{stage}.batch_size", batch, images),
+        Choice(f"{stage}.shares", device.workers, "a pass of each worker in a step"),
         Choice(f"{stage}.epochs", epochs, f"{images}, about {budget} to be seen"),
     ]
     if seen.task == "classify":

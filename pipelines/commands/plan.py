@@ -23,6 +23,7 @@ from pipelines.paths import ROOT
 from pipelines.tasks import TASKS, Task
 from pipelines.tasks.task import Forward
 from pipelines.train.cost import BACKWARD_FACTOR, PEAK_FLOPS, model_flops
+from pipelines.train.schedule import micro_batch
 
 NODE = 8
 """GPUs of a node."""
@@ -115,7 +116,7 @@ def memory(model: nn.Module, forward: Forward, images: int, ema: bool, half: boo
 def efficiency(gradients: float, step: float, gpus: int, links: tuple[float, float]) -> float:
     """Share of a GPU's own speed that is left among `gpus`, if nothing overlaps.
 
-    The ring all-reduce moves 2 (n - 1) / n times the gradients over each link. DDP hides most of
+    The reduction moves 2 (n - 1) / n times the gradients over each link. Training hides most of
     that behind the backward pass, about two thirds of a step.
 
     Args:
@@ -134,12 +135,13 @@ def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[d
     for task in (TASKS[name] for name in params.tasks):
         section, gpus = task.section(params), machine.gpus
         epochs = section.epochs + getattr(section, "cooldown_epochs", 0)
-        batch = section.batch_size // (gpus * section.accumulate)
+        batch, passes = micro_batch(section), -(-section.shares // gpus)
         images = training_images(params, task)
         model, forward = task.step_model(params)
         needed = model_flops(model, forward)
         rate = machine.measured.get(task.stage) or _rate(section, needed, machine)
-        hours = images * epochs / (rate * gpus) / 3600
+        speed = rate * section.shares / passes  # of all GPUs: the one with most shares decides
+        hours = images * epochs / speed / 3600
         total += hours
         ema, half = getattr(section, "model_ema", False), section.amp != "none"
         rows.append(
@@ -148,14 +150,14 @@ def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[d
                 "images": f"{images:,}",
                 "epochs": epochs,
                 "GFLOPs/image": f"{needed / 1e9:.3g}",
-                "batch/GPU": f"{batch} x {section.accumulate}",
-                "images/s": f"{rate * gpus:,.0f}",
+                "batch/GPU": f"{batch} x {passes}",
+                "images/s": f"{speed:,.0f}",
                 **_cost(hours, machine),
                 "GiB/GPU": f"{memory(model, forward, batch, ema, half):.1f}",
                 "from": "measured" if task.stage in machine.measured else "FLOPs",
             }
         )
-        scaling += _scaling(task.stage, model, batch * section.accumulate / rate)
+        scaling += _scaling(task.stage, model, batch * passes / rate)
     rows.append({**dict.fromkeys(rows[0], ""), "stage": "all", **_cost(total, machine)})
     return rows, scaling
 

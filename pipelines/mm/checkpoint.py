@@ -10,7 +10,7 @@ import torch
 
 from pipelines.errors import PipelineError
 
-FORMAT = 1
+FORMAT = 2
 STATE, BEGUN, HISTORY = "state.pt", "begun.json", "history.json"
 
 

@@ -52,12 +52,11 @@ def learns_masks(section: Detect) -> bool:
     return "mask" in section.method
 
 
-def build_config(job: Job, folder: Path, workers: int) -> Config:
+def build_config(job: Job, folder: Path) -> Config:
     """The stage's mmengine config with everything that the parameters decide.
 
     Args:
         folder: where the evaluators write predictions.
-        workers: how many processes share the global batch.
 
     Raises:
         PipelineError: no config for this method and schedule, or one for other classes, or without
@@ -77,7 +76,7 @@ def build_config(job: Job, folder: Path, workers: int) -> Config:
     if job.stage == "detect" and not masks:
         _leave_out_masks(config)
     _set_model(config.model, job)
-    _set_data(config, job, workers)
+    _set_data(config, job)
     predictions = folder / PREDICTIONS
     config.val_evaluator = (
         _coco_evaluators(job, predictions, masks)
@@ -136,7 +135,7 @@ def _leave_out_masks(config: Config) -> None:
 
 
 def _set_optimizer(config: Config, job: Job) -> None:
-    """Optimizer, precision, schedule and length; the loop counts passes, the parameters steps."""
+    """Optimizer, precision, schedule and length."""
     section = job.section
     wrapper = config.optim_wrapper
     wrapper.optimizer.update(lr=scaled_lr(section), weight_decay=section.weight_decay)
@@ -145,8 +144,6 @@ def _set_optimizer(config: Config, job: Job) -> None:
         wrapper.paramwise_cfg.setdefault("custom_keys", {})[POSITION_TABLE] = {"decay_mult": 0.0}
     if section.clip_grad:
         wrapper.clip_grad = {"max_norm": section.clip_grad}
-    if section.accumulate > 1:
-        wrapper.accumulative_counts = section.accumulate
     precision = _precision(section, job.params.scaling.use_gpu)
     if precision:
         if job.stage == "detect":
@@ -158,11 +155,11 @@ def _set_optimizer(config: Config, job: Job) -> None:
         wrapper.update(type="AmpOptimWrapper", dtype=precision, loss_scale=scale)
 
     warmup, decay = config.param_scheduler
-    warmup.end = section.warmup_iters * section.accumulate
+    warmup.end = section.warmup_iters
     decay.end = section.epochs
     if isinstance(section, Segment) and not decay.by_epoch:
         decay.begin = 0  # under the warm-up too: they are multiplied
-        decay.end = section.epochs * section.epoch_iters * section.accumulate
+        decay.end = section.epochs * section.epoch_iters
     if "T_max" in decay:
         decay.T_max = section.epochs
     milestones = section.milestones if isinstance(section, Detect) else ()
@@ -176,8 +173,9 @@ def _set_optimizer(config: Config, job: Job) -> None:
     if not section.warmup_iters:
         config.param_scheduler = [decay]
     config.train_cfg = {
-        "type": "ResumableTrainLoop",
+        "type": "ShareTrainLoop",
         "seed": section.seed,
+        "shares": section.shares,
         "max_epochs": section.epochs,
         "val_interval": section.val_interval,
     }
@@ -260,7 +258,7 @@ def _channels(backbone: dict[str, Any]) -> list[int]:
         return MODELS.build(dict(backbone)).out_channels
 
 
-def _set_data(config: Config, job: Job, workers: int) -> None:
+def _set_data(config: Config, job: Job) -> None:
     section, given = job.section, job.params.loader
     loader: dict[str, Any] = {
         "num_workers": given.data_workers,
@@ -271,19 +269,7 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
         loader["prefetch_factor"] = given.prefetch_factor
     else:
         loader["persistent_workers"] = False
-    per_pass = micro_batch(section, workers)
-    config.train_dataloader.update(batch_size=per_pass, **loader)
-    normed = per_pass * (workers if job.params.scaling.use_gpu else 1)
-    norms = {part.get("type") for part in dicts_in(config.model)}
-    if normed < 2 and job.stage == "segment" and norms & {"BN", "SyncBN"}:
-        raise PipelineError(
-            f"{job.stage}: batch norm needs 2 images or more in a pass, and gets one",
-            f"Lower {job.stage}.accumulate={section.accumulate} or raise"
-            f" {job.stage}.batch_size={section.batch_size}",
-        )
-    if isinstance(section, Segment) and section.epoch_iters:
-        samples = section.epoch_iters * section.batch_size // workers
-        config.train_dataloader.sampler = {"type": "IntervalSampler", "samples": samples}
+    config.train_dataloader.update(batch_size=micro_batch(section), **loader)
     config.val_dataloader.update(loader)
     for dataloader in (config.train_dataloader, config.val_dataloader):
         dataloader.dataset.update(
@@ -292,16 +278,51 @@ def _set_data(config: Config, job: Job, workers: int) -> None:
     _set_sizes(config, job)
     config.test_dataloader = config.val_dataloader
     training = config.train_dataloader
-    training.batch_sampler = {
-        "type": "ResumableBatchSampler",
-        "inner": training.get("batch_sampler"),
+    training.sampler = {
+        "type": "StepSampler",
+        "batch_size": section.batch_size,
+        "steps": section.epoch_iters if isinstance(section, Segment) else 0,
         "seed": section.seed,
+    }
+    training.batch_sampler = {
+        "type": "ShareSampler",
+        "shares": section.shares,
+        "seed": section.seed,
+        "inner": training.get("batch_sampler"),
     }
     training.dataset = {
         "type": "TrainingDataset",
         "dataset": training.dataset,
         "left_out": [f"{job.dataset.place}/{name}" for name in job.dataset.skipped],
     }
+
+
+def synchronised(config: Config) -> bool:
+    """Whether layers are normalised over the images of all workers."""
+    return any(part.get("type") == "SyncBN" for part in dicts_in(config.model))
+
+
+def check_norms(config: Config, job: Job) -> None:
+    """Check that batch norm gets images enough, and SyncBN a share from each worker.
+
+    Raises:
+        PipelineError: it does not.
+    """
+    section, workers = job.section, job.params.scaling.num_workers
+    norms = {part.get("type") for part in dicts_in(config.model)}
+    images = section.batch_size if "SyncBN" in norms else micro_batch(section)
+    if images < 2 and job.stage == "segment" and norms & {"BN", "SyncBN"}:
+        raise PipelineError(
+            f"{job.stage}: batch norm needs 2 images or more in a share, and gets one",
+            f"Lower {job.stage}.shares={section.shares} or raise"
+            f" {job.stage}.batch_size={section.batch_size}",
+        )
+    if "SyncBN" in norms and section.shares != workers:
+        raise PipelineError(
+            f"{job.stage}: SyncBN is over one share of every worker, so {job.stage}.shares="
+            f"{section.shares} and scaling.num_workers={workers} must be equal",
+            f"Set {job.stage}.shares={workers}: SyncBN then sees the same images of a step",
+        )
 
 
 def _set_sizes(config: Config, job: Job) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pipelines.errors import PipelineError
 from pipelines.mm.config import build_config, test_time_augmentation
 from pipelines.mm.hooks import PREDICTIONS, evaluate
-from pipelines.mm.loop import unwrapped
 from pipelines.mm.train import make_runner
 from pipelines.train.job import Job
 
@@ -21,7 +20,7 @@ def build_model(job: Job) -> Any:
     """The job's detector or segmentor, without weights."""
     from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
-    config = build_config(job, Path(), 1)
+    config = build_config(job, Path())
     DefaultScope._instance_dict.clear()  # another task's, in one process
     init_default_scope(config.default_scope)
     return MODELS.build(config.model)
@@ -41,9 +40,9 @@ def predict(
     """
     work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
     try:
-        config = build_config(job, work, reporter.world_size)
+        config = build_config(job, work)
         runner = make_runner(config, work)
-        model = unwrapped(runner)
+        model = runner.model
         model.load_state_dict(weights)
         dataloader, evaluator = config.test_dataloader, config.test_evaluator
         if ms_flip:

@@ -27,9 +27,8 @@ from pipelines.mm.checkpoint import (
     write_state,
 )
 from pipelines.mm.inference import inference_config
-from pipelines.mm.loop import unwrapped
-from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, communication, peak_flops
-from pipelines.train.resume import Requests
+from pipelines.train.agreement import Requests
+from pipelines.train.cost import BACKWARD_FACTOR, EnergyMeter, peak_flops
 
 if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
@@ -45,7 +44,7 @@ class Stopped(Exception):  # noqa: N818  no error: the user's wish, after a chec
 
 @HOOKS.register_module()
 class ReportHook(Hook):
-    """Reports progress, metrics and checkpoints of a `ResumableTrainLoop`.
+    """Reports progress, metrics and checkpoints of a `ShareTrainLoop`.
 
     Runs on all ranks. Each epoch ends with one `reporter.save`: after the validation where there is
     one. A checkpoint's folder holds `state.pt` (to resume), `history.json` (a row of metrics per
@@ -109,8 +108,8 @@ class ReportHook(Hook):
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        passes, images = len(runner.train_dataloader), self._images(runner)
-        done = images * (runner.epoch + min(1.0, (batch_idx + 1) / passes))
+        steps, images = len(runner.train_dataloader), self._images(runner)
+        done = images * (runner.epoch + (batch_idx + 1) / steps)
         self.reporter.progress(
             int(done), images * runner.max_epochs, "img", f"epoch {runner.epoch + 1}"
         )
@@ -126,9 +125,8 @@ class ReportHook(Hook):
             metrics["lr"] = runner.optim_wrapper.get_lr()["lr"][0]
             self.reporter.metrics(metrics, runner.iter + 1)
             self._read_clocks(runner)
-        # Between steps, and not each time: the ranks have to agree.
-        steps, left = divmod(batch_idx + 1, _accumulate(runner))
-        if not left and steps % self.interval == 1 and batch_idx + 1 < passes:
+        # Not each time: the ranks have to agree.
+        if batch_idx % self.interval == 0 and batch_idx + 1 < steps:
             stopping, due = self._requests.read()
             if stopping or due:
                 self._read_clocks(runner)
@@ -137,8 +135,7 @@ class ReportHook(Hook):
 
     def after_train_epoch(self, runner: Any) -> None:
         self._read_clocks(runner)
-        passes = len(runner.train_dataloader)
-        steps = passes / _accumulate(runner)
+        steps = len(runner.train_dataloader)
         images_per_second = self._images(runner) / self._epoch["seconds"]
         self._row = {
             "epoch": runner.epoch + 1,
@@ -147,9 +144,8 @@ class ReportHook(Hook):
             **{f"{k}_ms": 1000 * v / steps for k, v in self._epoch["phases"].items()},
             **self._gpu(images_per_second),
         }
-        self._row |= communication(runner.model, self._row["backward_ms"])
         self._epoch = {}
-        self._write(runner, passes)
+        self._write(runner, steps)
         epoch, interval = runner.epoch + 1, runner.train_loop.val_interval
         if epoch % interval and epoch != runner.max_epochs:
             self._save(runner, runner.epoch)
@@ -181,7 +177,7 @@ class ReportHook(Hook):
 
     def _images(self, runner: Any) -> int:
         """Images of one epoch, of all ranks."""
-        return len(runner.train_dataloader.batch_sampler.sampler) * self.reporter.world_size
+        return len(runner.train_dataloader.batch_sampler.sampler)
 
     def before_val_epoch(self, runner: Any) -> None:
         self._started = time.perf_counter()
@@ -200,7 +196,7 @@ class ReportHook(Hook):
         row = self._row | percentages(metrics or {})
         row["val_seconds"] = time.perf_counter() - self._started
         if self.tta and runner.epoch == runner.max_epochs:
-            model = MODELS.build(dict(self.tta["model"], module=unwrapped(runner)))
+            model = MODELS.build(dict(self.tta["model"], module=runner.model))
             found = evaluate(
                 runner,
                 model,
@@ -212,9 +208,9 @@ class ReportHook(Hook):
         self._row = row
         self._save(runner, runner.epoch - 1)  # the loop has counted the epoch by now
 
-    def _write(self, runner: Any, passes: int) -> None:
-        """The state after so many passes of the epoch, into the scratch folder."""
-        state = runner.train_loop.state_dict(passes)
+    def _write(self, runner: Any, steps: int) -> None:
+        """The state after so many steps of the epoch, into the scratch folder."""
+        state = runner.train_loop.state_dict(steps)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         if self.reporter.rank == 0:
@@ -241,16 +237,11 @@ class ReportHook(Hook):
             write_history(self.folder, self.history)
             runner.cfg.dump(self.folder / CONFIG)
             if epoch + 1 == runner.max_epochs:
-                state = unwrapped(runner).state_dict()
+                state = runner.model.state_dict()
                 weights = {name: value.contiguous() for name, value in state.items()}
                 save_file(weights, str(self.folder / WEIGHTS))
                 inference_config(runner.cfg).dump(self.folder / MODEL_CONFIG)
         self.reporter.save(reported, epoch, self.folder if self.reporter.rank == 0 else None)
-
-
-def _accumulate(runner: Any) -> int:
-    """Passes of a step."""
-    return runner.cfg.optim_wrapper.get("accumulative_counts", 1)
 
 
 def percentages(metrics: Mapping[str, Any], suffix: str = "") -> dict[str, float]:

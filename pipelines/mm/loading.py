@@ -1,4 +1,4 @@
-"""Which images a rank trains on, in which order, and with which seeds."""
+"""Which images a step's shares have, in which order, and with which seeds."""
 
 import itertools
 import os
@@ -6,42 +6,41 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from mmengine.dataset import InfiniteSampler
-from mmengine.dist import get_rank
+import torch
 from mmengine.registry import DATA_SAMPLERS, DATASETS
 from torch.utils.data import BatchSampler, Dataset, Sampler
 
 from pipelines.train.loading import isolated_random, seed_all
 
 
-def epoch_seed(seed: int, epoch: int, rank: int) -> int:
-    """A seed for everything random in one epoch on one rank."""
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
-
-
 @DATA_SAMPLERS.register_module()
-class IntervalSampler(Sampler[int]):
-    """mmengine's `InfiniteSampler`, cut into epochs of a fixed number of samples.
-
-    So training that counts steps runs in mmengine's epoch loop, with a checkpoint per epoch. An
-    epoch's samples depend on the seed and the epoch alone, so a resumed run repeats them exactly.
+class StepSampler(Sampler[int]):
+    """The images of whole steps, those of all workers, from the seed and the epoch alone.
 
     Args:
-        samples: samples of an epoch on each rank.
-        shuffle, seed: as `InfiniteSampler` has them.
+        batch_size: images of a step. An epoch in which each image occurs is filled up to whole
+            steps with its first images, as mmengine fills it up to whole ranks.
+        steps: of an epoch, as a part of one endless stream of images; 0: each image occurs.
+        seed: of their order.
     """
 
-    def __init__(
-        self, dataset: Any, samples: int, shuffle: bool = True, seed: int | None = None
-    ) -> None:
-        self.dataset, self.samples = dataset, samples
-        self.shuffle, self.seed = shuffle, seed
+    def __init__(self, dataset: Any, batch_size: int, steps: int, seed: int) -> None:
+        self.dataset, self.seed, self.endless = dataset, seed, steps > 0
+        self.samples = batch_size * (steps or -(-len(dataset) // batch_size))
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
-        stream = iter(InfiniteSampler(self.dataset, self.shuffle, self.seed))
-        start = self.epoch * self.samples
-        return itertools.islice(stream, start, start + self.samples)
+        if self.endless:
+            start = self.epoch * self.samples
+            return itertools.islice(self._stream(), start, start + self.samples)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.dataset), generator=generator).tolist()
+        return itertools.islice(itertools.cycle(order), self.samples)
+
+    def _stream(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed)
+        while True:
+            yield from torch.randperm(len(self.dataset), generator=generator).tolist()
 
     def __len__(self) -> int:
         return self.samples
@@ -51,24 +50,33 @@ class IntervalSampler(Sampler[int]):
 
 
 @DATA_SAMPLERS.register_module()
-class ResumableBatchSampler(Sampler[list[Any]]):
-    """The batches of an epoch from the place `first` on, which the training loop sets.
+class ShareSampler(Sampler[list[Any]]):
+    """The batches of some shares in the steps of an epoch, from step `first` on.
+
+    An image is asked for as (seed, index), for `TrainingDataset`; the seed is that of its place in
+    the epoch.
 
     Args:
-        sampler: of one rank, with an `epoch`.
+        sampler: a `StepSampler`.
+        batch_size: images of a share.
+        shares: of a step.
+        seed: of what is drawn for an image.
         inner: config of the batch sampler that makes the batches; None takes images in order.
-        seed: with it, an image is asked for as (seed, index), for `TrainingDataset`; the seed is
-            that of its place in the epoch.
+
+    Attributes:
+        own: the shares; at first all of them.
     """
 
     def __init__(
         self,
-        sampler: Any,
+        sampler: StepSampler,
         batch_size: int,
+        shares: int,
+        seed: int,
         inner: Mapping[str, Any] | None = None,
-        seed: int | None = None,
     ) -> None:
-        self.sampler, self.seed, self.first = sampler, seed, 0
+        self.sampler, self.shares, self.seed = sampler, shares, seed
+        self.first, self.own = 0, range(shares)
         self._batches: Any = (
             DATA_SAMPLERS.build(
                 dict(inner), default_args={"sampler": sampler, "batch_size": batch_size}
@@ -79,16 +87,16 @@ class ResumableBatchSampler(Sampler[list[Any]]):
 
     def __iter__(self) -> Iterator[list[Any]]:
         batches = enumerate(self._batches)
-        for place, batch in itertools.islice(batches, self.first, None):
-            if self.seed is None:
-                yield batch
+        for place, batch in itertools.islice(batches, self.first * self.shares, None):
+            if place % self.shares not in self.own:
                 continue
-            root = epoch_seed(self.seed, self.sampler.epoch, get_rank())
-            seeds = np.random.SeedSequence([root, place]).generate_state(len(batch))
+            entropy = np.random.SeedSequence([self.seed, self.sampler.epoch, place])
+            seeds = entropy.generate_state(len(batch))
             yield [(int(seed), index) for seed, index in zip(seeds, batch, strict=True)]
 
     def __len__(self) -> int:
-        return len(self._batches)
+        """Steps of an epoch, which mmengine counts, though each is several batches."""
+        return len(self._batches) // self.shares
 
 
 @DATASETS.register_module()

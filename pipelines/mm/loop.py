@@ -1,96 +1,102 @@
-"""mmengine's epoch loop, made to begin within an epoch and to tell where a pass's time goes."""
+"""mmengine's epoch loop, over steps of shares: it can begin within an epoch, and tells its time."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import EpochBasedTrainLoop
+from torch import Tensor
 
-from pipelines.mm.loading import epoch_seed
 from pipelines.train.cost import StepClock
-from pipelines.train.loading import seed_all
-from pipelines.train.resume import gather, rng_state, set_rng_state
-
-
-def unwrapped(runner: Any) -> torch.nn.Module:
-    """The runner's model without `DistributedDataParallel`."""
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
+from pipelines.train.reduction import Reducer
+from pipelines.train.shares import seed_share
 
 
 @LOOPS.register_module()
-class ResumableTrainLoop(EpochBasedTrainLoop):
+class ShareTrainLoop(EpochBasedTrainLoop):
     """Epochs that depend on the checkpoint before them, or within them, and on nothing else.
+
+    An iteration is an optimizer step. Each of its shares has seeds of its own, and gradients are
+    added in one order, so the number of workers leaves no trace but where SyncBN is.
 
     Args:
         seed: of everything random in training.
+        shares: of a step.
 
     Attributes:
-        clock: the time of the phases `data`, `forward`, `backward` and `optimizer`, of an epoch.
+        clock: the time of the phases `data`, `forward`, `backward`, `optimizer` and, with several
+            workers, `communication`, of an epoch.
     """
 
-    def __init__(self, *args: Any, seed: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, seed: int, shares: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        runner = self.runner
         self.seed = seed
-        self.device = next(self.runner.model.parameters()).device
+        self.device = next(runner.model.parameters()).device
+        self.reducer = Reducer(runner.model, shares, runner.rank, runner.world_size)
+        self.synchronised = any(
+            isinstance(module, torch.nn.SyncBatchNorm) for module in runner.model.modules()
+        )
         self.clock = StepClock(self.device)
-        self._passes = 0
-        self._rng: list[Any] | None = None
-
-    def run(self) -> torch.nn.Module:
-        wrapper = self.runner.optim_wrapper
-        backward, update = wrapper.backward, wrapper.update_params
-
-        def timed_backward(*args: Any, **kwargs: Any) -> None:
-            self.clock.mark("forward")
-            backward(*args, **kwargs)
-            self.clock.mark("backward")  # with what DDP's all-reduce does not hide behind it
-
-        def timed_update(*args: Any, **kwargs: Any) -> None:
-            update(*args, **kwargs)
-            self.clock.mark("optimizer")
-
-        wrapper.backward, wrapper.update_params = timed_backward, timed_update
-        return super().run()
+        self._first = 0
 
     def run_epoch(self) -> None:
-        first, rng = self._passes, self._rng
-        self._passes, self._rng = 0, None
-        # Whole steps in each epoch: gradients in between are in no checkpoint.
-        passes = len(self.dataloader)
-        self.runner.optim_wrapper.initialize_count_status(self.runner.model, first, passes)
+        first, self._first = self._first, 0
         self.runner.call_hook("before_train_epoch")
         self.runner.model.train()
-        self.dataloader.batch_sampler.first = first
+        sampler = self.dataloader.batch_sampler
+        sampler.first, sampler.own = first, self.reducer.own
         self.clock = StepClock(self.device)
         batches = iter(self.dataloader)
-        # After the iterator, which draws a number where loader processes do not live on.
-        seed = epoch_seed(self.seed, self.epoch, self.runner.rank)
-        seed_all(seed)
-        torch.cuda.manual_seed(seed)
-        if rng:
-            set_rng_state(rng[self.runner.rank], self.device)
-        for index, batch in enumerate(batches, first):
-            self.clock.mark("data")
-            self.run_iter(index, batch)
+        for step in range(first, len(self.dataloader)):
+            self.run_iter(step, batches)
+        if not self.synchronised:  # there every worker has one share
+            seconds = self.clock.read()["forward"]
+            self.reducer.follow_speed(seconds / len(self.reducer.own))
         self.runner.call_hook("after_train_epoch")
         self._epoch += 1
 
-    def state_dict(self, passes: int) -> dict[str, Any]:
-        """What training resumes from, as `torch.load(weights_only=True)` reads it; on all ranks.
+    def run_iter(self, idx: int, batches: Iterator[Any]) -> None:  # type: ignore[override]
+        """One step of the optimizer."""
+        runner, model, wrapper = self.runner, self.runner.model, self.runner.optim_wrapper
+        runner.call_hook("before_train_iter", batch_idx=idx, data_batch=None)
+        for share in self.reducer.own:
+            batch = next(batches)
+            self.clock.mark("data")
+            seed_share(self.seed, self.epoch, idx, share)
+            with self.reducer.share(share) as added_up:
+                with wrapper.optim_context(model):
+                    data = model.data_preprocessor(batch, True)
+                    losses = model._run_forward(data, mode="loss")
+                loss, values = model.parse_losses(losses)
+                added_up += [torch.as_tensor(v, device=self.device) for v in values.values()]
+                self.clock.mark("forward")
+                wrapper.backward(loss)
+            self.clock.mark("backward")
+        means = self.reducer.finish()
+        if runner.world_size > 1:
+            self.clock.mark("communication")  # what the backward pass did not hide
+        wrapper.step()
+        wrapper.zero_grad()
+        self.clock.mark("optimizer")
+        outputs: dict[str, Tensor] = dict(zip(values, means, strict=True))
+        runner.call_hook("after_train_iter", batch_idx=idx, data_batch=None, outputs=outputs)
+        self._iter += 1
+
+    def state_dict(self, steps: int) -> dict[str, Any]:
+        """What training resumes from, as `torch.load(weights_only=True)` reads it.
 
         Args:
-            passes: done of the epoch that runs.
+            steps: done of the epoch that runs.
         """
         runner, total = self.runner, len(self.dataloader)
-        within = passes < total
+        within = steps < total
         return {
             "epoch": self.epoch if within else self.epoch + 1,
-            "iter": self.epoch * total + passes,
-            "passes": passes if within else 0,
-            "rng": gather(rng_state(self.device), runner.world_size) if within else None,
-            "model": unwrapped(runner).state_dict(),
+            "iter": self.epoch * total + steps,
+            "steps": steps if within else 0,
+            "model": runner.model.state_dict(),
             "optim_wrapper": runner.optim_wrapper.state_dict(),
             "param_schedulers": [one.state_dict() for one in runner.param_schedulers],
         }
@@ -98,10 +104,9 @@ class ResumableTrainLoop(EpochBasedTrainLoop):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from what `state_dict` returned."""
         runner = self.runner
-        unwrapped(runner).load_state_dict(state["model"])
+        runner.model.load_state_dict(state["model"])
         runner.optim_wrapper.load_state_dict(state["optim_wrapper"])
         schedulers = zip(runner.param_schedulers, state["param_schedulers"], strict=True)
         for scheduler, saved in schedulers:
             scheduler.load_state_dict(saved)
-        self._epoch, self._iter = state["epoch"], state["iter"]
-        self._passes, self._rng = state["passes"], state["rng"]
+        self._epoch, self._iter, self._first = state["epoch"], state["iter"], state["steps"]

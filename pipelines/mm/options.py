@@ -50,12 +50,12 @@ def check(job: Job) -> None:
 
     from pipelines.mm.config import build_config
 
-    options, workers = job.section.cfg_options, job.params.scaling.num_workers
+    options = job.section.cfg_options
 
     def built(of: Mapping[str, Any]) -> Config:
         section = job.section.model_copy(update={"cfg_options": of})
         params = job.params.model_copy(update={job.stage: section})
-        return build_config(Job(job.stage, params, job.dataset, job.weights), Path(), workers)
+        return build_config(Job(job.stage, params, job.dataset, job.weights), Path())
 
     config = built(options)
     if job.section.method == "config":

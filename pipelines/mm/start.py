@@ -15,7 +15,6 @@ from torch import Tensor
 import elsa
 from elsa.mm import load_checkpoint_file
 from pipelines.errors import PipelineError
-from pipelines.mm.loop import unwrapped
 from pipelines.mm.model import set_classes
 from pipelines.train.job import Job
 
@@ -90,4 +89,4 @@ class StartHook(Hook):
         self.start = start
 
     def before_train(self, runner: Any) -> None:
-        unwrapped(runner).load_state_dict(dict(self.start.tensors), strict=False)
+        runner.model.load_state_dict(dict(self.start.tensors), strict=False)

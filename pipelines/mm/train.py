@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
 
 from pipelines.mm.config import build_config, test_time_augmentation
 from pipelines.mm.hooks import ReportHook, Stopped
@@ -33,7 +35,7 @@ def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
     try:
         with reporter.checkpoint() as found:
             folder = work / "checkpoint"
-            config = build_config(job, folder, reporter.world_size)
+            config = build_config(job, folder)
             runner = make_runner(config, work)
             hook = ReportHook(
                 reporter,
@@ -54,20 +56,19 @@ def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
+class ShareRunner(Runner):
+    """mmengine's Runner without `DistributedDataParallel`: the training loop adds gradients."""
+
+    def wrap_model(self, model_wrapper_cfg: Any, model: torch.nn.Module) -> torch.nn.Module:
+        if not self.distributed:
+            return super().wrap_model(model_wrapper_cfg, model)
+        return model.to(get_device())
+
+
 def make_runner(config: Config, work: Path) -> Any:
     """mmengine's Runner below `work`, one of `torch.distributed`'s processes where it runs."""
-    from mmengine.runner import Runner
-
     config.work_dir = str(work / "runner")
     config.experiment_name = work.name
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         config.launcher = "pytorch"
-        cuda = torch.cuda.is_available()
-        config.model_wrapper_cfg = {
-            "type": "MMDistributedDataParallel",
-            # mmengine would name a device, which DDP rejects on a CPU.
-            "device_ids": [torch.cuda.current_device()] if cuda else None,
-            "broadcast_buffers": False,
-            "gradient_as_bucket_view": True,
-        }
-    return Runner.from_cfg(config)
+    return ShareRunner.from_cfg(config)

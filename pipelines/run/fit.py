@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Loop = Callable[[Any, "torch.device", Reporter], None]
 """What a worker runs: the job, its device, and who hears of progress."""
 OUT_OF_MEMORY = (
-    "a GPU's memory is too small: raise accumulate (smaller passes, the same batch), or turn on"
+    "a GPU's memory is too small: raise shares (smaller passes, the same batch), or turn on"
     " pretrain.grad_checkpointing, detect.with_cp or segment.with_cp"
 )
 

@@ -40,9 +40,9 @@ class Data(Section):
 class Scaling(Section):
     num_workers: Positive
     min_workers: NonNegative
-    """Pretraining continues with as few workers when nodes are lost, and with more when they are
-    back, each time from the last checkpoint; a step's batch and images stay the same. 0: it waits
-    for `num_workers`, as all other stages do."""
+    """Training continues with as few workers when nodes are lost, and with more when they are
+    back, each time from the last checkpoint, to the same result. 0: it waits for `num_workers`;
+    so do models with SyncBN on GPUs, which is over one share of every worker."""
     use_gpu: bool
     gpus_per_worker: Annotated[float, Field(gt=0, le=1)]
     """Where `use_gpu`: less than 1 lets several trials of a sweep share a GPU."""
@@ -226,12 +226,18 @@ class Params(Section):
         if len(set(self.tasks)) < len(self.tasks):
             raise ValueError(f"tasks={list(self.tasks)} names a task twice")
         for name in ("pretrain", "detect", "segment"):
-            section, workers = getattr(self, name), self.scaling.num_workers
-            if section.batch_size % (workers * section.accumulate):
+            size, shares = getattr(self, name).batch_size, getattr(self, name).shares
+            if size % shares:
+                fitting = [count for count in range(1, size + 1) if size % count == 0]
                 raise ValueError(
-                    f"{name}.batch_size={section.batch_size} is the global batch and must be a"
-                    f" multiple of scaling.num_workers={workers} times"
-                    f" {name}.accumulate={section.accumulate}"
+                    f"{name}.shares={shares} does not divide {name}.batch_size={size}; choose one"
+                    f" of {', '.join(map(str, fitting))}"
+                )
+            if self.scaling.num_workers > shares:
+                raise ValueError(
+                    f"scaling.num_workers={self.scaling.num_workers} workers, but {name}.shares="
+                    f"{shares}: a worker takes one share of a step or more. Raise shares (another"
+                    " result), or use fewer workers (the same result)"
                 )
         if self.segment.deterministic and self.scaling.use_gpu:
             raise ValueError(
@@ -239,11 +245,10 @@ class Params(Section):
                 " pooling and the loss of UPerNet; use false"
             )
         pretrain = self.pretrain
-        micro_batch = pretrain.batch_size // (workers * pretrain.accumulate)
+        micro_batch = pretrain.batch_size // pretrain.shares
         if (pretrain.mixup or pretrain.cutmix) and micro_batch % 2:
             raise ValueError(
-                f"pretrain.mixup and pretrain.cutmix mix pairs, and each forward pass has"
-                f" {micro_batch} images (pretrain.batch_size / scaling.num_workers /"
-                " pretrain.accumulate); make that an even number"
+                f"pretrain.mixup and pretrain.cutmix mix pairs, and each share has {micro_batch}"
+                " images (pretrain.batch_size / pretrain.shares); make that an even number"
             )
         return self

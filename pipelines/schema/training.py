@@ -16,9 +16,11 @@ class Training(Section):
     seed: NonNegative
     epochs: Positive
     batch_size: Positive
-    accumulate: Positive
-    """Passes that one step's batch is split into, so that fewer or smaller GPUs reach the same
-    batch: each takes `batch_size / (scaling.num_workers * accumulate)` images."""
+    shares: Positive
+    """Passes of equal size that a step's batch is split into. Each has its own random numbers, and
+    is the unit of batch norm. Workers take one or more of them, and the result is the same whoever
+    takes which: so a smaller GPU or fewer of them need more shares or more time, not other
+    parameters. At least as many as `scaling.num_workers`."""
     lr: Rate
     base_batch_size: Positive
     """The global batch that `lr` is for; with another `batch_size` it is scaled linearly."""

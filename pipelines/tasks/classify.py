@@ -51,7 +51,6 @@ class Classify(Task):
     model_config: ClassVar[tuple[str, str]] = ("config.json", "config.json")
     sections: ClassVar[tuple[str, ...]] = ("model", "pretrain", "scaling")
     epochs_can_stop: ClassVar[bool] = True
-    elastic: ClassVar[bool] = True
     artifacts: ClassVar[tuple[str, ...]] = ("results/pretrain", "plots/pretrain")
 
     def check(self, params: Params) -> Job:

@@ -1,6 +1,7 @@
 """What detection and segmentation share: mmengine's loop, started from the pretrained weights."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,7 +39,7 @@ class DenseTask(Task):
     model_config: ClassVar[tuple[str, str]] = ("inference.py", "config.py")
 
     def check(self, params: Params) -> Job:
-        from pipelines.mm.config import build_config
+        from pipelines.mm.config import build_config, check_norms, synchronised
 
         weights, given = None, self.given_weights(params)
         if given == PRETRAINED:
@@ -46,7 +47,8 @@ class DenseTask(Task):
         if given:
             weights = str(weights_file(given).absolute())
         job = Job(self.stage, params, self.find_dataset(params), weights)
-        config = build_config(job, ROOT, params.scaling.num_workers)
+        config = build_config(job, ROOT)
+        check_norms(config, job)
         if self.has_changed_config(params):
             from pipelines.mm.options import check
 
@@ -63,8 +65,8 @@ class DenseTask(Task):
             from pipelines.train.cost import model_flops
 
             flops = model_flops(*self.step_model(params))
-            job = Job(self.stage, params, job.dataset, weights, flops)
-        return job
+            job = replace(job, flops=flops)
+        return replace(job, elastic=not synchronised(config))
 
     def given_weights(self, params: Params) -> str | None:
         """The weights to start from, as they are given; None starts from random ones.
@@ -125,7 +127,7 @@ class DenseTask(Task):
         from pipelines.mm.config import build_config
         from pipelines.mm.inference import inference_config
 
-        config = build_config(Job(self.stage, what.params, what.dataset), Path(), 1)
+        config = build_config(Job(self.stage, what.params, what.dataset), Path())
         inference_config(config).dump(folder / self.model_config[1])
 
     def model(self, params: Params) -> dict[str, Any]:
@@ -185,7 +187,7 @@ class DenseTask(Task):
 
         classes = tuple(str(i) for i in range(self.section(params).num_classes))
         job = Job(self.stage, params, Dataset(self.dataset, "", classes, {}, ""))
-        config = build_config(job, Path("unused"), params.scaling.num_workers)
+        config = build_config(job, Path("unused"))
         init_default_scope(config.default_scope)
         model: nn.Module = MODELS.build(config.model)
         return model

@@ -135,8 +135,6 @@ class Task(ABC):
     """Whether it can be evaluated with test-time augmentation."""
     artifacts: ClassVar[tuple[str, ...]]
     """Outputs, files or folders, that MLflow keeps beside the weights."""
-    elastic: ClassVar[bool] = False
-    """Whether its loop runs on any number of workers."""
     pictures: ClassVar[tuple[Picture, ...]]
 
     def section(self, params: Params) -> Any:

@@ -62,7 +62,7 @@ def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
         data={task.dataset: job.dataset.place},
         local=run.session.local,
         stops=True,
-        elastic=task.elastic,
+        elastic=job.elastic,
     )
 
 

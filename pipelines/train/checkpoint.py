@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pipelines.errors import PipelineError
 
-FORMAT = 1
+FORMAT = 2
 STATE, BEST, RESULT, PREDICTIONS = (
     "state.pt",
     "best.safetensors",

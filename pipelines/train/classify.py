@@ -1,7 +1,8 @@
 """Training of an image classifier: timm's parts in a plain loop, free of Ray.
 
-Runs in one process, or in each of an initialised `torch.distributed` group. Each epoch starts from
-seeds of its own: a resumed run repeats an undisturbed one bit for bit on the CPU.
+Runs in one process, or in each of an initialised `torch.distributed` group. What is drawn follows
+from the seed, the epoch, the step and the share alone: on CPUs the weights have the same bits on
+any number of workers, and however often the run was interrupted.
 """
 
 import math
@@ -18,16 +19,15 @@ import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from pipelines.errors import PipelineError
 from pipelines.train import components
+from pipelines.train.agreement import Requests
 from pipelines.train.checkpoint import MODEL_CONFIG, read_checkpoint, write_checkpoint
 from pipelines.train.cost import (
     BACKWARD_FACTOR,
     EnergyMeter,
     StepClock,
-    communication,
     flops_per_image,
     peak_flops,
 )
@@ -36,8 +36,9 @@ from pipelines.train.distillation import make_objective
 from pipelines.train.evaluation import amp_dtype, predict, sums_of_scores
 from pipelines.train.job import Job
 from pipelines.train.models import build_model, write_config
-from pipelines.train.resume import Requests, gather, resume_random, rng_state
+from pipelines.train.reduction import Reducer
 from pipelines.train.scores import scores_of
+from pipelines.train.shares import seed_share
 
 if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
@@ -56,10 +57,10 @@ class Epoch:
     """What is known of the epoch that runs."""
 
     index: int
-    first: int
+    first: int = 0
     """The step that it begins with: not 0 where a checkpoint was written within it."""
     loss: float = 0.0
-    """Of all its steps so far, added up."""
+    """Of all its steps so far, added up; the same on all ranks."""
     skipped: int = 0
     """Steps whose gradients overflowed in float16."""
     started: float = field(default_factory=time.monotonic)
@@ -77,9 +78,6 @@ class Classifier:
     def __init__(self, job: Job, device: torch.device, reporter: "Reporter") -> None:
         self.job, self.device, self.reporter = job, device, reporter
         p = self.params = job.params.pretrain
-        scaling = job.params.scaling
-        # What a step's images are split for; where pretraining is elastic, fewer may run.
-        self.planned = scaling.num_workers if scaling.min_workers else reporter.world_size
         if p.deterministic:
             use_deterministic_kernels()
         random_seed(p.seed, 0)  # the same initial weights on every rank
@@ -91,16 +89,15 @@ class Classifier:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp is torch.float16)
         mixing = components.make_mixing(p, prefetch=device.type == "cuda")
         self.mixup = mixing.mixup
-        self.loaders = components.make_loaders(job, self.planned, device, mixing.collate, reporter)
+        self.erase = components.make_erasing(p, device)
+        self.loaders = components.make_loaders(job, device, mixing.collate, reporter)
         self.steps = self.loaders.sampler.steps
         self.scheduler, epochs = components.make_scheduler(self.optimizer, p, self.steps)
         self.epochs = epochs if p.epochs else 0  # no cooldown after nothing
-        self.wrapped = self.model
-        if reporter.world_size > 1:
-            self.wrapped = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self.reducer = Reducer(self.model, p.shares, reporter.rank, reporter.world_size)
         if p.compile:
-            self.wrapped.compile()  # in place: the names of the weights stay
-        self.objective = make_objective(self.wrapped, mixing.loss, p, device, job.dataset.classes)
+            self.model.compile()  # in place: the names of the weights stay
+        self.objective = make_objective(self.model, mixing.loss, p, device, job.dataset.classes)
         self.peak = self._peak()
         self.energy = EnergyMeter(device)
         self.requests = Requests(reporter, job.params.storage.checkpoint_minutes, device)
@@ -166,7 +163,7 @@ class Classifier:
         """Result of the best weights; on rank 0 with `predictions`."""
         chosen = deepcopy(self.model)
         chosen.load_state_dict(self.best["weights"])
-        predictions = predict(self.job, chosen, self.device, self.reporter, self.planned)
+        predictions = predict(self.job, chosen, self.device, self.reporter)
         if predictions is None:
             return {}
         last = self.history[-1] if self.history else {}
@@ -183,18 +180,15 @@ class Classifier:
 
     def _train_epoch(self, index: int) -> dict[str, float] | None:
         """Metrics of the epoch; None if it was left after a checkpoint."""
-        random_seed(self.params.seed + 1000 * (index + 1), self.reporter.rank)
         begun, self.begun = self.begun, None
-        epoch = Epoch(index, begun["step"] if begun else 0)
-        self.loaders.sampler.start, self.loaders.sampler.epoch = epoch.first, index
-        self.wrapped.train()
+        epoch = Epoch(index, **(begun or {}))
+        sampler = self.loaders.sampler
+        sampler.start, sampler.epoch, sampler.own = epoch.first, index, self.reducer.own
+        self.model.train()
         components.switch_mixing(self.mixup, index, self.params.mixup_off_epoch)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         clock, batches = StepClock(self.device), iter(self.loaders.train)
-        if begun:
-            epoch.skipped = begun["skipped"]
-            epoch.loss = resume_random(begun, self.params.seed, index, self.reporter, self.device)
         self.requests.kept()
         if not self._run_steps(epoch, batches, clock):
             return None
@@ -211,7 +205,7 @@ class Classifier:
         cuda, unread = self.device.type == "cuda", []
         for index in range(epoch.first, self.steps):
             step = epoch.index * self.steps + index
-            loss, updated = self._step(batches, step, clock)
+            loss, updated = self._step(batches, epoch.index, index, clock)
             unread.append(loss)
             epoch.skipped += not updated
             self.scheduler.step_update(step + 1)
@@ -245,8 +239,7 @@ class Classifier:
         """Write a checkpoint after `done` steps if one is due; whether training is to stop."""
         stopping, due = self.requests.read()
         if stopping or due:
-            ranks = gather((epoch.loss, rng_state(self.device)), self.reporter.world_size)
-            now = {"step": done, "ranks": ranks, "skipped": epoch.skipped}
+            now = {"first": done, "loss": epoch.loss, "skipped": epoch.skipped}
             self._save(epoch.index, None, None, now)
             self.requests.kept()
         return stopping
@@ -254,13 +247,13 @@ class Classifier:
     def _epoch_metrics(self, epoch: Epoch, clock: StepClock) -> dict[str, float]:
         steps = self.steps - epoch.first
         images_per_second = steps * self.params.batch_size / (time.monotonic() - epoch.started)
-        mean_loss = self._sum(torch.tensor([epoch.loss, self.steps], dtype=torch.float64))
+        seconds = clock.read()
+        self.reducer.follow_speed(seconds["forward"] / len(self.reducer.own))
         metrics = {
-            "train_loss": (mean_loss[0] / mean_loss[1]).item(),
+            "train_loss": epoch.loss / self.steps,
             "images_per_second": images_per_second,
         }
-        metrics |= {f"{phase}_ms": 1000 * s / steps for phase, s in clock.read().items()}
-        metrics |= communication(self.wrapped, metrics["backward_ms"])
+        metrics |= {f"{phase}_ms": 1000 * s / steps for phase, s in seconds.items()}
         if self.scaler.is_enabled():
             metrics["skipped_steps"] = epoch.skipped
         if self.device.type == "cuda":
@@ -273,26 +266,28 @@ class Classifier:
             metrics["mfu"] = 100 * done / self.peak
         return metrics
 
-    def _step(self, batches: Iterator[Any], step: int, clock: StepClock) -> tuple[Tensor, bool]:
+    def _step(
+        self, batches: Iterator[Any], epoch: int, index: int, clock: StepClock
+    ) -> tuple[Tensor, bool]:
         """One optimizer step: its mean loss, still on the device, and whether weights changed."""
-        p, shares = self.params, len(self.loaders.sampler.shares)
-        # DDP takes the mean over the workers, and their shares may differ by one.
-        weight = self.planned * p.accumulate / self.reporter.world_size
-        self.optimizer.zero_grad()
-        mean_loss = torch.zeros((), device=self.device)
-        for micro in range(shares):
+        p = self.params
+        for share in self.reducer.own:
             input, target = next(batches)
-            input = input.to(self.device, memory_format=self.memory_format)
+            seed_share(p.seed, epoch, index, share)
+            input = self.erase(input.to(self.device, memory_format=self.memory_format))
             target = target.to(self.device)
             if self.mixup:
                 input, target = self.mixup(input, target)
             clock.mark("data")
-            with nullcontext() if micro + 1 == shares else self._no_sync():
-                loss = self._forward(input, target) / weight
+            with self.reducer.share(share) as added_up:
+                loss = self._forward(input, target)
+                added_up.append(loss)
                 clock.mark("forward")
                 self.scaler.scale(loss).backward()
-            mean_loss += loss.detach()
-            clock.mark("backward")  # with what DDP's all-reduce does not hide behind it
+            clock.mark("backward")
+        (mean_loss,) = self.reducer.finish()
+        if self.reporter.world_size > 1:
+            clock.mark("communication")  # what the backward pass did not hide
         if p.clip_grad:
             self.scaler.unscale_(self.optimizer)
             components.clip_gradients(self.model, p)
@@ -303,7 +298,7 @@ class Classifier:
         self.scaler.update()
         updated = self.scaler.get_scale() >= scale
         if self.ema and updated:
-            self.ema.update(self.model, step=step)
+            self.ema.update(self.model, step=epoch * self.steps + index)
         clock.mark("optimizer")
         return mean_loss, updated
 
@@ -321,8 +316,8 @@ class Classifier:
 
     def _evaluate(self, model: nn.Module, loader: Any) -> dict[str, float]:
         """Exact scores over all ranks, accuracies in percent."""
-        found = sums_of_scores(self.job.params.pretrain, model, loader, self.device)
-        sums = self._sum(found)
+        workers = self.reporter.world_size
+        sums = sums_of_scores(self.params, model, loader, self.device, workers)
         top1, top5, loss = (sums[:3] / sums[3]).tolist()
         return {"top1": top1, "top5": top5, "loss": loss}
 
@@ -334,12 +329,6 @@ class Classifier:
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
-
-    def _no_sync(self) -> Any:
-        """Within it, gradients stay on their worker."""
-        if isinstance(self.wrapped, nn.parallel.DistributedDataParallel):
-            return self.wrapped.no_sync()
-        return nullcontext()
 
     def _save(
         self,
@@ -386,7 +375,7 @@ class Classifier:
         self.begun = state["begun"]
         if state["scaler"]:  # empty without float16
             self.scaler.load_state_dict(state["scaler"])
-        done = self.begun["step"] if self.begun else 0
+        done = self.begun["first"] if self.begun else 0
         self.scheduler.step(self.start_epoch)
         self.scheduler.step_update(self.start_epoch * self.steps + done)
 

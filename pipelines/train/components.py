@@ -1,16 +1,18 @@
 """The parts of a classifier's training that the parameters decide: model, loss, loaders."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
-from torch import nn
+from torch import Tensor, nn
 
 from pipelines.data.images import Images
 from pipelines.errors import PipelineError
@@ -25,7 +27,7 @@ from pipelines.train.loading import (
     split_holdout,
 )
 from pipelines.train.models import build_model, load_weights
-from pipelines.train.schedule import micro_batch, scaled_lr
+from pipelines.train.schedule import scaled_lr
 
 if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
@@ -40,7 +42,7 @@ class Loaders:
 
     train: Any
     sampler: MicroBatchSampler
-    """Decides the images of `train`; its `epoch` and `start` are set before each epoch."""
+    """Decides the images of `train`; its `epoch`, `start` and `own` are set before each epoch."""
     choice: Any
     """Images that choose the best epoch: those held out, or those of `val`."""
     val: Any
@@ -124,6 +126,13 @@ def make_optimizer(model: nn.Module, p: Pretrain) -> torch.optim.Optimizer:
     return optimizer
 
 
+def make_erasing(p: Pretrain, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Random erasing of a batch on a GPU; on a CPU each image's transform has it."""
+    if device.type != "cuda" or not p.reprob:
+        return lambda images: images
+    return RandomErasing(p.reprob, mode="pixel", device=device)
+
+
 def clip_gradients(model: nn.Module, p: Pretrain) -> None:
     """Clip them by `p.clip_mode`, as timm's script does: AGC leaves the classifier alone."""
     parameters = model_parameters(model, exclude_head=p.clip_mode == "agc")
@@ -168,13 +177,10 @@ def make_mixing(p: Pretrain, prefetch: bool) -> Mixing:
     return Mixing(Mixup(**arguments), None, loss)
 
 
-def make_loaders(
-    job: Job, planned: int, device: torch.device, collate: Any, reporter: "Reporter"
-) -> Loaders:
+def make_loaders(job: Job, device: torch.device, collate: Any, reporter: "Reporter") -> Loaders:
     """The loaders of one rank.
 
     Args:
-        planned: workers that a step's images are split for.
         collate: of the training batches; None takes timm's.
 
     Raises:
@@ -200,7 +206,7 @@ def make_loaders(
         use_prefetcher=device.type == "cuda",
     )
     part = Part(train, kept, p.seed)
-    sampler = MicroBatchSampler(len(part), p, planned, reporter.rank, reporter.world_size)
+    sampler = MicroBatchSampler(len(part), p)
     if not sampler.steps:
         raise PipelineError(
             f"pretrain.batch_size={p.batch_size} is larger than the {len(part)} images to train on",
@@ -210,15 +216,13 @@ def make_loaders(
         loader,
         part,
         device,
-        {"re_prob": p.reprob, "re_mode": "pixel"},
         batch_sampler=sampler,
         persistent_workers=loader.persistent_workers and loader.data_workers > 0,
         collate_fn=collate,
     )
 
     def evaluation(images: Images, indices: list[int]) -> Any:
-        own = indices[reporter.rank :: reporter.world_size]
-        return evaluation_loader(job, images, own, micro_batch(p, planned), device)
+        return evaluation_loader(job, images, indices, device, reporter.rank, reporter.world_size)
 
     val = evaluation(val_images, list(range(len(val_images))))
     # A data set of its own: it has another transform than the training images.

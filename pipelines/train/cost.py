@@ -62,29 +62,6 @@ def flops_per_image(model: nn.Module, img_size: int) -> int:
     return forward_flops(lambda: model.eval()(image))
 
 
-def communication(model: nn.Module, backward_ms: float) -> dict[str, float]:
-    """What DDP's all-reduces take in a step, by its own log of some steps; empty without DDP.
-
-    Args:
-        backward_ms: of the backward pass, with what it waits for other workers.
-
-    Returns:
-        `all_reduce_ms` from the first gradients' to the last's, `communication_ms` that part which
-        the backward pass does not hide, and `backward_ms` without it.
-    """
-    if not isinstance(model, nn.parallel.DistributedDataParallel):
-        return {}
-    logged = model._get_ddp_logging_data()  # nanoseconds
-    total = logged.get("avg_backward_comm_time", 0) / 1e6
-    exposed = total - logged.get("avg_backward_compute_comm_overlap_time", 0) / 1e6
-    exposed = min(max(exposed, 0.0), backward_ms)
-    return {
-        "all_reduce_ms": total,
-        "communication_ms": exposed,
-        "backward_ms": backward_ms - exposed,
-    }
-
-
 class EnergyMeter:
     """Energy that a GPU has drawn, by its own counter (NVML, since Volta)."""
 

@@ -25,7 +25,7 @@ def make_objective(
     """A function of images (B, 3, H, W) and targets that runs `model`, and gives the loss.
 
     Args:
-        model: as it is trained, so within DistributedDataParallel where that is used.
+        model: as it is trained.
         loss: of logits and targets.
         classes: names of the data's classes; empty if they are not known.
 

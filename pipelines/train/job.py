@@ -19,6 +19,8 @@ class Job:
     """File with the weights to start from; None starts from random ones."""
     flops: float | None = None
     """Of one image's forward pass, for the MFU of detection and segmentation on GPUs."""
+    elastic: bool = True
+    """Any number of workers gives the same result. Not with SyncBN."""
 
     @property
     def section(self) -> Any:

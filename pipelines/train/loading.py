@@ -2,7 +2,7 @@
 
 import multiprocessing
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,25 +110,25 @@ class Part(ImageDataset):
 
 
 class MicroBatchSampler(Sampler[list[Any]]):
-    """The micro-batches of one rank in an epoch, from step `start` on.
+    """The images of some shares in the steps of an epoch, from step `start` on.
 
-    A step's images are `batch_size` places of the epoch's order, whatever the number of workers.
-    With `aug_repeats` each image has as many places there, side by side, as with timm's
-    `RepeatAugSampler`. They are split for `planned` workers: of these, worker r takes every
-    `planned`-th, from the r-th on, `accumulate` times. Where fewer run, each takes the shares of
-    several.
+    A step's images are `batch_size` places of the epoch's order. With `aug_repeats` each image has
+    as many places there, side by side, as with timm's `RepeatAugSampler`. Share s has every
+    `shares`-th of them, from the s-th on.
 
     Args:
         count: images of the data set.
-        planned: workers that the parameters ask for.
+
+    Attributes:
+        own: the shares; at first all of them.
 
     It yields lists of (epoch, index, copy), from which an image's augmentation follows. So loader
     processes hold no random state: their number, and how long they live, leave no trace.
     """
 
-    def __init__(self, count: int, p: Pretrain, planned: int, rank: int, world_size: int) -> None:
-        self.count, self.p, self.planned = count, p, planned
-        self.shares = range(rank, planned * p.accumulate, world_size)
+    def __init__(self, count: int, p: Pretrain) -> None:
+        self.count, self.p = count, p
+        self.own = range(p.shares)
         self.epoch = self.start = 0
 
     @property
@@ -143,13 +143,11 @@ class MicroBatchSampler(Sampler[list[Any]]):
         for step in range(self.start, self.steps):
             places = range(step * size, (step + 1) * size)
             batch = [(self.epoch, order[place // repeats], place % repeats) for place in places]
-            for share in self.shares:
-                turn, worker = divmod(share, self.planned)
-                images = self.planned * micro_batch(self.p, self.planned)
-                yield batch[turn * images : (turn + 1) * images][worker :: self.planned]
+            for share in self.own:
+                yield batch[share :: self.p.shares]
 
     def __len__(self) -> int:
-        return self.steps * len(self.shares)
+        return self.steps * len(self.own)
 
 
 def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -163,7 +161,6 @@ def make_loader(
     p: Loader,
     part: Part,
     device: torch.device,
-    erasing: Mapping[str, Any] | None = None,
     collate_fn: Any = None,
     **kwargs: Any,
 ) -> Any:
@@ -171,7 +168,6 @@ def make_loader(
 
     Args:
         device: batches for a GPU are prefetched, as bytes that are normalised there.
-        erasing: random erasing on the GPU, for training.
     """
     prefetch = device.type == "cuda"
     if p.data_workers:
@@ -191,20 +187,27 @@ def make_loader(
         generator=torch.Generator(),
         **kwargs,
     )
-    return PrefetchLoader(loader, device=device, **(erasing or {})) if prefetch else loader
+    return PrefetchLoader(loader, device=device) if prefetch else loader
 
 
 def evaluation_loader(
-    job: Job, images: Images, indices: list[int], batch_size: int, device: torch.device
+    job: Job,
+    images: Images,
+    indices: list[int],
+    device: torch.device,
+    rank: int,
+    world_size: int,
 ) -> Any:
-    """The images at `indices`, in order. Each rank has indices of its own: none counts twice."""
+    """The images at `indices` in batches, of which rank r has every `world_size`-th from r on."""
     p = job.params.pretrain
-    mine = Part(images, indices)
-    mine.transform = create_transform(
+    part = Part(images, indices)
+    part.transform = create_transform(
         p.img_size,
         crop_pct=p.crop_pct,
         crop_mode=p.crop_mode,
         interpolation=p.interpolation,
         use_prefetcher=device.type == "cuda",
     )
-    return make_loader(job.params.loader, mine, device, batch_size=batch_size)
+    size = micro_batch(p)
+    batches = [list(range(len(indices)))[i : i + size] for i in range(0, len(indices), size)]
+    return make_loader(job.params.loader, part, device, batch_sampler=batches[rank::world_size])

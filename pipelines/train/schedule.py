@@ -9,6 +9,6 @@ def scaled_lr(p: Training) -> float:
     return p.lr * (p.batch_size / p.base_batch_size)
 
 
-def micro_batch(p: Training, workers: int) -> int:
-    """Images of one forward pass on one of `workers`."""
-    return p.batch_size // (workers * p.accumulate)
+def micro_batch(p: Training) -> int:
+    """Images of a share: of one forward pass."""
+    return p.batch_size // p.shares

@@ -195,7 +195,7 @@ def test_scenes_that_do_not_decode_are_left_out_of_training(
     stage = {"coco": "detect", "ade20k": "segment"}[name]
     found = Dataset(name, str(root), tuple(manifest["classes"]), {}, "", left_out)
     job = Job(stage, compose(), found)
-    config = build_config(job, tmp_path, 1)
+    config = build_config(job, tmp_path)
     DefaultScope._instance_dict.clear()
     init_default_scope(config.default_scope)
     loader = Runner.build_dataloader(config.train_dataloader)

@@ -37,7 +37,7 @@ def test_an_exported_segmentor_labels_pictures_as_mmseg_does(make_job, tmp_path,
         weights / "model.safetensors",
         {"classes": json.dumps(job.dataset.classes)},
     )
-    config = inference_config(build_config(job, Path(), 1))
+    config = inference_config(build_config(job, Path()))
     config.model.decode_head.channels = config.model.auxiliary_head.channels = 32
     config.dump(weights / "config.py")
     assert config.test_dataloader.dataset.type == "BaseSegDataset"  # mm's tools know no other
@@ -77,7 +77,7 @@ def test_an_exported_detector_finds_what_mmdet_finds(group, kind, make_job, tmp_
     """An untrained one, which finds something everywhere; in a picture of its size."""
     recipe = "demo" if group.endswith("demo") else "finetune"
     job = make_job("detect", recipe, group, **SMALL["detect"] | SHORT)
-    config = inference_config(build_config(job, Path(), 1))
+    config = inference_config(build_config(job, Path()))
     head = config.model.roi_head.bbox_head
     head.fc_out_channels = 16
     config.model.test_cfg.rcnn.score_thr = 0.0

@@ -145,7 +145,7 @@ def test_schedules_are_those_of_mmdet_and_mmseg(stage, group, make_job, tmp_path
     (tmp_path / "shipped.py").write_text(f'_base_ = "{SHIPPED[schedule]}"')
     shipped = Config.fromfile(tmp_path / "shipped.py", import_custom_modules=False)
     job = make_job(stage, group=group)
-    config = build_config(job, tmp_path, 1)
+    config = build_config(job, tmp_path)
 
     def plain(schedulers):
         return [{k: v for k, v in s.items() if k != "_scope_"} for s in schedulers]
@@ -180,9 +180,9 @@ def rates(config, passes):
 
 def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
     short = {"epochs": 2, "epoch_iters": 50, "warmup_iters": 20}
-    plain = build_config(make_job("segment", **short), tmp_path, 1)
-    split = build_config(make_job("segment", accumulate=4, **short), tmp_path, 1)
-    half = build_config(make_job("segment", batch_size=8, **short), tmp_path, 1)
+    plain = build_config(make_job("segment", **short), tmp_path)
+    split = build_config(make_job("segment", accumulate=4, **short), tmp_path)
+    half = build_config(make_job("segment", batch_size=8, **short), tmp_path)
     steps = torch.tensor(rates(plain, 100))
     # As mmcv 1, which the paper used: polynomial from step 0, times the warm-up. mmengine ends
     # both with the last of their steps, mmcv with the one after.
@@ -203,7 +203,7 @@ def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
 def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path):
     weights = [0.5 + 0.1 * i for i in range(11)]
     job = make_job("segment", group="upernet_finetune", num_classes=11, class_weights=weights)
-    config = build_config(job, tmp_path, 1)
+    config = build_config(job, tmp_path)
     model = build_model(job, tmp_path)
     for head in (model.decode_head, model.auxiliary_head):
         assert head.loss_decode.class_weight == weights
@@ -215,9 +215,9 @@ def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path
 
 def test_one_image_per_pass_is_too_few_for_batch_norm(make_job, tmp_path):
     with pytest.raises(PipelineError, match=r"Lower segment\.accumulate=16"):
-        build_config(make_job("segment", accumulate=16), tmp_path, 1)
+        build_config(make_job("segment", accumulate=16), tmp_path)
     on_gpus = make_job("segment", accumulate=8, scaling={"num_workers": 2, "use_gpu": True})
-    assert build_config(on_gpus, tmp_path, 2).train_dataloader.batch_size == 1
+    assert build_config(on_gpus, tmp_path).train_dataloader.batch_size == 1
 
 
 @pytest.mark.parametrize("recipe", ["elsa_swin_tiny", "swin_tiny"])
@@ -231,7 +231,7 @@ def test_only_the_backbones_norms_are_not_decayed(recipe, stage, group, make_job
     job = make_job(stage, recipe, group, model, on_gpus, amp="none")
     with torch.device("meta"):
         model = build_model(job, tmp_path)
-    config = build_config(job, tmp_path, 1)
+    config = build_config(job, tmp_path)
     optimizer = build_optim_wrapper(model, config.optim_wrapper).optimizer
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.defaults["betas"] == (0.9, 0.999)
@@ -251,7 +251,7 @@ def test_only_the_backbones_norms_are_not_decayed(recipe, stage, group, make_job
 def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
     on_gpu = {"num_workers": 8, "use_gpu": True}
     cascade = make_job("detect", group="cascade-mask-rcnn_1x", scaling=on_gpu)
-    config = build_config(cascade, tmp_path, 8)
+    config = build_config(cascade, tmp_path)
     for head in config.model.roi_head.bbox_head:
         assert (head.num_shared_convs, head.num_shared_fcs) == (4, 1)
         assert (head.loss_bbox.type, head.loss_bbox.loss_weight) == ("GIoULoss", 10.0)
@@ -272,7 +272,7 @@ def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
     assert config.train_dataloader.batch_size == 2
     assert (config.optim_wrapper.type, config.optim_wrapper.dtype) == ("AmpOptimWrapper", "float16")
 
-    segment = build_config(make_job("segment", scaling=on_gpu), tmp_path, 8)
+    segment = build_config(make_job("segment", scaling=on_gpu), tmp_path)
     assert segment.optim_wrapper.type == "OptimWrapper"  # float32
     assert segment.model.auxiliary_head.loss_decode.loss_weight == 0.4
     assert segment.model.decode_head.norm_cfg.type == "SyncBN"
@@ -284,7 +284,7 @@ def test_what_the_paper_says_of_heads_and_augmentation(make_job, tmp_path):
     assert [r.scale for r in ratios] == [(2048 * k // 4, 512 * k // 4) for k in (2, 3, 4, 5, 6, 7)]
     assert [f.prob for f in flips] == [0.0, 1.0]
 
-    small = build_config(make_job("detect", img_size=80), tmp_path, 1)
+    small = build_config(make_job("detect", img_size=80), tmp_path)
     assert small.val_dataloader.dataset.pipeline[1].scale == (133, 80)
     assert small.train_dataloader.dataset.dataset.pipeline[3].transforms[1][1].crop_size == (38, 60)
     assert small.optim_wrapper.type == "OptimWrapper"  # on a CPU
@@ -303,7 +303,7 @@ def test_precision_follows_the_gpu(amp, native, dtype, scale, make_job, tmp_path
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     job = make_job("detect", amp=amp, scaling={"num_workers": 1, "use_gpu": True})
-    wrapper = build_config(job, tmp_path, 1).optim_wrapper
+    wrapper = build_config(job, tmp_path).optim_wrapper
     assert (wrapper.get("dtype"), wrapper.get("loss_scale")) == (dtype, scale)
 
 
@@ -319,7 +319,7 @@ def test_mixed_precision_keeps_scores_boxes_and_losses_in_float32(make_job, tmp_
     # Who reads the written config registers what it names.
     assert "pipelines.mm.float32" in config.custom_imports.imports
     for group in ("mask-rcnn_1x", "cascade-mask-rcnn_3x", "faster-rcnn_finetune"):
-        plain = build_config(make_job("detect", group=group), tmp_path, 1)
+        plain = build_config(make_job("detect", group=group), tmp_path)
         assert {head.type for head in heads_in(plain.model)} <= set(KINDS)
     mixed = torch.autocast("cpu", torch.bfloat16)
 
@@ -364,7 +364,7 @@ def test_mixed_precision_keeps_scores_boxes_and_losses_in_float32(make_job, tmp_
 def test_deterministic_boxes_are_pooled_by_torchvision(make_job, tmp_path):
     """Whose backward pass has deterministic kernels; the features are those of mmcv."""
     plain, deterministic = (
-        build_config(make_job("detect", deterministic=wanted), tmp_path, 1).model.roi_head
+        build_config(make_job("detect", deterministic=wanted), tmp_path).model.roi_head
         for wanted in (False, True)
     )
     DefaultScope._instance_dict.clear()

@@ -24,7 +24,7 @@ def test_images_of_all_kinds_are_found_with_their_labels(make_job, tmp_path) -> 
     second.rename(second.with_suffix(".JPEG"))
     assert rest
     job = replace(job, dataset=replace(job.dataset, place=str(tmp_path / "mixed")))
-    config = build_config(job, tmp_path, 1)
+    config = build_config(job, tmp_path)
     init_default_scope("mmseg")
     steps = [{"type": "LoadImageFromFile"}, {"type": "LoadAnnotations"}]
     dataset = DATASETS.build(config.val_dataloader.dataset | {"pipeline": steps})

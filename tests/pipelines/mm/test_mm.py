@@ -151,7 +151,7 @@ def test_configs_build_with_the_parameters(stage, data, tmp_path):
     from mmengine.registry import MODELS
 
     job = make_job(stage, data, lr=3e-4, weight_decay=0.1, epochs=7, clip_grad=2.0)
-    built = build_config(job, tmp_path, workers=2)
+    built = build_config(job, tmp_path)
     assert built.train_dataloader.batch_size == 2
     assert built.optim_wrapper.optimizer.lr == 3e-4
     assert built.optim_wrapper.optimizer.weight_decay == 0.1
@@ -168,9 +168,9 @@ def test_configs_build_with_the_parameters(stage, data, tmp_path):
 
 def test_a_method_without_a_config_is_refused(data, tmp_path):
     with pytest.raises(PipelineError, match="no config cascade-mask-rcnn_elsa-swin_fpn_demo"):
-        build_config(make_job("detect", data, method="cascade-mask-rcnn"), tmp_path, 1)
+        build_config(make_job("detect", data, method="cascade-mask-rcnn"), tmp_path)
     with pytest.raises(PipelineError, match=r"detect.milestones=\[1\]: schedule demo has no steps"):
-        build_config(make_job("detect", data, milestones=(1,)), tmp_path, 1)
+        build_config(make_job("detect", data, milestones=(1,)), tmp_path)
 
 
 def test_percentages_have_plain_names():
@@ -283,7 +283,7 @@ def test_images_depend_on_their_place_in_the_epoch_alone(stage, data, tmp_path):
 
     def batches(data_workers, first):
         job = make_job(stage, data, loader={"data_workers": data_workers}, batch_size=2)
-        config = build_config(job, tmp_path, 1)
+        config = build_config(job, tmp_path)
         init_default_scope(config.default_scope)
         loader = Runner.build_dataloader(config.train_dataloader, seed=0)
         loader.batch_sampler.sampler.set_epoch(3)
@@ -345,7 +345,7 @@ def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatc
     classifier = timm.create_model(SMALL["name"], depths=SMALL["depths"], num_classes=7)
     state = {k: torch.randn_like(v) for k, v in classifier.state_dict().items()}
     if kind == "detector":
-        config = build_config(job, tmp_path, 1)
+        config = build_config(job, tmp_path)
         init_default_scope("mmdet")
         model = MODELS.build(config.model)
         state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -356,7 +356,7 @@ def test_a_stage_starts_from_weights_of_its_own(kind, data, tmp_path, monkeypatc
     params = job.params.model_copy(update={"detect": section})
     ready = task.check(params)
     assert ready.weights == str(file)
-    backbone = MODELS.build(build_config(ready, tmp_path, 1).model.backbone)
+    backbone = MODELS.build(build_config(ready, tmp_path).model.backbone)
     backbone.init_weights()
 
     def first_layer(state):

@@ -46,7 +46,7 @@ def test_an_option_reaches_the_model(
 ) -> None:
     job = make_job(stage, group=group, cfg_options=options)
     check(job)
-    found: Any = build_config(job, Path("unused"), 1).model
+    found: Any = build_config(job, Path("unused")).model
     for name in place.split("."):
         found = found[int(name)] if isinstance(found, list) else found[name]
     assert found == expected

@@ -68,7 +68,7 @@ def test_a_config_of_the_libraries_gets_our_backbone_and_classes(name, job, caps
     told = capsys.readouterr().out
     assert "own.py: taken are model" in told
     assert "param_scheduler" in told.partition("not taken are")[2]
-    config = build_config(made, Path("unused"), 1)
+    config = build_config(made, Path("unused"))
     assert config.model.backbone.type == "ELSASwin"
     found = {p.num_classes for p in dicts_in(config.model) if "num_classes" in p}
     found |= {p.num_things_classes for p in dicts_in(config.model) if "num_things_classes" in p}
@@ -116,7 +116,7 @@ def test_a_config_whose_bases_are_imported_is_the_same(job, tmp_path):
         "model.update(neck=dict(out_channels=256), bbox_head=dict(num_classes=3))\n",
     )
     check(made)
-    found = build_config(made, Path("unused"), 1).model
+    found = build_config(made, Path("unused")).model
     assert (found.type, found.neck.type, found.neck.out_channels) == ("RetinaNet", "FPN", 256)
     assert found.backbone.type == "ELSASwin"
     assert found.bbox_head.num_classes == len(made.dataset.classes)
@@ -158,7 +158,7 @@ def test_weights_of_classes_fit_the_data(background, job):
     loss = f"dict(class_weight={[1.0] * 80 + rest})"
     text = f'_base_ = "{MASK2FORMER}"\nmodel = dict(panoptic_head=dict(loss_cls={loss}))'
     made = job("detect", text)
-    model = build_config(made, Path("unused"), 1).model
+    model = build_config(made, Path("unused")).model
     assert model.panoptic_head.loss_cls.class_weight == [1.0] * len(made.dataset.classes) + rest
 
 
@@ -188,7 +188,7 @@ def test_any_timm_model_with_a_pyramid_is_a_backbone(stage, name, make_job, tmp_
     """Models that begin with a map at half the size too: heads get strides 4 to 32."""
     group = {"detect": "mask-rcnn_finetune", "segment": "upernet_finetune"}[stage]
     made = make_job(stage, recipe="finetune", group=group, model={"name": name})
-    config = build_config(made, tmp_path, 1)
+    config = build_config(made, tmp_path)
     backbone = MODELS.build(config.model.backbone)
     assert backbone.out_strides == [4, 8, 16, 32]
     first = config.model.neck if stage == "detect" else config.model.decode_head
@@ -200,7 +200,7 @@ def test_any_timm_model_with_a_pyramid_is_a_backbone(stage, name, make_job, tmp_
 def test_a_backbone_without_a_pyramid_is_told(make_job, tmp_path):
     made = make_job("detect", group="mask-rcnn_1x", model={"name": "vit_tiny_patch16_224"})
     with pytest.raises(PipelineError, match="vit_tiny_patch16_224 has maps with strides 16, 16"):
-        build_config(made, tmp_path, 1)
+        build_config(made, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["detect", "segment"])

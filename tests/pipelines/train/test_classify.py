@@ -18,6 +18,7 @@ from torch import multiprocessing
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, compose
+from pipelines.train import reduction
 from pipelines.train.classify import Classifier
 from pipelines.train.components import make_mixing, switch_mixing
 from pipelines.train.evaluation import predict
@@ -112,10 +113,10 @@ def test_deterministic_training_asks_torch_for_such_kernels(data: Path, tmp_path
 @pytest.mark.parametrize(
     "settings",
     [
-        {"accumulate": 2, "amp": "float16"},
+        {"shares": 2, "amp": "float16"},
         {"loader": {"data_workers": 2}, "sched_on_updates": False},
     ],
-    ids=["accumulation and scaler", "workers that live on"],
+    ids=["shares and scaler", "workers that live on"],
 )
 def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
     data: Path, tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
@@ -139,7 +140,7 @@ def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
         stopped = Recorder(tmp_path / "b", patience=patience)
         fit(params, data, stopped)
         assert (stopped.epochs, stopped.state["epoch"]) == ([], 0)
-        assert stopped.state["begun"]["step"] == step
+        assert stopped.state["begun"]["first"] == step
     fit(params, data, Recorder(tmp_path / "b"))
     state, other = undisturbed.state, killed.state
     for part in ("model", "ema", "optimizer", "scaler"):
@@ -155,29 +156,40 @@ def test_resumed_run_repeats_an_undisturbed_one_bit_for_bit(
         assert steps == {3 * (54 // 8) - skipped}
 
 
-def _worker(rank: int, port: int, params: Params, data: Path, folder: Path) -> None:
+def _worker(
+    rank: int, workers: int, port: int, params: Params, data: Path, folder: Path, patience: int
+) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    reporter = Recorder(folder, rank, 2)
-    if params.scaling.min_workers:
-        # Interrupted within the second epoch; a single worker of the three takes it from there.
-        reporter.patience = 1
-        fit(params, data, reporter)
-        assert len(reporter.epochs) == 1
-        assert rank or reporter.state["begun"]["step"] == 1
-        torch.distributed.destroy_process_group()
-        return
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
+    # Several buckets, and some wait for others.
+    reduction.BUCKET_BYTES = 2**16
+    reporter = Recorder(folder, rank, workers, patience=None if patience < 0 else patience)
     trained = fit(params, data, reporter)
-    assert reporter.kept > params.pretrain.epochs  # within epochs too, by the clock
-    row = reporter.epochs[-1]
-    assert 0 <= row["communication_ms"] <= row["all_reduce_ms"]
-    assert row["all_reduce_ms"] > 0
-    found = predict(job_of(params, data), trained.model, CPU, reporter)
-    assert (found is None) == (rank == 1)
-    if found:
-        np.savez(folder / "predictions.npz", **found)
+    if patience < 0:
+        assert ("communication_ms" in reporter.epochs[-1]) == (workers > 1)
+        found = predict(job_of(params, data), trained.model, CPU, reporter)
+        assert (found is None) == (rank > 0)
     torch.distributed.destroy_process_group()
+
+
+def fit_on(
+    workers: int, params: Params, data: Path, folder: Path, patience: int = -1
+) -> dict[str, Any]:
+    """The state after training on so many workers, of one thread each.
+
+    With `patience` they stop within an epoch, when they were asked so often whether to.
+    """
+    folder.mkdir(exist_ok=True)
+    scaling = params.scaling.model_copy(update={"num_workers": workers})
+    params = params.model_copy(update={"scaling": scaling})
+    if workers == 1:
+        with threads(1):
+            fit(params, data, Recorder(folder, patience=None if patience < 0 else patience))
+    else:
+        args = (workers, free_port(), params, data, folder, patience)
+        multiprocessing.spawn(_worker, args, nprocs=workers)
+    return Recorder(folder).state
 
 
 def free_port() -> int:
@@ -186,63 +198,67 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_elastic_training_sees_the_same_batches_on_any_number_of_workers(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shares": 4, "clip_grad": 1.0, "drop_path_rate": 0.2, "mixup": 0.8},
+        {"shares": 3, "batch_size": 12, "drop_path_rate": 0.0, "model": "ghostnet_050"},
+    ],
+    ids=["dropout and mixup", "batch norm, odd shares"],
+)
+def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
+    data: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
-    """Two of three workers, with shares of 2 and 1, then one; against three on their own."""
+    """Also where it changes in the middle of an epoch, and where shares do not divide evenly."""
+    name = settings.pop("model", "elsa_swin_micro")
+    params = smoke(**settings).model_copy(update={"model": Model(name=name)})
+    states = [fit_on(workers, params, data, tmp_path / str(workers)) for workers in (1, 3)]
+    changing = tmp_path / "changing"
+    for workers, patience in ((1, 0), (2, 0), (1, -1)):
+        last = fit_on(workers, params, data, changing, patience)
+        assert (last["begun"] is not None) == (patience >= 0)
+    for other in (*states[1:], last):
+        for part in ("model", "ema", "optimizer"):
+            assert_equal(other[part], states[0][part])
+        for row, expected in zip(other["history"], states[0]["history"], strict=True):
+            for key in ("train_loss", "holdout_loss", "holdout_top1"):
+                assert row[key] == expected[key], key
+    predictions = [
+        dict(np.load(tmp_path / folder / "checkpoint/predictions.npz"))
+        for folder in ("1", "3", "changing")
+    ]
+    for other in predictions[1:]:
+        for key, values in predictions[0].items():
+            np.testing.assert_array_equal(other[key], values)
+
+
+def test_shares_split_a_batch_and_change_rounding_alone(data: Path, tmp_path: Path) -> None:
+    """Where nothing is drawn: 1 share and 4 of the same batch."""
     common = {"opt": "sgd", "lr": 0.05, "drop_path_rate": 0.0, "mixup": 0.0, "holdout": 0.0}
-    params = smoke({"data_workers": 1}, **common, batch_size=6)
-    for folder in ("whole", "elastic"):
-        (tmp_path / folder).mkdir()
-    whole, last = Recorder(tmp_path / "whole"), Recorder(tmp_path / "elastic")
-    with threads(1):
-        fit(params, data, whole)
-        scaling = params.scaling.model_copy(update={"num_workers": 3, "min_workers": 1})
-        elastic = params.model_copy(update={"scaling": scaling})
-        args = (free_port(), elastic, data, tmp_path / "elastic")
-        multiprocessing.spawn(_worker, args, nprocs=2)
-        fit(elastic, data, last)
+    states = []
+    for shares in (1, 4):
+        reporter = Recorder(tmp_path / str(shares))
+        reporter.folder.parent.mkdir()
+        with threads(1):
+            fit(smoke(**common, shares=shares), data, reporter)
+        states.append(reporter.state)
+    one, four = states
     for part in ("model", "ema"):
-        torch.testing.assert_close(last.state[part], whole.state[part], rtol=1e-4, atol=1e-5)
-    for row, expected in zip(last.state["history"], whole.state["history"], strict=True):
+        torch.testing.assert_close(four[part], one[part], rtol=1e-4, atol=1e-5)
+    for row, expected in zip(four["history"], one["history"], strict=True):
         for key in ("train_loss", "val_loss", "val_top1"):
             assert row[key] == pytest.approx(expected[key], rel=1e-4), key
 
 
-def test_two_workers_equal_one_of_the_same_global_batch(data: Path, tmp_path: Path) -> None:
-    """Also with augmentation, and with other numbers of micro-batches and loader processes."""
-    common = {"opt": "sgd", "lr": 0.05, "drop_path_rate": 0.0, "mixup": 0.0, "holdout": 0.0}
-    for folder in ("one", "whole", "two"):
-        (tmp_path / folder).mkdir()
-    one, whole = Recorder(tmp_path / "one"), Recorder(tmp_path / "whole")
-    with threads(1):
-        fit(smoke({"data_workers": 2}, **common, accumulate=4), data, one)
-        trained = fit(smoke({"persistent_workers": False}, **common), data, whole)
-    two = smoke({"data_workers": 1}, **common, accumulate=2)
-    two = two.model_copy(
-        update={
-            "scaling": two.scaling.model_copy(update={"num_workers": 2}),
-            "storage": two.storage.model_copy(update={"checkpoint_minutes": 1e-6}),
-        }
-    )
-    multiprocessing.spawn(_worker, (free_port(), two, data, tmp_path / "two"), nprocs=2)
-    reference = whole.state
-    assert reference["model"].keys() == one.state["model"].keys()
-    for state in (one.state, Recorder(tmp_path / "two").state):
-        for part in ("model", "ema"):
-            torch.testing.assert_close(state[part], reference[part], rtol=1e-4, atol=1e-5)
-        for row, expected in zip(state["history"], reference["history"], strict=True):
-            for key in ("train_loss", "val_loss", "val_top1"):
-                assert row[key] == pytest.approx(expected[key], rel=1e-4), key
-    # Evaluation alone: every image once and in its place, whoever had it.
-    job = job_of(two, data)
-    place = job.dataset
-    found = predict(job, trained.model, CPU, LocalReporter(tmp_path))
-    assert list(found["name"]) == place.images("val").filenames()
-    assert found["target"].tolist() == [label for _, label in place.images("val")]
-    shared = np.load(tmp_path / "two/predictions.npz")
-    np.testing.assert_array_equal(shared["target"], found["target"])
-    np.testing.assert_allclose(shared["probabilities"], found["probabilities"], rtol=1e-3)
+def test_predictions_name_their_images(data: Path, tmp_path: Path) -> None:
+    params = smoke()
+    job = job_of(params, data)
+    model = Classifier(job, CPU, LocalReporter(tmp_path)).model
+    found = predict(job, model, CPU, LocalReporter(tmp_path))
+    assert found
+    images = job.dataset.images("val")
+    assert list(found["name"]) == images.filenames()
+    assert found["target"].tolist() == [label for _, label in images]
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
@@ -275,7 +291,7 @@ def test_batches_that_are_mixed_as_they_are_collated_depend_on_their_images_alon
         loader = params.loader.model_copy(update={"data_workers": workers})
         part = Part(job.dataset.images("train"), list(range(60)), p.seed)
         part.transform = create_transform(32, is_training=True, use_prefetcher=True)
-        sampler = MicroBatchSampler(len(part), p, 1, 0, 1)
+        sampler = MicroBatchSampler(len(part), p)
         return list(make_loader(loader, part, CPU, batch_sampler=sampler, collate_fn=collate))
 
     torch.manual_seed(1)
@@ -294,7 +310,7 @@ def test_nothing_is_mixed_from_the_given_epoch_on(data: Path, prefetch: bool) ->
     mixing = make_mixing(p, prefetch)
     part = Part(job.dataset.images("train"), list(range(60)), p.seed)
     part.transform = create_transform(32, is_training=True, use_prefetcher=prefetch)
-    sampler = MicroBatchSampler(len(part), p, 1, 0, 1)
+    sampler = MicroBatchSampler(len(part), p)
     further = {"batch_sampler": sampler, "persistent_workers": True}
     loader = make_loader(params.loader, part, CPU, collate_fn=mixing.collate, **further)
     mixed = []
