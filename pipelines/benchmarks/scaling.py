@@ -4,8 +4,8 @@
 
 One worker, and then several with as many images each per step, train two epochs on a local Ray, on
 the prepared data; the second epoch counts. `efficiency` is the images/s of several workers over
-those of one times their number. `all-reduce` is the time of a step from the first gradients' to
-the last's (DDP's log), `exposed` the part of it that the backward pass does not hide.
+those of one times their number. `exposed` is the time of a step in which a worker waits for the
+others' gradients after its backward passes.
 `elsa plan` estimates the same for GPUs and their links.
 """
 
@@ -68,7 +68,7 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
         values["scaling"]["num_workers"] = count
         short = {"epochs": 2, "warmup_epochs": 0, "val_interval": 2, "milestones": []}
         values[stage] |= {key: value for key, value in short.items() if key in values[stage]}
-        values[stage]["batch_size"] = each * count
+        values[stage] |= {"batch_size": each * count, "shares": count}
         found.append(measure(stage, Params.model_validate(values), scratch))
         print(f"{stage}, workers {count}: {found[-1]['images_per_second']:.1f} img/s", flush=True)
     one, several = found
@@ -79,7 +79,6 @@ def compare(stage: str, recipe: Params, workers: int, scratch: Path) -> dict[str
         f"img/s of {workers}": f"{several['images_per_second']:.1f}",
         "efficiency": f"{several['images_per_second'] / one['images_per_second'] / workers:.0%}",
         "gradients MB": f"{gradients / 1e6:.1f}",
-        "all-reduce ms": f"{several['all_reduce_ms']:.1f}",
         "exposed ms": f"{several['communication_ms']:.1f}",
     }
 

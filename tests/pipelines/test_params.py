@@ -73,15 +73,15 @@ def test_a_group_beats_the_recipe_and_a_key_beats_both_in_any_order(words) -> No
 
 
 def test_learning_rate_scales_with_the_global_batch_from_the_batch_it_is_for() -> None:
-    for accumulate in (1, 4):  # how a step is cut into passes does not matter
+    for shares in (2, 4):  # how a step is cut does not matter
         p = compose(
             [
                 *("pretrain.lr=1e-3", "pretrain.batch_size=256"),
-                *(f"pretrain.accumulate={accumulate}", "pretrain.base_batch_size=1024"),
+                *(f"pretrain.shares={shares}", "pretrain.base_batch_size=1024"),
             ]
         ).pretrain
         assert scaled_lr(p) == 1e-3 / 4
-        assert micro_batch(p, 2) == 128 // accumulate
+        assert micro_batch(p) == 256 // shares
 
 
 @pytest.mark.parametrize(
@@ -101,14 +101,14 @@ def test_learning_rate_scales_with_the_global_batch_from_the_batch_it_is_for() -
         (["pretrain.lr=null"], "pretrain.lr: Input should be a valid number (given: None)"),
         (["pretrain.warmup_epochs=99"], "warmup_epochs=99 must be less than epochs"),
         (["pretrain.sched=cosin"], "'cosine'"),
-        (["pretrain.batch_size=33"], "pretrain.batch_size=33 is the global batch"),
-        (["pretrain.accumulate=3"], "num_workers=2 times pretrain.accumulate=3"),
-        (["pretrain.batch_size=2", "pretrain.mixup=0.8"], "each forward pass has 1 images"),
+        (["pretrain.batch_size=33"], "shares=2 does not divide pretrain.batch_size=33; choose one"),
+        (["pretrain.shares=3"], "choose one of 1, 2, 4, 8, 16, 32, 64"),
+        (["pretrain.batch_size=2", "pretrain.mixup=0.8"], "each share has 1 images"),
         (["segment.crop_size=512"], "crop_size=512 is larger than img_size=112"),
         (["model.kernel_size=4"], "kernel_size=4 is even"),
         (["model.embed_dim=30", "model.num_heads=[4,4,8,8]"], "num_heads=4 does not divide the 30"),
         (["model.depths=[1,1]", "model.num_heads=[2]"], "must have equal length"),
-        (["detect.accumulate=3"], "scaling.num_workers=2 times detect.accumulate=3"),
+        (["scaling.num_workers=4"], "num_workers=4 workers, but pretrain.shares=2: a worker takes"),
         (["scaling.use_gpu=true", "segment.deterministic=true"], "loss of UPerNet; use false"),
         (["pretrain.interpolation=random"], "'bicubic', 'bilinear' or 'nearest'"),
         (["recipe=elsa_swin_tiny", "segment.epoch_iters=0"], "schedule=160k counts steps"),

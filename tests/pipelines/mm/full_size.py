@@ -18,7 +18,7 @@ SMALL = {
     "detect": {"num_classes": 10, "img_size": 64, "epochs": 1},
     "segment": {"num_classes": 11, "img_size": 64, "crop_size": 64, "epochs": 1, "epoch_iters": 2},
 }
-SHORT = {"batch_size": 4, "warmup_iters": 1, "val_interval": 1}
+SHORT = {"batch_size": 4, "shares": 2, "warmup_iters": 1, "val_interval": 1}
 
 
 def small_config(*args):
@@ -40,7 +40,7 @@ def small_config(*args):
 
 
 def build_model(job, tmp_path):
-    config = small_config(job, tmp_path, 1)
+    config = small_config(job, tmp_path)
     DefaultScope._instance_dict.clear()
     init_default_scope(config.default_scope)
     return MODELS.build(config.model)

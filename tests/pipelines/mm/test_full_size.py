@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import HISTORY
-from pipelines.mm.config import build_config
+from pipelines.mm.config import build_config, check_norms, synchronised
 from pipelines.mm.float32 import KINDS, heads_in
 from pipelines.mm.hooks import WEIGHTS
 from pipelines.mm.train import train
@@ -50,7 +50,6 @@ def test_trains_and_evaluates_at_small_size(
         recipe,
         group,
         model,
-        accumulate=2,
         with_cp=True,
         **SMALL[stage] | SHORT,
     )
@@ -99,7 +98,7 @@ def free_kernels():
 
 
 def test_training_by_steps_resumes_exactly(make_job, small_heads, tmp_path, free_kernels):
-    options = SMALL["segment"] | SHORT | {"epochs": 2, "epoch_iters": 3, "accumulate": 2}
+    options = SMALL["segment"] | SHORT | {"epochs": 2, "epoch_iters": 3}
     options |= {"deterministic": True}
     job = make_job("segment", **options)
     DefaultScope._instance_dict.clear()
@@ -122,7 +121,7 @@ def test_epochs_of_steps_are_the_stream_of_mmengines_infinite_sampler():
     data = range(7)
     stream = DATA_SAMPLERS.build({"type": "InfiniteSampler", "dataset": data, "seed": 3})
     sampler = DATA_SAMPLERS.build(
-        {"type": "IntervalSampler", "dataset": data, "seed": 3, "samples": 5}
+        {"type": "StepSampler", "dataset": data, "seed": 3, "batch_size": 5, "steps": 1}
     )
     found = []
     for epoch in range(4):
@@ -178,26 +177,23 @@ def rates(config, passes):
     return found
 
 
-def test_accumulation_and_batch_keep_the_rate_of_each_step(make_job, tmp_path):
+def test_shares_keep_the_rate_of_each_step_and_the_batch_scales_it(make_job, tmp_path):
     short = {"epochs": 2, "epoch_iters": 50, "warmup_iters": 20}
-    plain = build_config(make_job("segment", **short), tmp_path)
-    split = build_config(make_job("segment", accumulate=4, **short), tmp_path)
-    half = build_config(make_job("segment", batch_size=8, **short), tmp_path)
+    plain = build_config(make_job("segment", shares=1, **short), tmp_path)
+    split = build_config(make_job("segment", shares=4, **short), tmp_path)
+    half = build_config(make_job("segment", batch_size=8, shares=1, **short), tmp_path)
     steps = torch.tensor(rates(plain, 100))
     # As mmcv 1, which the paper used: polynomial from step 0, times the warm-up. mmengine ends
     # both with the last of their steps, mmcv with the one after.
     at = torch.arange(100)
     warm = 1 - (1 - at / 19).clamp(min=0) * (1 - 1e-6)
     torch.testing.assert_close(steps, 6e-5 * (1 - at / 99) * warm, rtol=1e-4, atol=1e-12)
-    per_pass = torch.tensor(rates(split, 400)).view(100, 4)
-    # Warm-up rises within a step too, by 3e-6 per step.
-    torch.testing.assert_close(per_pass.mean(1), steps, rtol=0.02, atol=1.5e-6)
+    assert rates(split, 100) == rates(plain, 100)
     torch.testing.assert_close(torch.tensor(rates(half, 100)), steps / 2)
-    assert split.optim_wrapper.accumulative_counts == 4
     batches = [c.train_dataloader.batch_size for c in (plain, split, half)]
     assert batches == [16, 4, 8]
-    samples = [c.train_dataloader.sampler.samples for c in (plain, split, half)]
-    assert samples == [800, 800, 400]
+    samplers = [c.train_dataloader.sampler for c in (plain, split, half)]
+    assert [(s.steps, s.batch_size) for s in samplers] == [(50, 16), (50, 16), (50, 8)]
 
 
 def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path):
@@ -213,11 +209,22 @@ def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path
     assert build_model(plain, tmp_path).decode_head.loss_decode.class_weight is None
 
 
-def test_one_image_per_pass_is_too_few_for_batch_norm(make_job, tmp_path):
-    with pytest.raises(PipelineError, match=r"Lower segment\.accumulate=16"):
-        build_config(make_job("segment", accumulate=16), tmp_path)
-    on_gpus = make_job("segment", accumulate=8, scaling={"num_workers": 2, "use_gpu": True})
-    assert build_config(on_gpus, tmp_path).train_dataloader.batch_size == 1
+def test_batch_norm_takes_two_images_or_more_and_synchronised_one_share_of_each_worker(
+    make_job, tmp_path
+):
+    def check(**values):
+        job = make_job("segment", **values)
+        config = build_config(job, tmp_path)
+        check_norms(config, job)
+        return config
+
+    with pytest.raises(PipelineError, match=r"gets one\. Lower segment\.shares=16"):
+        check(shares=16)
+    assert not synchronised(check())
+    on_gpus = {"num_workers": 8, "use_gpu": True}
+    assert synchronised(check(batch_size=8, scaling=on_gpus))  # one image on each
+    with pytest.raises(PipelineError, match=r"(?s)shares=8 and scaling\.num_workers=2.*shares=2"):
+        check(scaling={"num_workers": 2, "use_gpu": True})
 
 
 @pytest.mark.parametrize("recipe", ["elsa_swin_tiny", "swin_tiny"])
@@ -311,7 +318,7 @@ def test_mixed_precision_keeps_scores_boxes_and_losses_in_float32(make_job, tmp_
     """With features in bfloat16: what comes of a head's outputs is that of the same in float32."""
     job = make_job("detect", amp="bfloat16", scaling={"num_workers": 1, "use_gpu": True})
     torch.manual_seed(0)
-    config = small_config(job, tmp_path, 1)
+    config = small_config(job, tmp_path)
     DefaultScope._instance_dict.clear()
     init_default_scope("mmdet")
     model = MODELS.build(config.model)

@@ -29,7 +29,7 @@ STAGES = """
 stages:
   pretrain:
     meta: {code: [pipelines.train], code_of_models: {elsa_volo: elsa.volo}}
-    params: [tasks, scaling.num_workers, model, pretrain]
+    params: [tasks, scaling.use_gpu, model, pretrain]
     deps: [pipelines/train.py, pipelines/configs, data]
 """
 
@@ -64,7 +64,7 @@ def test_same_inputs_have_the_same_identity_wherever_they_are(root: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "change", ["pretrain.lr=0.1", "model.kernel_size=3", "scaling.num_workers=1"]
+    "change", ["pretrain.lr=0.1", "model.kernel_size=3", "scaling.use_gpu=true"]
 )
 def test_a_parameter_of_the_stage_changes_it(root: Path, change: str) -> None:
     assert identity(root, change) != identity(root)
