@@ -42,6 +42,8 @@ class Sum:
         self.piece = -(-sum(t.numel() for t in like) // workers)
         self.dtype, self.device = like[0].dtype, like[0].device
         self.tree = Tree()
+        self._counts = [len(places(shares)) for shares in ranges]
+        self._received: Tensor | None = None
         self._work: Any = None
 
     def add(self, share: int, tensors: Sequence[Tensor]) -> None:
@@ -56,14 +58,13 @@ class Sum:
             return
         own = [node.value.view(len(self.ranges), self.piece) for node in self.tree.nodes]
         sent = own[0] if len(own) == 1 else torch.stack(own, 1)
-        counts = [len(places(shares)) for shares in self.ranges]
-        self._received = torch.empty(
-            (sum(counts), self.piece), dtype=self.dtype, device=self.device
-        )
+        if self._received is None:
+            shape = sum(self._counts), self.piece
+            self._received = torch.empty(shape, dtype=self.dtype, device=self.device)
         self._work = dist.all_to_all_single(
             self._received.view(-1),
             sent.reshape(-1),
-            [count * self.piece for count in counts],
+            [count * self.piece for count in self._counts],
             [len(own) * self.piece] * len(self.ranges),
             async_op=True,
         )
@@ -74,6 +75,7 @@ class Sum:
         if len(self.ranges) == 1:
             self.flat = self.tree.total()
             return
+        assert self._received is not None
         self._work.wait()
         self.tree.spare += [node.value for node in self.tree.nodes]
         self.tree.nodes.clear()
