@@ -277,6 +277,23 @@ def compare(
 
 
 @main.command()
+@click.argument("stage", type=click.Choice(["pretrain", "detect", "segment"]))
+@click.option("--segments", type=click.IntRange(0), default=1, show_default=True, help="0: all.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice.")
+def verify(stage: str, segments: int, seed: int) -> None:
+    """Replay parts of the training of weights.
+
+    Segments between the run's kept checkpoints (storage.keep_checkpoints=0 keeps all) are chosen at
+    random and trained again here, and must come to the same bits. The exit code is 1 if one
+    does not.
+    """
+    from pipelines.commands.verify import verify as check
+
+    if not check(stage, segments, seed):
+        sys.exit(1)
+
+
+@main.command()
 @click.option("--model", help="Only rows of models whose name begins so, as elsa_swin_tiny.")
 def published(model: str | None) -> None:
     """List published results and the command for each.

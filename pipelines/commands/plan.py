@@ -3,7 +3,7 @@
 Hours follow from counted FLOPs of the training images and a utilisation (which share of the
 GPU's peak is reached, MFU), or from images/s that a short run measured. Memory is that of the
 tensors of one training step without any GPU, counted on fake tensors: a real step takes more
-(workspaces, fragmentation, buffers of DDP), so leave a fifth free. Evaluation, loading and
+(workspaces, fragmentation, buckets of gradients), so leave a fifth free. Evaluation, loading and
 start-up are not in it.
 """
 
@@ -238,7 +238,7 @@ def show_plan(overrides: Sequence[str], machine: Machine) -> None:
     _print(rows)
     print(
         "\nEfficiency with as many images per GPU, if the all-reduce of the gradients (float32) hid"
-        "\nbehind nothing; DDP overlaps, and loses less.\n"
+        "\nbehind nothing; training overlaps, and loses less.\n"
     )
     _print(scaling)
 

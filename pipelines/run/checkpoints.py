@@ -49,6 +49,16 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def all_of(run: str) -> "list[ray.train.Checkpoint]":
+    """The checkpoints of a run, oldest first, whole or not.
+
+    Args:
+        run: folder or URL of the run.
+    """
+    system, root = pyarrow.fs.FileSystem.from_uri(run)
+    return [ray.train.Checkpoint(f"{root}/{n}", system) for n in sorted(_names(system, root))]
+
+
 def newest_complete(
     run: str, tell: Callable[[str], None] = lambda line: None
 ) -> "ray.train.Checkpoint | None":

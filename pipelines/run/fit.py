@@ -56,6 +56,8 @@ class RunSpec:
     SIGTERM asks it to. Else, and with the second, the run ends at once."""
     elastic: bool = False
     """The loop runs on any number of workers from `scaling.min_workers` on, where that is set."""
+    keep_checkpoints: int = 2
+    """The last so many; 0: all."""
     trial: bool = False
     """A trial of a sweep: it shows no progress of its own."""
 
@@ -141,7 +143,7 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
             name=spec.name,
             storage_path=spec.storage,
             failure_config=FailureConfig(max_failures=scaling.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=spec.keep_checkpoints or None),
             # `shown` tells what a user needs; Ray's own files have the rest.
             logging_config=LoggingConfig(log_level="CRITICAL"),
             callbacks=[reporter.Failures(shown), *callbacks],  # type: ignore[list-item]

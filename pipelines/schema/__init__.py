@@ -19,6 +19,8 @@ class Storage(Section):
     """Ray Train's storage: a folder (relative to the repository) for checkpoints of runs."""
     checkpoint_minutes: Annotated[float, Field(ge=0)]
     """Minutes between checkpoints within an epoch; 0: only at the end of each."""
+    keep_checkpoints: NonNegative
+    """The last so many are kept; 0: all, for `elsa verify`."""
 
 
 class Data(Section):

@@ -63,6 +63,7 @@ def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
         local=run.session.local,
         stops=True,
         elastic=job.elastic,
+        keep_checkpoints=run.params.storage.keep_checkpoints,
     )
 
 

@@ -156,6 +156,7 @@ def test_the_doctor_asks_every_node_of_a_cluster(cluster: RayCluster, compiled_l
 
 
 ELASTIC = """
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -166,27 +167,31 @@ from pipelines.params import compose
 from pipelines.run import preflight, tracking
 from pipelines.run.fit import RunSpec, fit
 from pipelines.run.session import ray_session
-from pipelines.train.classify import train
+from pipelines.tasks import task_of_stage
 from pipelines.train.job import Job
 
-folder = Path(sys.argv[1])
+folder, stage = Path(sys.argv[1]), sys.argv[2]
+task = task_of_stage(stage)
 sizes = {"image_size": 28, "train_variants": 4, "scene_size": 96}
-counts = {"digits_per_class": 20, "train_scenes": 1, "val_scenes": 1, "max_digits": 3}
+counts = {"digits_per_class": 20, "train_scenes": 60, "val_scenes": 2, "max_digits": 3}
 prepare(SimpleNamespace(seed=0, **sizes, **counts), folder / "data")
 params = compose([
-    "recipe=smoke", f"storage.path={folder / 'storage'}", f"scaling.min_workers={sys.argv[2]}",
-    "pretrain.epochs=6", "pretrain.warmup_epochs=0",
+    "recipe=smoke", f"storage.path={folder / 'storage'}", "scaling.min_workers=1",
+    f"{stage}.epochs=6", "pretrain.warmup_epochs=0", "segment.val_interval=6",
 ])
 preflight.require = lambda *arguments: None  # this checkout may have no compiled operator
-data = Dataset("imagenet", str(folder / "data/imagenet"), tuple("0123456789"), {}, "")
+place = folder / "data" / task.dataset
+classes = tuple(json.loads((place / "manifest.json").read_text())["classes"])
+data = Dataset(task.dataset, str(place), classes, {}, "")
 with ray_session() as session:
-    run = tracking.start_run("pretrain", "test", {})
-    fit(train, Job("pretrain", params, data), RunSpec(
-        stage="pretrain", name="pretrain-elastic", mlflow_run_id=run.run_id,
+    run = tracking.start_run(stage, "test", {})
+    fit(task.loop, Job(stage, params, data), RunSpec(
+        stage=stage, name=f"{stage}-elastic", mlflow_run_id=run.run_id,
         scaling=params.scaling, storage=params.storage.path, data={}, local=session.local,
         stops=True, elastic=True,
     ))
-    steps = [m.step for m in run.client.get_metric_history(run.run_id, "train_loss")]
+    loss = {"pretrain": "train_loss", "segment": "loss"}[stage]
+    steps = [m.step for m in run.client.get_metric_history(run.run_id, loss)]
     print("epochs", steps)
 """
 
@@ -199,12 +204,12 @@ print(*(n["NodeID"] for n in alive if "node:__internal_head__" not in n["Resourc
 """
 
 
-def pretrain_until_a_checkpoint(cluster: RayCluster, folder: Path) -> subprocess.Popen:
+def train_until_a_checkpoint(cluster: RayCluster, stage: str, folder: Path) -> subprocess.Popen:
     """On two workers or, where there is one node, on one; its output is `folder / output`."""
     output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-c", ELASTIC, str(folder), "1"],
+            [sys.executable, "-c", ELASTIC, str(folder), stage],
             cwd=ROOT,
             env=cluster.env
             | {
@@ -231,9 +236,10 @@ needs_minutes = pytest.mark.skipif(
 
 
 @needs_minutes
-def test_pretraining_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: Path) -> None:
+def test_training_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: Path) -> None:
     """As a spot instance is; the second node joined in a test above, and another follows it."""
-    process, output = pretrain_until_a_checkpoint(cluster, tmp_path), tmp_path / "output"
+    process = train_until_a_checkpoint(cluster, "pretrain", tmp_path)
+    output = tmp_path / "output"
     address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     code, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
     assert code == 0, node
@@ -255,11 +261,16 @@ def test_pretraining_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path
 
 
 @needs_minutes
-def test_pretraining_continues_when_a_node_is_lost(cluster: RayCluster, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["segment", "pretrain"])
+def test_training_continues_when_a_node_is_lost(
+    stage: str, cluster: RayCluster, tmp_path: Path
+) -> None:
     """On the worker that is left."""
-    process, output = pretrain_until_a_checkpoint(cluster, tmp_path), tmp_path / "output"
+    process, output = train_until_a_checkpoint(cluster, stage, tmp_path), tmp_path / "output"
     os.killpg(cluster.nodes[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
     assert "training resumes from the last checkpoint" in output.read_text()
     assert "on 1 of scaling.num_workers=2 workers" in output.read_text()
     assert f"epochs {list(range(6))}" in output.read_text()
+    if stage == "segment":
+        cluster.join()

@@ -22,6 +22,7 @@ COMMANDS = (
         "export",
         "publish",
         "compare",
+        "verify",
         "published",
         "results",
         "pack",

@@ -1,0 +1,103 @@
+"""Check weights against their training: replay parts of the run between its kept checkpoints."""
+
+import random
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from pipelines.data.weights import TENSORS, read_description
+from pipelines.errors import PipelineError
+from pipelines.params import Params, load_params
+from pipelines.paths import ROOT
+from pipelines.run import checkpoints
+from pipelines.run.identity import Inputs, RunState, stage_inputs
+from pipelines.run.session import storage_path
+from pipelines.run.stage import RUNS
+from pipelines.tasks import Task, task_of_stage
+from pipelines.train.replay import finished_epochs, replay, state_digest, tensors_digest
+
+
+def verify(stage: str, segments: int, seed: int) -> bool:
+    """Print which replayed segments agree; whether all do.
+
+    Args:
+        segments: how many to replay, chosen at random; 0 replays all.
+        seed: of the choice.
+
+    Raises:
+        PipelineError: the weights were made from other inputs, or are not those of the run, or
+            there is nothing to replay.
+    """
+    params = load_params()
+    task = task_of_stage(stage)
+    run = _run_of(task, params)
+    job = task.check(params)
+    device = torch.device("cuda" if params.scaling.use_gpu else "cpu")
+    # As a worker has it: sums depend on how many threads share them.
+    torch.set_num_threads(params.scaling.cpus_per_worker)
+    torch.set_flush_denormal(True)
+    with ExitStack() as stack:
+        kept: list[tuple[int, Path]] = []
+        for checkpoint in checkpoints.all_of(f"{storage_path(params)}/{run}"):
+            folder = Path(stack.enter_context(checkpoint.as_directory()))
+            if wrong := checkpoints.fault(folder):
+                raise PipelineError(f"a kept checkpoint of {run} can't be used: {wrong}")
+            if epochs := finished_epochs(folder):
+                kept.append((epochs, folder))
+        if not kept:
+            raise PipelineError(
+                f"storage.path={params.storage.path} has no checkpoint of {run} at the end of an"
+                " epoch, so there is nothing to replay",
+                "Train with storage.keep_checkpoints=0, which keeps all of them",
+            )
+        _compare_weights(task, kept[-1][1])
+        starts: list[tuple[int, Path | None]] = [(0, None), *kept[:-1]]
+        pairs = list(zip(starts, kept, strict=True))
+        count = min(segments or len(pairs), len(pairs))
+        agreed = True
+        for (first, start), (last, end) in sorted(random.Random(seed).sample(pairs, count)):
+            found, kept_bits = replay(task.loop, job, device, start, last), state_digest(end)
+            agreed &= found == kept_bits
+            what = "the same bits" if found == kept_bits else f"other bits: {found[:12]}"
+            print(f"epochs {first + 1} to {last}: {what} (kept: {kept_bits[:12]})", flush=True)
+    print(
+        f"{count} of {len(pairs)} segments replayed. Where one of all was changed by other means"
+        f" than training, that is found with a probability of {count / len(pairs):.0%}."
+    )
+    return agreed
+
+
+def _run_of(task: Task, params: Params) -> str:
+    """Name of the Ray Train run that made the weights of these parameters.
+
+    Raises:
+        PipelineError: what makes the result has changed since.
+    """
+    description = read_description(ROOT / f"weights/{task.stage}")
+    now = stage_inputs(task.stage, params)
+    state = RunState.load(RUNS / f"{task.stage}-{description.identity}")
+    if now.identity != description.identity:
+        then = Inputs(**state.inputs) if state.inputs else None
+        differs = f" ({', '.join(now.differences(then))})" if then else ""
+        raise PipelineError(
+            f"weights/{task.stage} were made from other inputs than those that are here{differs}:"
+            f" run {description.identity}, now {now.identity}",
+            "Check out the commit, the parameters and the data that they were made from",
+        )
+    attempt = f"-{state.attempt}" if state.attempt > 1 else ""
+    return f"{task.stage}-{description.identity}{attempt}"
+
+
+def _compare_weights(task: Task, last: Path) -> None:
+    """Check that the weights are those that the last checkpoint ends with.
+
+    Raises:
+        PipelineError: they are others.
+    """
+    ours, theirs = ROOT / f"weights/{task.stage}" / TENSORS, last / task.weights
+    if not theirs.is_file() or tensors_digest(ours) != tensors_digest(theirs):
+        raise PipelineError(
+            f"weights/{task.stage} are not those that the run's last checkpoint holds",
+            "Run the stage again: it writes them from that checkpoint",
+        )

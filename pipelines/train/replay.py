@@ -1,0 +1,111 @@
+"""Train again what lies between two checkpoints of a run, to see that it gives the second one."""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from pipelines.train.reporter import LocalReporter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.train.job import Job
+
+STATE, HISTORY, BEGUN = "state.pt", "history.json", "begun.json"
+
+
+class ReachedError(Exception):
+    """The replay has come to the epoch that it was for."""
+
+
+def finished_epochs(checkpoint: Path) -> int | None:
+    """Epochs that are over in a checkpoint of any of the loops; None within one."""
+    if (checkpoint / HISTORY).is_file():  # of detection and segmentation
+        begun = (checkpoint / BEGUN).is_file()
+        return None if begun else len(json.loads((checkpoint / HISTORY).read_text()))
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    return None if state["begun"] else int(state["epoch"]) + 1
+
+
+def state_digest(checkpoint: Path) -> str:
+    """SHA-256 of what training resumes from, down to the last bit; not of metrics and times."""
+    state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    state.pop("history", None)
+    return _digest(state)
+
+
+def tensors_digest(file: Path) -> str:
+    """SHA-256 of the tensors of a safetensors file, however it is written."""
+    return _digest(load_file(str(file)))
+
+
+def _digest(value: Any) -> str:
+    found = hashlib.sha256()
+    for part in _parts(value):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(value: Any) -> Iterator[bytes]:
+    if isinstance(value, Tensor):
+        value = value.contiguous()
+        yield f"{value.dtype} {tuple(value.shape)} ".encode()
+        yield value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    elif isinstance(value, Mapping):
+        for key in sorted(value, key=repr):
+            yield repr(key).encode()
+            yield from _parts(value[key])
+    elif isinstance(value, (list, tuple)):
+        yield f"{len(value)} ".encode()
+        for item in value:
+            yield from _parts(item)
+    else:
+        yield repr(value).encode()
+
+
+class Replay(LocalReporter):
+    """Starts a loop from a given checkpoint, and ends it after so many epochs of the whole run."""
+
+    def __init__(self, start: Path | None, epochs: int, scratch: Path) -> None:
+        super().__init__(scratch, quiet=True)
+        self.start, self.epochs, self.found = start, epochs, ""
+
+    @contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        yield self.start
+
+    def keep(self, folder: Path | None) -> None:
+        pass  # within an epoch: nothing to compare with
+
+    def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        if epoch + 1 == self.epochs:
+            assert folder
+            self.found = state_digest(folder)
+            raise ReachedError
+
+
+def replay(
+    loop: "Callable[[Job, torch.device, Any], None]",
+    job: "Job",
+    device: torch.device,
+    start: Path | None,
+    epochs: int,
+) -> str:
+    """`state_digest` of what a loop comes to after so many epochs of the whole run.
+
+    Args:
+        start: the checkpoint to start from; None begins the run.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        reporter = Replay(start, epochs, Path(scratch) / "checkpoint")
+        with suppress(ReachedError):
+            loop(job, device, reporter)
+    return reporter.found
