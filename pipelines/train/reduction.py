@@ -139,7 +139,9 @@ class Reducer:
             parameter.register_post_accumulate_grad_hook(self._made)
         if world_size > 1:
             for tensor in (*model.parameters(), *model.buffers()):
-                dist.broadcast(tensor.detach(), 0)
+                whole = tensor.detach().contiguous()
+                dist.broadcast(whole, 0)
+                tensor.detach().copy_(whole)
         self._allot(allot(shares, [1.0] * world_size))
 
     @property
@@ -213,7 +215,8 @@ class Reducer:
             self._sent.popleft().gather()
         for bucket in self.buckets:
             for parameter, gradient in zip(bucket.parameters, bucket.result(), strict=True):
-                parameter.grad = gradient
+                if parameter.requires_grad:  # not frozen since
+                    parameter.grad = gradient
             bucket.flat.div_(count)
         means: list[Tensor] = []
         if self._further:

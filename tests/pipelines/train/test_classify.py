@@ -202,14 +202,15 @@ def free_port() -> int:
     "settings",
     [
         {"shares": 4, "clip_grad": 1.0, "drop_path_rate": 0.2, "mixup": 0.8},
-        {"shares": 3, "batch_size": 12, "drop_path_rate": 0.0, "model": "ghostnet_050"},
+        {"shares": 3, "batch_size": 12, "channels_last": True, "model": "ghostnet_050"},
     ],
-    ids=["dropout and mixup", "batch norm, odd shares"],
+    ids=["dropout and mixup", "batch norm, three shares"],
 )
 def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
     data: Path, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     """Also where it changes in the middle of an epoch, and where shares do not divide evenly."""
+    settings = {"drop_path_rate": 0.0} | settings
     name = settings.pop("model", "elsa_swin_micro")
     params = smoke(**settings).model_copy(update={"model": Model(name=name)})
     states = [fit_on(workers, params, data, tmp_path / str(workers)) for workers in (1, 3)]
