@@ -98,6 +98,7 @@ def params_of(cuda: bool, stage: str, changes: Mapping[str, Any]) -> Params:
         "loader.data_workers": 4 if cuda else 0,
         f"{stage}.num_classes": len(CLASSES),
         f"{stage}.batch_size": 8 if cuda else 2,
+        f"{stage}.shares": 1,
         f"{stage}.epochs": 1,
         f"{stage}.warmup_iters": 2,
         "segment.epoch_iters": 50 if cuda else 2,

@@ -133,6 +133,7 @@ def changes(device: torch.device, workers: int) -> tuple[dict[str, Any], dict[st
         "pretrain.img_size": 224 if cuda else 32,
         "pretrain.batch_size": 128 if cuda else 8,
         "pretrain.base_batch_size": 128 if cuda else 8,
+        "pretrain.shares": 1,
         "pretrain.num_classes": 10,
         "pretrain.epochs": 4 if cuda else 3,
         "pretrain.warmup_epochs": 1,

@@ -81,9 +81,8 @@ def test_images_are_those_of_the_public_set_or_those_prepared(monkeypatch, tmp_p
         plan.training_images(smoke(), TASKS["detect"])
 
 
-def test_gpus_that_do_not_divide_the_batch_are_rejected_with_the_key() -> None:
+def test_more_gpus_than_shares_are_rejected_with_the_key() -> None:
     command = [sys.executable, "-m", "pipelines.cli", "plan", "recipe=demo", "--gpus", "7"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pretrain.batch_size=64 is the global batch" in done.stderr
-    assert "scaling.num_workers=7" in done.stderr
+    assert "scaling.num_workers=7 workers, but pretrain.shares=2" in done.stderr

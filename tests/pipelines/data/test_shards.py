@@ -87,7 +87,7 @@ def batches(place: str, workers: int, training: bool) -> list[Any]:
     part = Part(data, list(range(0, len(data), 4)) + list(range(1, len(data), 4)), seed=7)
     augment = "rand-m9-mstd0.5-inc1" if training else None
     part.transform = create_transform((3, 32, 32), training, auto_augment=augment)
-    sampler = MicroBatchSampler(len(part), p, planned=1, rank=0, world_size=1)
+    sampler = MicroBatchSampler(len(part), p)
     order: dict[str, Any] = {"batch_sampler": sampler} if training else {"batch_size": 7}
     loader = make_loader(loading, part, torch.device("cpu"), **order)
     found = []

@@ -98,8 +98,7 @@ def free_kernels():
 
 
 def test_training_by_steps_resumes_exactly(make_job, small_heads, tmp_path, free_kernels):
-    options = SMALL["segment"] | SHORT | {"epochs": 2, "epoch_iters": 3}
-    options |= {"deterministic": True}
+    options = SMALL["segment"] | SHORT | {"epochs": 2, "epoch_iters": 3, "deterministic": True}
     job = make_job("segment", **options)
     DefaultScope._instance_dict.clear()
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"

@@ -1,9 +1,7 @@
 """Backbones in mmdet and mmseg, the shipped configs, and exact resume of mmengine's Runner."""
 
 import json
-import os
 import pickle
-import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import torch
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from safetensors.torch import load_file, save_file
-from torch import multiprocessing
 
 import elsa
 from elsa.mm import ELSASwin, TimmBackbone
@@ -259,41 +256,6 @@ def test_a_resumed_run_ends_with_the_same_weights(stage, data, tmp_path):
     else:
         assert len(written) == 4
         assert all(name.endswith(".png") for name in written)
-
-
-def train_as_rank(rank, workers, port, job, folder, after):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
-    reporter = StoppingReporter(folder, after)
-    reporter.rank, reporter.world_size = rank, workers
-    train(job, CPU, reporter)
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("stage", ["detect", "segment"])
-def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
-    stage, data, tmp_path, one_thread
-):
-    """Three shares on one worker; and on two until the first epoch's middle, then on one."""
-    job = make_job(stage, data, batch_size=6, shares=3, val_interval=2, drop_path_rate=0.2)
-    straight, changing = tmp_path / "straight", tmp_path / "changing"
-    DefaultScope._instance_dict.clear()
-    train(job, CPU, LocalReporter(straight, quiet=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(train_as_rank, (2, port, job, changing, 0), nprocs=2)
-    assert torch.load(changing / STATE, weights_only=True)["steps"] == 1
-    train(job, CPU, LocalReporter(changing, quiet=True))
-    assert_same(straight, changing)
 
 
 def test_a_stopping_run_leaves_a_checkpoint_and_goes_on(data, tmp_path):

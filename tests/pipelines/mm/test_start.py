@@ -49,7 +49,7 @@ def of_heads(state):
 
 
 def start_of(job, tmp_path):
-    config = small_config(job, tmp_path, 1)
+    config = small_config(job, tmp_path)
     return find_start(job, config.model, config.default_scope)
 
 

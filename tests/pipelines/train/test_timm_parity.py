@@ -253,7 +253,8 @@ def test_repeated_augmentation_is_that_of_timm(other: Classifier, workers: int) 
     count = 512
     for rank in range(workers):
         theirs = RepeatAugSampler(range(count), workers, rank, num_repeats=3)
-        ours = MicroBatchSampler(count, other.params, workers, rank, workers)
+        ours = MicroBatchSampler(count, other.params.model_copy(update={"shares": workers}))
+        ours.own = range(rank, rank + 1)
         theirs.epoch = ours.epoch = 5
         batches = list(ours)
         assert [index for batch in batches for _, index, _ in batch] == list(theirs)

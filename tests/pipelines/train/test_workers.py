@@ -1,0 +1,94 @@
+"""Pretraining on any number of workers: the same bits."""
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import multiprocessing
+
+from pipelines.params import Model, Params
+from pipelines.train import reduction
+from pipelines.train.evaluation import predict
+
+from .test_classify import CPU, Recorder, assert_equal, fit, job_of, smoke, threads
+
+
+def _worker(
+    rank: int, workers: int, port: int, params: Params, data: Path, folder: Path, patience: int
+) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
+    # Several buckets, and some wait for others.
+    reduction.BUCKET_BYTES = 2**16
+    reporter = Recorder(folder, rank, workers, patience=None if patience < 0 else patience)
+    trained = fit(params, data, reporter)
+    if patience < 0:
+        assert ("communication_ms" in reporter.epochs[-1]) == (workers > 1)
+        found = predict(job_of(params, data), trained.model, CPU, reporter)
+        assert (found is None) == (rank > 0)
+    torch.distributed.destroy_process_group()
+
+
+def fit_on(
+    workers: int, params: Params, data: Path, folder: Path, patience: int = -1
+) -> dict[str, Any]:
+    """The state after training on so many workers, of one thread each.
+
+    With `patience` they stop within an epoch, when they were asked so often whether to.
+    """
+    folder.mkdir(exist_ok=True)
+    scaling = params.scaling.model_copy(update={"num_workers": workers})
+    params = params.model_copy(update={"scaling": scaling})
+    if workers == 1:
+        with threads(1):
+            fit(params, data, Recorder(folder, patience=None if patience < 0 else patience))
+    else:
+        args = (workers, free_port(), params, data, folder, patience)
+        multiprocessing.spawn(_worker, args, nprocs=workers)
+    return Recorder(folder).state
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shares": 4, "clip_grad": 1.0, "drop_path_rate": 0.2, "mixup": 0.8},
+        {"shares": 3, "batch_size": 12, "channels_last": True, "model": "ghostnet_050"},
+    ],
+    ids=["dropout and mixup", "batch norm, three shares"],
+)
+def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
+    data: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Also where it changes in the middle of an epoch, and where shares do not divide evenly."""
+    settings = {"drop_path_rate": 0.0} | settings
+    name = settings.pop("model", "elsa_swin_micro")
+    params = smoke(**settings).model_copy(update={"model": Model(name=name)})
+    states = [fit_on(workers, params, data, tmp_path / str(workers)) for workers in (1, 3)]
+    changing = tmp_path / "changing"
+    for workers, patience in ((1, 0), (2, 0), (1, -1)):
+        last = fit_on(workers, params, data, changing, patience)
+        assert (last["begun"] is not None) == (patience >= 0)
+    for other in (*states[1:], last):
+        for part in ("model", "ema", "optimizer"):
+            assert_equal(other[part], states[0][part])
+        for row, expected in zip(other["history"], states[0]["history"], strict=True):
+            for key in ("train_loss", "holdout_loss", "holdout_top1"):
+                assert row[key] == expected[key], key
+    predictions = [
+        dict(np.load(tmp_path / folder / "checkpoint/predictions.npz"))
+        for folder in ("1", "3", "changing")
+    ]
+    for other in predictions[1:]:
+        for key, values in predictions[0].items():
+            np.testing.assert_array_equal(other[key], values)
