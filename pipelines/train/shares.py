@@ -29,7 +29,8 @@ def seed_share(seed: int, epoch: int, step: int, share: int) -> None:
     """Seed all generators of this process for the forward pass of a share."""
     number = share_seed(seed, epoch, step, share)
     seed_all(number)
-    torch.cuda.manual_seed(number)  # queued where there is no GPU in use
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(number)
 
 
 def allot(shares: int, seconds: Sequence[float]) -> list[range]:
