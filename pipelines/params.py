@@ -16,11 +16,12 @@ from ruamel.yaml import YAML, YAMLError
 
 from pipelines.errors import PipelineError
 from pipelines.paths import RECIPES, ROOT
-from pipelines.schema import BuildOp, Loader, Model, Params, Prepare, Scaling
+from pipelines.schema import Budget, BuildOp, Loader, Model, Params, Prepare, Scaling
 from pipelines.schema.training import Detect, Downstream, Pretrain, Segment, Training
 from pipelines.schema.values import Positive, Section
 
 __all__ = [
+    "Budget",
     "BuildOp",
     "Detect",
     "Downstream",

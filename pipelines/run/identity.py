@@ -231,6 +231,8 @@ class RunState:
     mlflow_run_id: str | None = None
     files: dict[str, str] = field(default_factory=dict)
     """Metrics and lineage of the finished run, whole, by path. Empty: it has not finished."""
+    seconds: float = 0.0
+    """Of its training, over all starts."""
     outputs: str = ""
     """`outputs_digest` of the code that wrote the outputs."""
     inputs: dict[str, Any] = field(default_factory=dict)

@@ -292,7 +292,8 @@ def _leave_out(stage: Stage, params: Params) -> None:
 
 def pipeline_name(params: Params) -> str:
     """Names the parent run: the DVC experiment, else the recipe and a hash of what it does."""
-    digest = hashlib.sha256(params.model_dump_json(exclude={"data"}).encode()).hexdigest()[:8]
+    what = params.model_dump_json(exclude={"data", "budget"})
+    digest = hashlib.sha256(what.encode()).hexdigest()[:8]
     return os.environ.get("DVC_EXP_NAME") or f"{params.recipe}-{digest}"
 
 

@@ -71,6 +71,27 @@ class Scaling(Section):
         return self
 
 
+class Budget(Section):
+    """What the training of a stage may take over all its starts; 0: no limit. It stops after a
+    checkpoint before that, and resumes with a larger budget."""
+
+    hours: Annotated[float, Field(ge=0)]
+    money: Annotated[float, Field(ge=0)]
+    """In the currency of `price`."""
+    kwh: Annotated[float, Field(ge=0)]
+    price: Annotated[float, Field(ge=0)]
+    """Of a worker (a GPU) for an hour."""
+    watts: Annotated[float, Field(ge=0)]
+    """That a worker draws."""
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Budget":
+        for limit, rate in (("money", "price"), ("kwh", "watts")):
+            if getattr(self, limit) and not getattr(self, rate):
+                raise ValueError(f"{limit}={getattr(self, limit)} needs {rate} of a worker")
+        return self
+
+
 class Loader(Section):
     """How the images reach the workers: they are the same images either way."""
 
@@ -212,6 +233,7 @@ class Params(Section):
     storage: Storage
     data: Data
     scaling: Scaling
+    budget: Budget
     loader: Loader
     model: Model
     prepare: Prepare

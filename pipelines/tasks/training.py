@@ -16,10 +16,12 @@ def training_stage(task: Task, about: str) -> Stage:
     """The stage that trains `task`, for `run_stage`."""
 
     def run(stage_run: StageRun, job: Job) -> None:
+        from pipelines.run.budget import within_budget
         from pipelines.run.fit import fit
 
         _log_inputs(task, stage_run, job)
-        checkpoint = fit(task.loop, job, _spec(task, stage_run, job))
+        with within_budget(stage_run.params, stage_run.state, stage_run.folder):
+            checkpoint = fit(task.loop, job, _spec(task, stage_run, job))
         with checkpoint.as_directory() as folder:
             write_outputs(task, stage_run, Path(folder), job)
         _log_outputs(task, stage_run)
