@@ -40,9 +40,9 @@ smoke: setup
 	  && python -m pipelines compose recipe=smoke && dvc repro report && python -m pipelines results
 	@echo "All of it is in .smoke: .smoke/reports/index.html"
 
-# Two at a time, but what runs whole pipelines, which use all cores themselves.
+# Two at a time, with a thread each, but what runs whole pipelines, which use all cores themselves.
 test: setup
-	$(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
+	OMP_NUM_THREADS=1 $(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
 	$(UV) run pytest tests/integration
 
 test-cluster: setup
