@@ -1,5 +1,6 @@
 """Check weights against their training: replay parts of the run between its kept checkpoints."""
 
+import json
 import random
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,14 @@ from pipelines.run.identity import Inputs, RunState, stage_inputs
 from pipelines.run.session import storage_path
 from pipelines.run.stage import RUNS
 from pipelines.tasks import Task, task_of_stage
-from pipelines.train.replay import finished_epochs, replay, state_digest, tensors_digest
+from pipelines.train.replay import (
+    chain_digest,
+    finished_epochs,
+    read_chain,
+    replay,
+    state_digest,
+    tensors_digest,
+)
 
 
 def verify(stage: str, segments: int, seed: int) -> bool:
@@ -51,19 +59,30 @@ def verify(stage: str, segments: int, seed: int) -> bool:
                 " epoch, so there is nothing to replay",
                 "Train with storage.keep_checkpoints=0, which keeps all of them",
             )
-        _compare_weights(task, kept[-1][1])
+        chain = read_chain(kept[-1][1])
+        if len(chain) < kept[-1][0]:
+            raise PipelineError(
+                f"{run} has no chain of its epochs: an earlier version of this code trained it",
+                "Train anew with --force",
+            )
+        _compare_weights(task, kept[-1][1], chain)
+        agreed = True
+        for epochs, folder in kept:
+            if state_digest(folder) != chain[epochs - 1]:
+                print(f"the checkpoint kept after epoch {epochs} is not what was written then")
+                agreed = False
         starts: list[tuple[int, Path | None]] = [(0, None), *kept[:-1]]
         pairs = list(zip(starts, kept, strict=True))
         count = min(segments or len(pairs), len(pairs))
-        agreed = True
-        for (first, start), (last, end) in sorted(random.Random(seed).sample(pairs, count)):
-            found, kept_bits = replay(task.loop, job, device, start, last), state_digest(end)
-            agreed &= found == kept_bits
-            what = "the same bits" if found == kept_bits else f"other bits: {found[:12]}"
-            print(f"epochs {first + 1} to {last}: {what} (kept: {kept_bits[:12]})", flush=True)
+        for (first, start), (last, _) in sorted(random.Random(seed).sample(pairs, count)):
+            found = replay(task.loop, job, device, start, last)
+            other = [epoch for epoch, digest in found.items() if digest != chain[epoch - 1]]
+            agreed &= not other
+            what = f"other bits from epoch {other[0]} on" if other else "the same bits"
+            print(f"epochs {first + 1} to {last} replayed: {what}", flush=True)
     print(
-        f"{count} of {len(pairs)} segments replayed. Where one of all was changed by other means"
-        f" than training, that is found with a probability of {count / len(pairs):.0%}."
+        f"{count} of {len(pairs)} segments. If one of all was made by other means than this"
+        f" training, that is found with a probability of {count / len(pairs):.0%}."
     )
     return agreed
 
@@ -89,8 +108,8 @@ def _run_of(task: Task, params: Params) -> str:
     return f"{task.stage}-{description.identity}{attempt}"
 
 
-def _compare_weights(task: Task, last: Path) -> None:
-    """Check that the weights are those that the last checkpoint ends with.
+def _compare_weights(task: Task, last: Path, chain: list[str]) -> None:
+    """Check that the weights are those that the last checkpoint ends with, and its chain the run's.
 
     Raises:
         PipelineError: they are others.
@@ -100,4 +119,10 @@ def _compare_weights(task: Task, last: Path) -> None:
         raise PipelineError(
             f"weights/{task.stage} are not those that the run's last checkpoint holds",
             "Run the stage again: it writes them from that checkpoint",
+        )
+    lineage = json.loads((ROOT / f"lineage/{task.stage}.json").read_text())
+    if lineage.get("chain") != chain_digest(chain):
+        raise PipelineError(
+            f"lineage/{task.stage}.json tells of another chain of epochs than the last checkpoint",
+            "Restore both, or train anew with --force",
         )

@@ -53,6 +53,7 @@ class RayReporter:
         self._stopping = self._display.stopping.remote()
         self._watchdog = Watchdog(self.rank, reporting.hang_s, self._tell_at_once)
         self._shown = 0.0
+        self._chain: list[str] = []
         self._uploaded = threading.Event()
         self._uploaded.set()
         self._delivery = None
@@ -80,7 +81,10 @@ class RayReporter:
             return
         with found.as_directory() as folder:
             if self._delivery:
+                from pipelines.train.replay import read_chain
+
                 self._delivery.put_all(read_undelivered(Path(folder)))
+                self._chain = read_chain(Path(folder))
             yield Path(folder)
 
     def _tell_at_once(self, line: str) -> None:
@@ -152,8 +156,12 @@ class RayReporter:
             raise
 
     def _upload(self, checkpoint: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
+        from pipelines.train.replay import STATE, add_to_chain
+
         folder = Path(checkpoint.path)
         try:
+            if (folder / STATE).is_file():  # not of predictions
+                self._chain = add_to_chain(folder, self._chain)
             checkpoints.seal(folder)
             return persist_checkpoint(self._context, checkpoint, name)
         except OSError as error:

@@ -94,7 +94,14 @@ def write_outputs(task: Task, run: StageRun, folder: Path, job: Job) -> None:
             classes=job.dataset.classes,
         ),
     )
-    run.write_metrics(result.metrics)
+    run.write_metrics(result.metrics, **_chain(folder))
+
+
+def _chain(checkpoint: Path) -> dict[str, str]:
+    """A digest of what the training came to after each of its epochs, for `elsa verify`."""
+    from pipelines.train.replay import chain_digest, read_chain
+
+    return {"chain": chain_digest(read_chain(checkpoint))}
 
 
 def _log_outputs(task: Task, run: StageRun) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pipelines.train.job import Job
 
 STATE, HISTORY, BEGUN = "state.pt", "history.json", "begun.json"
+CHAIN = "chain.json"
+"""In a checkpoint: `state_digest` after each epoch of the run so far."""
 
 
 class ReachedError(Exception):
@@ -40,6 +42,29 @@ def state_digest(checkpoint: Path) -> str:
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     state.pop("history", None)
     return _digest(state)
+
+
+def read_chain(checkpoint: Path) -> list[str]:
+    """The digests of the epochs that are over; empty before the first one is."""
+    file = checkpoint / CHAIN
+    return json.loads(file.read_text()) if file.is_file() else []
+
+
+def chain_digest(chain: list[str]) -> str:
+    """SHA-256 of a whole chain."""
+    return hashlib.sha256(json.dumps(chain).encode()).hexdigest()
+
+
+def add_to_chain(checkpoint: Path, before: list[str]) -> list[str]:
+    """Write the chain into a new checkpoint, longer by its own digest if an epoch is over.
+
+    Args:
+        before: the chain of the checkpoint before it.
+    """
+    epochs = finished_epochs(checkpoint) or 0
+    chain = [*before, state_digest(checkpoint)] if epochs > len(before) else before
+    (checkpoint / CHAIN).write_text(json.dumps(chain, indent=1))
+    return chain
 
 
 def tensors_digest(file: Path) -> str:
@@ -76,7 +101,8 @@ class Replay(LocalReporter):
 
     def __init__(self, start: Path | None, epochs: int, scratch: Path) -> None:
         super().__init__(scratch, quiet=True)
-        self.start, self.epochs, self.found = start, epochs, ""
+        self.start, self.epochs = start, epochs
+        self.found: dict[int, str] = {}
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:
@@ -86,9 +112,9 @@ class Replay(LocalReporter):
         pass  # within an epoch: nothing to compare with
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
+        assert folder
+        self.found[epoch + 1] = state_digest(folder)
         if epoch + 1 == self.epochs:
-            assert folder
-            self.found = state_digest(folder)
             raise ReachedError
 
 
@@ -98,11 +124,12 @@ def replay(
     device: torch.device,
     start: Path | None,
     epochs: int,
-) -> str:
-    """`state_digest` of what a loop comes to after so many epochs of the whole run.
+) -> dict[int, str]:
+    """`state_digest` after each epoch that a loop trains, by how many of the whole run are over.
 
     Args:
         start: the checkpoint to start from; None begins the run.
+        epochs: of the whole run, after which it ends.
     """
     with tempfile.TemporaryDirectory() as scratch:
         reporter = Replay(start, epochs, Path(scratch) / "checkpoint")

@@ -10,7 +10,13 @@ import torch
 from PIL import Image, ImageOps
 
 from pipelines.train.classify import train
-from pipelines.train.replay import finished_epochs, replay, state_digest
+from pipelines.train.replay import (
+    add_to_chain,
+    finished_epochs,
+    read_chain,
+    replay,
+    state_digest,
+)
 
 from .test_classify import CPU, Recorder, job_of, smoke
 
@@ -37,8 +43,19 @@ def test_every_epoch_of_an_honest_run_is_replayed_to_the_same_bits(data: Path, r
     job = job_of(smoke(**BASE), data)
     for epoch, start in ((1, None), (2, run / "1"), (3, run / "2")):
         assert finished_epochs(run / str(epoch)) == epoch
-        assert replay(train, job, CPU, start, epoch) == state_digest(run / str(epoch))
-    assert replay(train, job, CPU, run / "1", 3) == state_digest(run / "3")
+        assert replay(train, job, CPU, start, epoch) == {epoch: state_digest(run / str(epoch))}
+    found = replay(train, job, CPU, run / "1", 3)
+    assert found == {epoch: state_digest(run / str(epoch)) for epoch in (2, 3)}
+
+
+def test_the_chain_has_a_link_for_each_epoch(run: Path, tmp_path: Path) -> None:
+    chain: list[str] = []
+    for epoch in (1, 2, 2, 3):  # the second one was written twice
+        shutil.copytree(run / str(epoch), tmp_path / str(epoch), dirs_exist_ok=True)
+        chain = add_to_chain(tmp_path / str(epoch), chain)
+        assert read_chain(tmp_path / str(epoch)) == chain
+    assert chain == [state_digest(run / str(epoch)) for epoch in (1, 2, 3)]
+    assert read_chain(run / "1") == []
 
 
 @pytest.mark.parametrize(
@@ -54,7 +71,7 @@ def test_every_epoch_of_an_honest_run_is_replayed_to_the_same_bits(data: Path, r
 def test_an_epoch_with_other_parameters_is_found(
     data: Path, run: Path, changed: dict[str, Any]
 ) -> None:
-    other = replay(train, job_of(smoke(**BASE | changed), data), CPU, run / "1", 2)
+    other = replay(train, job_of(smoke(**BASE | changed), data), CPU, run / "1", 2)[2]
     assert other != state_digest(run / "2")
 
 
@@ -81,7 +98,7 @@ def test_an_epoch_with_other_images_is_found(
 ) -> None:
     shutil.copytree(data, tmp_path / "data")
     change(tmp_path / "data")
-    other = replay(train, job_of(smoke(**BASE), tmp_path / "data"), CPU, run / "1", 2)
+    other = replay(train, job_of(smoke(**BASE), tmp_path / "data"), CPU, run / "1", 2)[2]
     assert other != state_digest(run / "2")
 
 
@@ -98,7 +115,7 @@ def test_one_flipped_bit_is_found(data: Path, run: Path, tmp_path: Path, part: s
     torch.save(state, tmp_path / "2/state.pt")
     job = job_of(smoke(**BASE), data)
     assert state_digest(tmp_path / "2") != state_digest(run / "2")
-    assert replay(train, job, CPU, tmp_path / "2", 3) != state_digest(run / "3")
+    assert replay(train, job, CPU, tmp_path / "2", 3)[3] != state_digest(run / "3")
 
 
 @pytest.mark.parametrize("changed", [{"weight_decay": 0.06}, {"betas": (0.9, 0.998)}], ids=str)
@@ -111,5 +128,5 @@ def test_other_settings_of_the_optimizer_are_found(
     for group in state["optimizer"]["param_groups"]:
         group |= changed
     torch.save(state, tmp_path / "1/state.pt")
-    other = replay(train, job_of(smoke(**BASE), data), CPU, tmp_path / "1", 2)
+    other = replay(train, job_of(smoke(**BASE), data), CPU, tmp_path / "1", 2)[2]
     assert other != state_digest(run / "2")
