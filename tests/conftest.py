@@ -45,6 +45,13 @@ def compiles_for_itself() -> Iterator[None]:
         torch.compiler.reset()
 
 
+@pytest.fixture
+def in_all_processes(compiled_library: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The compiled operator, also in processes that a test starts: its bits are its own."""
+    monkeypatch.setenv("ELSA_OPS_LIBRARY", str(compiled_library))
+    return compiled_library
+
+
 @pytest.fixture(scope="session")
 def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the compiled operator, loaded into this process."""

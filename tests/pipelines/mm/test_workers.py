@@ -34,7 +34,7 @@ def train_as_rank(rank, workers, port, job, folder, after):
 
 @pytest.mark.parametrize("stage", ["detect", "segment"])
 def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
-    stage, tiny_data, tmp_path, one_thread
+    stage, tiny_data, tmp_path, one_thread, in_all_processes
 ):
     """Three shares on one worker; and on two until the first epoch's middle, then on one."""
     job = make_job(stage, tiny_data, batch_size=6, shares=3, val_interval=2, drop_path_rate=0.2)

@@ -111,7 +111,9 @@ def test_one_flipped_bit_is_found(data: Path, run: Path, tmp_path: Path, part: s
     if part == "optimizer":
         tensors = tensors["state"][0]
     name = max(tensors, key=lambda key: tensors[key].numel())
-    tensors[name].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    flat = tensors[name].view(-1)
+    at = int(flat.abs().argmax())
+    flat[at : at + 1].view(torch.int32).bitwise_xor_(2**20)  # of the fraction
     torch.save(state, tmp_path / "2/state.pt")
     job = job_of(smoke(**BASE), data)
     assert state_digest(tmp_path / "2") != state_digest(run / "2")

@@ -68,7 +68,7 @@ def free_port() -> int:
     ids=["dropout and mixup", "batch norm, three shares"],
 )
 def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
-    data: Path, tmp_path: Path, settings: dict[str, Any]
+    data: Path, tmp_path: Path, settings: dict[str, Any], in_all_processes: Path
 ) -> None:
     """Also where it changes in the middle of an epoch, and where shares do not divide evenly."""
     settings = {"drop_path_rate": 0.0} | settings
