@@ -46,13 +46,14 @@ def verify(stage: str, segments: int, seed: int) -> bool:
     torch.set_num_threads(params.scaling.cpus_per_worker)
     torch.set_flush_denormal(True)
     with ExitStack() as stack:
-        kept: list[tuple[int, Path]] = []
+        found: dict[int, Path] = {}
         for checkpoint in checkpoints.all_of(f"{storage_path(params)}/{run}"):
             folder = Path(stack.enter_context(checkpoint.as_directory()))
             if wrong := checkpoints.fault(folder):
                 raise PipelineError(f"a kept checkpoint of {run} can't be used: {wrong}")
             if epochs := finished_epochs(folder):
-                kept.append((epochs, folder))
+                found[epochs] = folder
+        kept = sorted(found.items())
         if not kept:
             raise PipelineError(
                 f"storage.path={params.storage.path} has no checkpoint of {run} at the end of an"
@@ -75,8 +76,8 @@ def verify(stage: str, segments: int, seed: int) -> bool:
         pairs = list(zip(starts, kept, strict=True))
         count = min(segments or len(pairs), len(pairs))
         for (first, start), (last, _) in sorted(random.Random(seed).sample(pairs, count)):
-            found = replay(task.loop, job, device, start, last)
-            other = [epoch for epoch, digest in found.items() if digest != chain[epoch - 1]]
+            replayed = replay(task.loop, job, device, start, last)
+            other = [epoch for epoch, digest in replayed.items() if digest != chain[epoch - 1]]
             agreed &= not other
             what = f"other bits from epoch {other[0]} on" if other else "the same bits"
             print(f"epochs {first + 1} to {last} replayed: {what}", flush=True)
