@@ -1,8 +1,9 @@
 """Check weights against their training: replay parts of the run between its kept checkpoints."""
 
+import io
 import json
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -76,11 +77,13 @@ def verify(stage: str, segments: int, seed: int) -> bool:
         pairs = list(zip(starts, kept, strict=True))
         count = min(segments or len(pairs), len(pairs))
         for (first, start), (last, _) in sorted(random.Random(seed).sample(pairs, count)):
-            replayed = replay(task.loop, job, device, start, last)
+            with redirect_stdout(io.StringIO()):  # the loop's own words
+                replayed = replay(task.loop, job, device, start, last)
             other = [epoch for epoch, digest in replayed.items() if digest != chain[epoch - 1]]
             agreed &= not other
             what = f"other bits from epoch {other[0]} on" if other else "the same bits"
-            print(f"epochs {first + 1} to {last} replayed: {what}", flush=True)
+            several = f"epochs {first + 1} to {last}" if last > first + 1 else f"epoch {last}"
+            print(f"{several} replayed: {what}", flush=True)
     print(
         f"{count} of {len(pairs)} segments. If one of all was made by other means than this"
         f" training, that is found with a probability of {count / len(pairs):.0%}."
