@@ -230,6 +230,19 @@ def train_until_a_checkpoint(cluster: RayCluster, stage: str, folder: Path) -> s
     return process
 
 
+def join_another(cluster: RayCluster, gone: str) -> None:
+    """Start a node, and wait until it is the only one beside the head."""
+    cluster.join()
+    address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    deadline = time.monotonic() + 120
+    while True:
+        _, found = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
+        if len(found.split()) == 1 and found.strip() != gone:
+            return
+        assert time.monotonic() < deadline, found
+        time.sleep(1)
+
+
 needs_minutes = pytest.mark.skipif(
     not os.environ.get("ELSA_TEST_CLUSTER"), reason="two minutes: run it by `make test-cluster`"
 )
@@ -257,7 +270,7 @@ def test_training_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: P
     assert f"epochs {list(range(6))}" in shown
     cluster.nodes[-1].terminate()
     cluster.nodes[-1].wait(timeout=60)
-    cluster.join()
+    join_another(cluster, node.strip())
 
 
 @needs_minutes
@@ -267,10 +280,12 @@ def test_training_continues_when_a_node_is_lost(
 ) -> None:
     """On the worker that is left."""
     process, output = train_until_a_checkpoint(cluster, stage, tmp_path), tmp_path / "output"
+    address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
+    _, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
     os.killpg(cluster.nodes[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
     assert "training resumes from the last checkpoint" in output.read_text()
     assert "on 1 of scaling.num_workers=2 workers" in output.read_text()
     assert f"epochs {list(range(6))}" in output.read_text()
     if stage == "segment":
-        cluster.join()
+        join_another(cluster, node.strip())
