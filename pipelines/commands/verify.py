@@ -47,20 +47,7 @@ def verify(stage: str, segments: int, seed: int) -> bool:
     torch.set_num_threads(params.scaling.cpus_per_worker)
     torch.set_flush_denormal(True)
     with ExitStack() as stack:
-        found: dict[int, Path] = {}
-        for checkpoint in checkpoints.all_of(f"{storage_path(params)}/{run}"):
-            folder = Path(stack.enter_context(checkpoint.as_directory()))
-            if wrong := checkpoints.fault(folder):
-                raise PipelineError(f"a kept checkpoint of {run} can't be used: {wrong}")
-            if epochs := finished_epochs(folder):
-                found[epochs] = folder
-        kept = sorted(found.items())
-        if not kept:
-            raise PipelineError(
-                f"storage.path={params.storage.path} has no checkpoint of {run} at the end of an"
-                " epoch, so there is nothing to replay",
-                "Train with storage.keep_checkpoints=0, which keeps all of them",
-            )
+        kept = _kept(f"{storage_path(params)}/{run}", stack)
         chain = read_chain(kept[-1][1])
         if len(chain) < kept[-1][0]:
             raise PipelineError(
@@ -89,6 +76,32 @@ def verify(stage: str, segments: int, seed: int) -> bool:
         f" training, that is found with a probability of {count / len(pairs):.0%}."
     )
     return agreed
+
+
+def _kept(run: str, stack: ExitStack) -> list[tuple[int, Path]]:
+    """The checkpoints of a run that end an epoch: how many are over, and the folder.
+
+    Args:
+        run: folder or URL of the run.
+        stack: until its end the folders are there.
+
+    Raises:
+        PipelineError: there is none, or one is damaged.
+    """
+    found: dict[int, Path] = {}
+    for checkpoint in checkpoints.all_of(run):
+        folder = Path(stack.enter_context(checkpoint.as_directory()))
+        if wrong := checkpoints.fault(folder):
+            raise PipelineError(f"checkpoint {folder.name} can't be used: {wrong}")
+        if epochs := finished_epochs(folder):
+            found[epochs] = folder
+    if not found:
+        raise PipelineError(
+            f"storage.path has no checkpoint of {run.rpartition('/')[2]} at the end of an epoch, so"
+            " there is nothing to replay",
+            "Train with storage.keep_checkpoints=0, which keeps all of them",
+        )
+    return sorted(found.items())
 
 
 def _run_of(task: Task, params: Params) -> str:
