@@ -26,7 +26,7 @@ Row = tuple[str, str, str | None, str | None]
 NOTES = """\
 Each command needs the data of its tasks: -S data.imagenet=... -S data.coco=... -S data.ade20k=...
   One GPU           -S scaling.num_workers=1: each step's 8 shares after each other, the same
-                    result. With SyncBN (UPerNet, Cascade Mask R-CNN 3x) -S segment.shares=1 as well
+                    result. With SyncBN (UPerNet, Cascade Mask R-CNN 3x) -S STAGE.shares=1 as well
   Two nodes of 8    -S scaling.num_workers=16 -S pretrain.shares=16, and likewise for detect and
                     segment (ELSA-Swin-B: 64 images on each GPU)
   Without ImageNet  leave classify out of tasks; -S detect.weights=FILE or -S segment.weights=FILE

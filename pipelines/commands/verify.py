@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import sys
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def verify(stage: str, segments: int, seed: int) -> bool:
     run = _run_of(task, params)
     job = task.check(params)
     device = torch.device("cuda" if params.scaling.use_gpu else "cpu")
+    if params.scaling.use_gpu and not task.section(params).deterministic:
+        raise PipelineError(
+            f"{stage}.deterministic=false: on GPUs its bits need not repeat, so a replay tells"
+            " nothing",
+            f"Train with {stage}.deterministic=true to verify it",
+        )
     # As a worker has it: sums depend on how many threads share them.
     torch.set_num_threads(params.scaling.cpus_per_worker)
     torch.set_flush_denormal(True)
@@ -64,6 +71,7 @@ def verify(stage: str, segments: int, seed: int) -> bool:
         pairs = list(zip(starts, kept, strict=True))
         count = min(segments or len(pairs), len(pairs))
         for (first, start), (last, _) in sorted(random.Random(seed).sample(pairs, count)):
+            print(f"replaying to epoch {last}, from {first}", file=sys.stderr, flush=True)
             with redirect_stdout(io.StringIO()):  # the loop's own words
                 replayed = replay(task.loop, job, device, start, last)
             other = [epoch for epoch, digest in replayed.items() if digest != chain[epoch - 1]]

@@ -156,7 +156,8 @@ class RayReporter:
             raise
 
     def _upload(self, checkpoint: "ray.train.Checkpoint", name: str) -> "ray.train.Checkpoint":
-        from pipelines.train.replay import STATE, add_to_chain
+        from pipelines.train.checkpoint import STATE
+        from pipelines.train.replay import add_to_chain
 
         folder = Path(checkpoint.path)
         try:

@@ -49,6 +49,7 @@ class DenseTask(Task):
         job = Job(self.stage, params, self.find_dataset(params), weights)
         config = build_config(job, ROOT)
         check_norms(config, job)
+        require_a_share_of_each_worker(job)
         if self.has_changed_config(params):
             from pipelines.mm.options import check
 
@@ -66,7 +67,8 @@ class DenseTask(Task):
 
             flops = model_flops(*self.step_model(params))
             job = replace(job, flops=flops)
-        return replace(job, elastic=not synchronised(config))
+        own = self.section(params).method == "config"
+        return replace(job, elastic=not own and not synchronised(config))
 
     def given_weights(self, params: Params) -> str | None:
         """The weights to start from, as they are given; None starts from random ones.
@@ -191,6 +193,23 @@ class DenseTask(Task):
         init_default_scope(config.default_scope)
         model: nn.Module = MODELS.build(config.model)
         return model
+
+
+def require_a_share_of_each_worker(job: Job) -> None:
+    """Check that the workers pass through a model of the user's own equally often.
+
+    Raises:
+        PipelineError: they do not, and would wait for each other where its losses are averaged over
+            all of them, as DINO's are.
+    """
+    section, workers = job.section, job.params.scaling.num_workers
+    if section.method == "config" and workers > 1 and section.shares != workers:
+        raise PipelineError(
+            f"{job.stage}.config={section.config}: losses of such a model can be averaged over the"
+            f" workers, so {job.stage}.shares={section.shares} and scaling.num_workers={workers}"
+            " must be equal",
+            f"Set {job.stage}.shares={workers}, or use one worker",
+        )
 
 
 def _pretrained(params: Params) -> WeightsDescription:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pipelines.train.checkpoint import STATE
 from pipelines.train.reporter import LocalReporter
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from pipelines.train.job import Job
 
-STATE, HISTORY, BEGUN = "state.pt", "history.json", "begun.json"
+HISTORY, BEGUN = "history.json", "begun.json"
 CHAIN = "chain.json"
 """In a checkpoint: `state_digest` after each epoch of the run so far."""
 

@@ -16,6 +16,7 @@ from pipelines.mm.options import check
 from pipelines.mm.tree import dicts_in
 from pipelines.params import compose, flatten, override
 from pipelines.tasks import TASKS
+from pipelines.tasks.dense import require_a_share_of_each_worker
 from pipelines.train.job import Job
 
 DATASETS = {"detect": "coco", "segment": "ade20k"}
@@ -208,3 +209,20 @@ def test_what_its_steps_cost_is_not_known_and_told(stage, job):
     made = job(stage, "model = dict()")
     with pytest.raises(PipelineError, match=r"own\.py computes is not known, so that neither"):
         TASKS[stage].step_model(made.params)
+
+
+def test_several_workers_take_one_share_each_of_a_model_of_ones_own(make_job: Any) -> None:
+    """Losses such as DINO's wait for all workers in each pass."""
+
+    def check(workers: int, shares: int, **values: Any) -> None:
+        scaling = {"num_workers": workers, "use_gpu": False}
+        require_a_share_of_each_worker(
+            make_job("detect", scaling=scaling, batch_size=4, shares=shares, **values)
+        )
+
+    own = {"method": "config", "config": "dino.py"}
+    check(2, 2, **own)
+    check(1, 2, **own)
+    check(2, 4)
+    with pytest.raises(PipelineError, match=r"shares=4 and scaling\.num_workers=2 must be equal"):
+        check(2, 4, **own)
