@@ -109,6 +109,13 @@ def doctor() -> None:
 
 @main.command()
 @click.argument("overrides", nargs=-1, required=True)
+@click.option(
+    "--probe",
+    type=click.FloatRange(10),
+    metavar="SECONDS",
+    help="Train each stage for so long, on the workers of the recipe, and quote the whole by that.",
+)
+@click.option("--sweep", is_flag=True, help="With the sweep of the recipe.")
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="Of all nodes.")
 @click.option("--gpu", default="h100", show_default=True, help="Kind: h100, h200, a100, ...")
 @click.option(
@@ -124,19 +131,48 @@ def doctor() -> None:
     metavar="STAGE=RATE",
     help="Images/s of one GPU in pretrain, detect or segment (repeatable).",
 )
+@click.option("--instance", metavar="NAME", help="Kind of GPU and price of a machine of the file.")
+@click.option("--spot", is_flag=True, help="Its spot price; without it on demand.")
+@click.option("--region", metavar="NAME", help="Whose electricity counts; the price's region.")
+@click.option(
+    "--prices",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Prices and carbon intensities; pipelines/cluster/prices.yaml.",
+)
 @click.option("--price", type=click.FloatRange(0), default=0.0, help="Of a GPU per hour.")
+@click.option("--watts", type=click.FloatRange(0), default=0.0, help="Of a worker; for --probe.")
 @click.option("--carbon", type=click.FloatRange(0), default=0.0, help="Grams of CO2 per kWh.")
-def plan(overrides: tuple[str, ...], measured: tuple[str, ...], gpu: str, **machine: Any) -> None:
-    """Estimate hours, energy, price and memory on GPUs.
+def plan(overrides: tuple[str, ...], **given: Any) -> None:
+    """Quote hours, energy, CO2, price and memory of a recipe, or of a sweep.
 
-    As in: elsa plan recipe=elsa_swin_tiny --gpus 8 --price 2.5
+    As in: elsa plan recipe=elsa_swin_tiny --gpus 8 --instance p5.48xlarge
+
+    A row of `elsa published`: the words after each -S of its command. Here, by a minute of each
+    stage: elsa plan recipe=demo --probe 60 --price 0.1
     """
+    from pipelines.commands.prices import apply_prices
+
+    rates = apply_prices(given)
+    if seconds := given.pop("probe"):
+        from pipelines.commands.quote import show_quote
+
+        show_quote(overrides, seconds, given["sweep"], rates)
+        return
     from pipelines.commands.plan import Machine, parse_measured, show_plan
     from pipelines.train.cost import PEAK_FLOPS
 
-    if gpu not in PEAK_FLOPS:
+    if rates.gpu not in PEAK_FLOPS:
         raise click.BadParameter(f"choose one of {', '.join(PEAK_FLOPS)}", param_hint="--gpu")
-    show_plan(overrides, Machine(gpu=gpu, measured=parse_measured(measured), **machine))
+    machine = Machine(
+        gpus=given["gpus"],
+        gpu=rates.gpu,
+        utilisation=given["utilisation"],
+        measured=parse_measured(given["measured"]),
+        price=rates.price,
+        carbon=rates.carbon,
+    )
+    show_plan(overrides, machine, given["sweep"], rates.notes)
 
 
 @main.command()

@@ -133,6 +133,8 @@ def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
     return StageRow(
         stage=name,
         time=duration(metrics["wall_time_s"]),
+        quoted=_quoted(metrics),
+        cost=_cost(metrics, params) if trained else "",
         rate=f"{metrics['images_per_second']:.0f}" if trained else "",
         gpu_hours=f"{hours:.2f}" if trained and params.scaling.use_gpu else "",
         energy=f"{metrics['energy_wh'] / 1000:.2f}" if "energy_wh" in metrics else "",
@@ -141,6 +143,23 @@ def _stage_row(name: str, metrics: dict[str, Any], params: Params) -> StageRow:
         weights=weights.get("sha256", "")[:12],
         upstream=_upstream(weights["upstream"]) if weights.get("upstream") else "",
     )
+
+
+def _quoted(metrics: dict[str, Any]) -> str:
+    """What `elsa plan --probe` said before; empty where nobody asked it."""
+    if "quoted_s" not in metrics:
+        return ""
+    low, high = (duration(metrics[f"quoted_{end}_s"]) for end in ("low", "high"))
+    return f"{duration(metrics['quoted_s'])} ({low} to {high})"
+
+
+def _cost(metrics: dict[str, Any], params: Params) -> str:
+    """Money by the price of a worker, and what it was quoted; empty without a price."""
+    hourly = params.budget.price * params.scaling.num_workers / 3600
+    if not hourly:
+        return ""
+    quoted = f", quoted {metrics['quoted_s'] * hourly:.2f}" if "quoted_s" in metrics else ""
+    return f"{metrics['wall_time_s'] * hourly:.2f}{quoted}"
 
 
 def _upstream(upstream: dict[str, Any]) -> str:

@@ -31,7 +31,8 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     stage.tracker.set_tags({"space": stage.section.space, "reference": plan.reference})
     dataset = plan.job.dataset
     stage.tracker.log_dataset(dataset.name, dataset.digest, dataset.place, "training")
-    trials = Trials(stage, plan)
+    concurrent = at_once("sweep", plan.largest, {dataset.name: dataset.place})
+    trials = Trials(stage, plan, concurrent)
     asha = trials.asha
     try:
         run_trials(
@@ -42,7 +43,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
                 name=stage.run_name,
                 storage=storage_path(stage.params),
                 local=stage.session.local,
-                concurrent=at_once("sweep", plan.largest, {dataset.name: dataset.place}),
+                concurrent=concurrent,
                 metric=trials.score,
                 asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
             ),

@@ -1,7 +1,8 @@
 """Estimate what a recipe's training stages will take, before anything is started.
 
 Hours follow from counted FLOPs of the training images and a utilisation (which share of the
-GPU's peak is reached, MFU), or from images/s that a short run measured. Memory is that of the
+GPU's peak is reached, MFU), or from images/s that a short run measured. `pipelines.commands.quote`
+measures them where it runs. Memory is that of the
 tensors of one training step without any GPU, counted on fake tensors: a real step takes more
 (workspaces, fragmentation, buckets of gradients), so leave a fifth free. Evaluation, loading and
 start-up are not in it.
@@ -20,13 +21,15 @@ from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
 from pipelines.paths import ROOT
-from pipelines.tasks import TASKS, Task
+from pipelines.tasks import TASKS, Task, task_of_stage
 from pipelines.tasks.task import Forward
 from pipelines.train.cost import BACKWARD_FACTOR, PEAK_FLOPS, model_flops
 from pipelines.train.schedule import micro_batch
 
 NODE = 8
 """GPUs of a node."""
+UNCERTAIN = (1.5, 0.5)
+"""The utilisation may be so many times what was assumed: a guess, as nothing was measured."""
 INTERCONNECTS = {
     "NVLink 4, 8 x 400 Gb/s": (450e9, 400e9),
     "NVLink 4, 100 Gb/s": (450e9, 12.5e9),
@@ -128,49 +131,89 @@ def efficiency(gradients: float, step: float, gpus: int, links: tuple[float, flo
     return step / (step + moved / (links[0] if gpus <= NODE else links[1]))
 
 
-def plan(params: Params, machine: Machine) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """One row per training stage, and one per stage and interconnect with the efficiency."""
-    rows, scaling = [], []
-    total = 0.0
-    for task in (TASKS[name] for name in params.tasks):
-        section, gpus = task.section(params), machine.gpus
-        epochs = section.epochs + getattr(section, "cooldown_epochs", 0)
-        batch, passes = micro_batch(section), -(-section.shares // gpus)
-        images = training_images(params, task)
-        model, forward = task.step_model(params)
-        needed = model_flops(model, forward)
-        rate = machine.measured.get(task.stage) or _rate(section, needed, machine)
-        speed = rate * section.shares / passes  # of all GPUs: the one with most shares decides
-        hours = images * epochs / speed / 3600
-        total += hours
-        ema, half = getattr(section, "model_ema", False), section.amp != "none"
-        rows.append(
-            {
-                "stage": task.stage,
-                "images": f"{images:,}",
-                "epochs": epochs,
-                "GFLOPs/image": f"{needed / 1e9:.3g}",
-                "batch/GPU": f"{batch} x {passes}",
-                "images/s": f"{speed:,.0f}",
-                **_cost(hours, machine),
-                "GiB/GPU": f"{memory(model, forward, batch, ema, half):.1f}",
-                "from": "measured" if task.stage in machine.measured else "FLOPs",
-            }
-        )
-        scaling += _scaling(task.stage, model, batch * passes / rate)
-    rows.append({**dict.fromkeys(rows[0], ""), "stage": "all", **_cost(total, machine)})
-    return rows, scaling
+@dataclass(frozen=True)
+class Estimate:
+    """Of one stage."""
+
+    row: dict[str, Any]
+    hours: float
+    between: tuple[float, float]
+    scaling: list[dict[str, Any]]
+    """Efficiency by interconnect."""
 
 
-def _cost(hours: float, machine: Machine) -> dict[str, str]:
+def plan(
+    params: Params, machine: Machine, sweep: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One row per training stage, and one per stage and interconnect with the efficiency.
+
+    Args:
+        sweep: with a row of the sweep that `sweep.space` names, with all of its seeds.
+    """
+    found = [estimate(TASKS[name], params, machine) for name in params.tasks]
+    if sweep:
+        from pipelines.sweeps.cost import all_trials
+
+        trials = all_trials(params)
+        one = estimate(task_of_stage(trials.base.stage), trials.base.params, machine)
+        found.append(_times(one, trials.in_base, f"sweep, {trials.count} trials", machine))
+    hours = sum(one.hours for one in found)
+    between = sum(one.between[0] for one in found), sum(one.between[1] for one in found)
+    rows = [one.row for one in found]
+    rows.append({**dict.fromkeys(rows[0], ""), "stage": "all", **_cost(hours, machine, between)})
+    return rows, [row for one in found for row in one.scaling]
+
+
+def estimate(task: Task, params: Params, machine: Machine) -> Estimate:
+    """What a stage takes."""
+    section, gpus = task.section(params), machine.gpus
+    epochs = section.epochs + getattr(section, "cooldown_epochs", 0)
+    batch, passes = micro_batch(section), -(-section.shares // gpus)
+    images = training_images(params, task)
+    model, forward = task.step_model(params)
+    needed = model_flops(model, forward)
+    measured = task.stage in machine.measured
+    rate = machine.measured[task.stage] if measured else _rate(section, needed, machine)
+    speed = rate * section.shares / passes  # of all GPUs: the one with most shares decides
+    hours = images * epochs / speed / 3600
+    least, most = (1.0, 1.0) if measured else UNCERTAIN
+    between = hours / least, hours / most
+    ema, half = getattr(section, "model_ema", False), section.amp != "none"
+    row = {
+        "stage": task.stage,
+        "images": f"{images:,}",
+        "epochs": epochs,
+        "GFLOPs/image": f"{needed / 1e9:.3g}",
+        "batch/GPU": f"{batch} x {passes}",
+        "images/s": f"{speed:,.0f}",
+        **_cost(hours, machine, between),
+        "GiB/GPU": f"{memory(model, forward, batch, ema, half):.1f}",
+        "from": "measured" if measured else "FLOPs",
+    }
+    return Estimate(row, hours, between, _scaling(task.stage, model, batch * passes / rate))
+
+
+def _times(one: Estimate, times: float, name: str, machine: Machine) -> Estimate:
+    """So many of a stage, after each other."""
+    hours, between = one.hours * times, (one.between[0] * times, one.between[1] * times)
+    row = {**one.row, "stage": name, **_cost(hours, machine, between)}
+    return Estimate(row, hours, between, [])
+
+
+def _cost(hours: float, machine: Machine, between: tuple[float, float]) -> dict[str, str]:
     """The columns of what hours on the machine take."""
+    low, high = between
     energy = hours * machine.gpus * WATTS[machine.gpu] / 1000
-    columns = {"hours": hours, "GPU-hours": hours * machine.gpus, "kWh": energy}
+    columns = {"GPU-hours": hours * machine.gpus, "kWh": energy}
     if machine.carbon:
         columns["kg CO2"] = energy * machine.carbon / 1000
     if machine.price:
         columns["price"] = hours * machine.gpus * machine.price
-    return {name: f"{value:.3g}" for name, value in columns.items()}
+    return {
+        "hours": f"{hours:.3g}",
+        "between": f"{low:.3g} and {high:.3g}" if low < high else "",
+        **{name: f"{value:.3g}" for name, value in columns.items()},
+    }
 
 
 def _rate(section: Any, needed: int, machine: Machine) -> float:
@@ -217,8 +260,14 @@ def parse_measured(given: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def show_plan(overrides: Sequence[str], machine: Machine) -> None:
+def show_plan(
+    overrides: Sequence[str], machine: Machine, sweep: bool, notes: Sequence[str] = ()
+) -> None:
     """Print the estimate for the parameters of these overrides.
+
+    Args:
+        sweep: with the sweep of the recipe.
+        notes: where prices are from.
 
     Raises:
         PipelineError: parameters that do not fit, or no data to count.
@@ -226,24 +275,29 @@ def show_plan(overrides: Sequence[str], machine: Machine) -> None:
     wanted = [f"scaling.num_workers={machine.gpus}", "scaling.use_gpu=true"]
     params = compose([*overrides, *wanted])
     try:
-        rows, scaling = plan(params, machine)
+        rows, scaling = plan(params, machine, sweep)
     except StaleLibraryError as error:
         raise PipelineError(str(error)) from None
+    low, high = (f"{factor * machine.utilisation:.0%}" for factor in reversed(UNCERTAIN))
     print(
         f"{params.recipe} on {machine.gpus} x {machine.gpu}: an estimate. Rows from FLOPs assume"
-        f" {machine.utilisation:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:.0f} TFLOP/s per GPU;\n"
-        "memory is the tensors of a step, leave a fifth free; kWh are the GPUs' boards at full\n"
-        "power, without hosts and cooling.\n"
+        f" {machine.utilisation:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:.0f} TFLOP/s per GPU,"
+        f"\nand lie between those of {high} and {low}: a guess, which --measured replaces, or"
+        " --probe on such a machine.\nMemory is the tensors of a step, leave a fifth free; kWh are"
+        " the GPUs' boards at full power, without\nhosts and cooling.\n"
     )
-    _print(rows)
+    for note in notes:
+        print(note)
+    print_table(rows)
     print(
         "\nEfficiency with as many images per GPU, if the all-reduce of the gradients (float32) hid"
         "\nbehind nothing; training overlaps, and loses less.\n"
     )
-    _print(scaling)
+    print_table(scaling)
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print rows that have the same keys."""
     table = [list(rows[0]), *([str(v) for v in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:

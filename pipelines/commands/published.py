@@ -30,6 +30,7 @@ Each command needs the data of its tasks: -S data.imagenet=... -S data.coco=... 
   Two nodes of 8    -S scaling.num_workers=16 -S pretrain.shares=16, and likewise for detect and
                     segment (ELSA-Swin-B: 64 images on each GPU)
   Without ImageNet  leave classify out of tasks; -S detect.weights=FILE or -S segment.weights=FILE
+  What it takes     elsa plan, with the words after each -S of the command
   A checkpoint      elsa evaluate --task classify --weights FILE [--recipe RECIPE] [--no-ema]
   bfloat16          -S precision=bfloat16 (published: float16, and segmentation in float32)"""
 

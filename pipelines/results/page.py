@@ -19,6 +19,10 @@ class StageRow:
 
     stage: str
     time: str
+    quoted: str
+    """The time that was expected, and between which times."""
+    cost: str
+    """In money, and as it was quoted."""
     rate: str
     """Training images/s."""
     gpu_hours: str
@@ -102,18 +106,29 @@ def write_markdown(target: Path, page: Page) -> None:
         "",
         f"Percent, on the validation images. {page.choice}",
         "",
-        "| stage | wall time | images/s | identity | MLflow run | started from |",
-        "|---|---:|---:|---|---|---|",
-        *(
-            f"| {row.stage} | {row.time} | {row.rate} | `{row.identity}` | `{row.run}`"
-            f" | {row.upstream} |"
-            for row in page.stages
-        ),
+        *_stage_lines(page.stages),
         "",
         *_ablation_lines(page.ablation),
         *(f"![{one.title}](pictures/{one.name}.png)\n" for one in page.pictures),
     ]
     target.write_text("\n".join(lines))
+
+
+def _stage_lines(stages: Sequence[StageRow]) -> list[str]:
+    """The table of the stages, with what was quoted and what it cost if that is known of one."""
+    named = {"quoted": "quoted (95% within)", "cost": "cost"}
+    known = [key for key in named if any(getattr(row, key) for row in stages)]
+    more = "".join(f" {named[key]} |" for key in known)
+    return [
+        f"| stage | wall time |{more} images/s | identity | MLflow run | started from |",
+        f"|---|---:|{'---:|' * len(known)}---:|---|---|---|",
+        *(
+            f"| {row.stage} | {row.time} |"
+            + "".join(f" {getattr(row, key)} |" for key in known)
+            + f" {row.rate} | `{row.identity}` | `{row.run}` | {row.upstream} |"
+            for row in stages
+        ),
+    ]
 
 
 def _ablation_lines(ablation: Ablation | None) -> list[str]:

@@ -82,6 +82,16 @@ def stage_definition(stage: str, root: Path = ROOT) -> dict[str, Any]:
     return entry
 
 
+def tracked_params(stage: str, params: Params, root: Path = ROOT) -> dict[str, Any]:
+    """The parameters that DVC tracks for a stage, by dotted name."""
+    names = stage_definition(stage, root).get("params", [])
+    return {
+        key: value
+        for key, value in flatten(params.model_dump(mode="json")).items()
+        if any(key == name or key.startswith(f"{name}.") for name in names)
+    }
+
+
 def stage_inputs(stage: str, params: Params, root: Path = ROOT) -> Inputs:
     """The inputs of a stage with these parameters, as this checkout has them.
 

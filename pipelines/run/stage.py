@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.params import Params, flatten, load_params
+from pipelines.params import Params, load_params
 from pipelines.paths import ROOT, SHARED
 from pipelines.run import dvc
 from pipelines.run.identity import (
@@ -26,6 +26,7 @@ from pipelines.run.identity import (
     outputs_digest,
     stage_definition,
     stage_inputs,
+    tracked_params,
     unfinished_runs,
 )
 from pipelines.run.trace import mark
@@ -239,7 +240,7 @@ def _compute(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
         )
         run._tracker, run.state.mlflow_run_id = tracker, tracker.run_id
         run.state.save(run.folder)
-        tracker.log_params(_logged_params(run))
+        tracker.log_params(tracked_params(run.name, run.params))
         tracker.log_dict(run.params.model_dump(mode="json"), "params.json")
         mark("MLflow run opened")
         try:
@@ -308,16 +309,6 @@ def _tags(run: StageRun) -> dict[str, str]:
         "dvc_stage": os.environ.get("DVC_STAGE", ""),
         "dvc_exp": os.environ.get("DVC_EXP_NAME", ""),
         **tracking.git_tags(),
-    }
-
-
-def _logged_params(run: StageRun) -> dict[str, Any]:
-    """The parameters that DVC tracks for the stage, by dotted name."""
-    names = stage_definition(run.name).get("params", [])
-    return {
-        key: value
-        for key, value in flatten(run.params.model_dump(mode="json")).items()
-        if any(key == name or key.startswith(f"{name}.") for name in names)
     }
 
 

@@ -1,10 +1,11 @@
 """What a trial's model costs, which needs no training."""
 
 import functools
+from dataclasses import dataclass
 
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.sweeps.space import Trial
+from pipelines.sweeps.space import Trial, list_trials, load_space, make_trial
 from pipelines.tasks import task_of_stage
 
 
@@ -28,3 +29,31 @@ def cost_of(trial: Trial) -> tuple[int, float]:
         return _cost(trial.stage, params.model_dump_json())
     except PipelineError as error:
         raise PipelineError(f"point {trial.label}: {error}") from error
+
+
+@dataclass(frozen=True)
+class AllTrials:
+    """Of a sweep with all of its seeds, none decided earlier."""
+
+    count: int
+    base: Trial
+    """What all have in common."""
+    in_base: float
+    """What they compute, in trials like `base`."""
+
+
+def all_trials(params: Params) -> AllTrials:
+    """What the sweep of `sweep.space` computes at most.
+
+    Raises:
+        PipelineError: the space or a trial does not fit.
+    """
+    space = load_space(params.sweep.space)
+    base, known = make_trial(params, space, {}), list_trials(params, space)
+    suggested = space.search.trials if space.search and space.search.method == "optuna" else 0
+    computed = sum(_computed(trial) for trial in known) / _computed(base)
+    return AllTrials(len(known) + suggested, base, computed + suggested)
+
+
+def _computed(trial: Trial) -> float:
+    return cost_of(trial)[1] * trial.epochs

@@ -51,6 +51,7 @@ def write_findings(stage: StageRun, plan: Plan, trials: Trials, folder: Path) ->
             "trials": rows,
             "best_yaml": (folder / "best.yaml").read_text(),
             "champion": version,
+            "study": trials.study.study if trials.study else None,
         },
     )
     stage.tracker.log_artifact(folder, "sweeps")

@@ -15,7 +15,8 @@ from pipelines.sweeps.plan import Plan
 from pipelines.sweeps.space import Point
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
+    from optuna.study import Study
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class PagePicture:
     """A plot of the page."""
 
     group: str
-    """`cost`, `parallel` or `factor`."""
+    """`cost`, `parallel`, `factor` or `search`."""
     title: str
     text: str
     alt: str
@@ -42,7 +43,8 @@ def write_page(
 
     Args:
         facts: `score`, `summary`, `best` (its point), `points_of` (points by label), `trials`,
-            `best_yaml` and `champion` (name and version), as the page shows them.
+            `best_yaml` and `champion` (name and version), as the page shows them; `study`,
+            Optuna's, or None.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -66,6 +68,7 @@ def write_page(
         pictures=[
             *_cost_pictures(comparison),
             *_parameter_pictures(plan, facts["points_of"], comparison),
+            *_search_pictures(facts["study"], facts["score"]),
         ],
         sweep_run=stage.tracker.run_id,
         git=tracking.git_tags(),
@@ -117,6 +120,24 @@ def _parameter_pictures(
         )
 
 
+def _search_pictures(study: "Study | None", score: str) -> Iterator[PagePicture]:
+    """Optuna's own plots."""
+    if study is None:
+        return
+    from optuna.importance import get_param_importances
+    from optuna.visualization import matplotlib as drawn
+
+    scores = [trial.value for trial in study.get_trials() if trial.value is not None]
+    shown = "; ".join(f"{value:.1f}" for value in scores)
+    history = drawn.plot_optimization_history(study, target_name=score)
+    yield PagePicture("search", "History", "", f"{score} by trial: {shown}", _png(history.figure))
+    if len(set(scores)) > 1:
+        shares = "; ".join(f"{k}: {v:.2f}" for k, v in get_param_importances(study).items())
+        chart = drawn.plot_param_importances(study, target_name=score)
+        text = "How much of the variance of the scores a parameter explains, by fANOVA."
+        yield PagePicture("search", "Importance", text, shares, _png(chart.figure))
+
+
 def _slice(
     name: str,
     rows: Sequence[Mapping[str, Any]],
@@ -135,7 +156,7 @@ def _alike(point: Point, reference: Point, but: str) -> bool:
     return all(point[k] == reference[k] for k in point.keys() & reference.keys() - {but})
 
 
-def _png(figure: "Figure") -> str:
+def _png(figure: "Figure | SubFigure") -> str:
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    figure.figure.savefig(data, format="png")
     return base64.b64encode(data.getvalue()).decode()

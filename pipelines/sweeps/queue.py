@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines.run import tracking
+from pipelines.run import budget, tracking
 from pipelines.run.display import Progress
 from pipelines.run.identity import HeldError, RunState, hold
 from pipelines.run.session import storage_path
@@ -49,9 +49,10 @@ class Trials:
 
     Args:
         plan: its trials are those that are known before the first one starts.
+        concurrent: trials that may run at once.
     """
 
-    def __init__(self, stage: StageRun, plan: Plan) -> None:
+    def __init__(self, stage: StageRun, plan: Plan, concurrent: int = 1) -> None:
         trials, space = plan.trials, plan.space
         self.stage, self.space, self.sweep = stage, space, stage.tracker.run_id
         self.waiting = deque(trials)
@@ -62,11 +63,16 @@ class Trials:
         self.reference, self.design = plan.reference, plan.design
         search = space.search
         self.asha = search.asha if search else None
-        self.study = Study(search, self.sweep) if search and search.method == "optuna" else None
+        self.study = None
+        if search and search.method == "optuna":
+            self.study = Study(search, self.sweep, stage.folder / "optuna.db")
         self.total = len(trials) + (search.trials if search and self.study else 0)
         self.retry = stage.state.attempt > 1
         self._spent_trials = self._spent_epochs = 0
         self._began = time.monotonic()
+        self._before_s, self._longest_s = stage.state.seconds, 0.0
+        workers = plan.base.params.scaling.num_workers * concurrent
+        self._limits = budget.hours(stage.params.budget, workers)
         self._progress = Progress("sweep")
 
     def next(self) -> "TrialJob | None":
@@ -87,6 +93,7 @@ class Trials:
         outcome = self.outcomes[key]
         tracker = Tracker(outcome.run_id)
         seconds = round(time.monotonic() - outcome.started, 1)
+        self._longest_s = max(self._longest_s, seconds)
         tracker.log_summary({**result.metrics, "wall_time_s": seconds})
         tracker.finish()
         metric = self.task.metric
@@ -123,25 +130,40 @@ class Trials:
 
     def _upcoming(self) -> Iterator[Trial]:
         """Trials in order, while the budget lasts."""
-        budget, study = self.stage.params.sweep, self.study
+        limits, study = self.stage.params.sweep, self.study
         while self.waiting or (study and study.left > 0):
             hours = (time.monotonic() - self._began) / 3600
-            if budget.max_hours and hours >= budget.max_hours:
-                return self._progress.line(f"sweep.max_hours={budget.max_hours} have passed")
-            if budget.max_trials and self._spent_trials >= budget.max_trials:
-                return self._progress.line(f"sweep.max_trials={budget.max_trials} have run")
+            if limits.max_hours and hours >= limits.max_hours:
+                return self._progress.line(f"sweep.max_hours={limits.max_hours} have passed")
+            if limits.max_trials and self._spent_trials >= limits.max_trials:
+                return self._progress.line(f"sweep.max_trials={limits.max_trials} have run")
+            if not self.waiting and (spent := self._spent()):
+                return self._progress.line(spent)
             if self.waiting:
                 trial = self.waiting[0]
             else:
                 assert study is not None
                 trial = make_trial(self.stage.params, self.space, study.ask())
                 study.name(trial.identity)
-            if budget.max_epochs and self._spent_epochs + trial.epochs > budget.max_epochs:
-                return self._progress.line(f"sweep.max_epochs={budget.max_epochs} are used up")
+            if limits.max_epochs and self._spent_epochs + trial.epochs > limits.max_epochs:
+                return self._progress.line(f"sweep.max_epochs={limits.max_epochs} are used up")
             if self.waiting:
                 self.waiting.popleft()
             yield trial
         return None
+
+    def _spent(self) -> str:
+        """Why another trial, as long as the longest so far, would pass the budget; empty if not."""
+        hours = (self._seconds() + self._longest_s) / 3600
+        for key, limit in self._limits.items():
+            if hours > limit:
+                value = getattr(self.stage.params.budget, key)
+                return f"budget.{key}={value} has no room for another trial"
+        return ""
+
+    def _seconds(self) -> float:
+        """Of all starts of this sweep."""
+        return self._before_s + time.monotonic() - self._began
 
     def _start(self, outcome: Outcome) -> "TrialJob | None":
         """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
@@ -172,6 +194,9 @@ class Trials:
                 return TrialJob(trial.identity, {}, "", "", replay=epochs)
         if reason := self._decided(trial):
             self._end(outcome, "not needed", reason)
+            return None
+        if reason := self._spent():
+            self._end(outcome, "not run", reason)
             return None
         self._count(trial)
         tracker = tracking.start_run(
@@ -205,6 +230,7 @@ class Trials:
             if last_checkpoint(outcome.run_name, storage_path(outcome.trial.params)) is None:
                 return ""  # its weights are gone
             outcome.reused = True
+            self._longest_s = max(self._longest_s, before.metrics.get("final/wall_time_s", 0.0))
             where = "this sweep, before it was interrupted" if own else f"run {before.name!r}"
             outcome.score = before.metrics[f"final/{metric}"]
             outcome.reason = f"taken over from {where}: {metric} {outcome.score:.1f}"
@@ -265,6 +291,8 @@ class Trials:
     def _end(self, outcome: Outcome, state: str, reason: str) -> None:
         outcome.state, outcome.reason = state, reason
         outcome.locks.close()
+        self.stage.state.seconds = self._seconds()
+        self.stage.state.save(self.stage.folder)
         if self.study:
             scores = self.scores(outcome.run_id) if outcome.run_id else []
             best = max((value for _, value in scores), default=None)

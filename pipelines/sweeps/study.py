@@ -1,11 +1,11 @@
-"""Optuna's search, fed with what this sweep's trials gave before it was interrupted."""
+"""Optuna's search, in a database of its own that outlives a killed sweep."""
 
-import json
+from collections import deque
+from pathlib import Path
 from typing import Any
 
 import optuna
 
-from pipelines.run import tracking
 from pipelines.sweeps.space import Choice, Point, Search
 
 
@@ -13,32 +13,38 @@ class Study:
     """Optuna's TPE.
 
     Args:
-        sweep_id: MLflow run of the sweep, whose earlier trials it knows.
+        name: of the study in the database, such as the sweep's MLflow run.
+        file: the database (SQLite), which `optuna-dashboard` opens, too.
     """
 
-    def __init__(self, search: Search, sweep_id: str) -> None:
+    def __init__(self, search: Search, name: str, file: Path) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        file.parent.mkdir(parents=True, exist_ok=True)
         self.left = search.trials
-        earlier = tracking.sweep_trials(sweep_id)
-        # Points that are asked again take no random numbers: the same seed would draw them twice.
-        sampler = optuna.samplers.TPESampler(seed=search.seed + len(earlier))
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        storage = f"sqlite:///{file}"
+        self.study = optuna.create_study(
+            storage=storage, study_name=name, direction="maximize", load_if_exists=True
+        )
+        self._earlier = deque(self.study.get_trials())
+        # The same seed would draw the points of an earlier start again.
+        self.study.sampler = optuna.samplers.TPESampler(seed=search.seed + len(self._earlier))
         self.distributions: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(domain.values)
             if isinstance(domain, Choice)
             else optuna.distributions.FloatDistribution(domain.low, domain.high, log=domain.log)
             for name, domain in search.parameters.items()
         }
-        for run in earlier:
-            self.study.enqueue_trial(json.loads(run.tags["point"]), skip_if_exists=True)
-        self._asked: Any = None
-        self._open: dict[str, Any] = {}
+        self._asked = -1
+        self._open: dict[str, int] = {}
 
     def ask(self) -> Point:
-        """The next point: first those that were asked before."""
+        """The next point: first those of an earlier start, whether their trials ended or not."""
         self.left -= 1
-        self._asked = self.study.ask(self.distributions)
-        return dict(self._asked.params)
+        trial: Any = (
+            self._earlier.popleft() if self._earlier else self.study.ask(self.distributions)
+        )
+        self._asked = trial.number
+        return dict(trial.params)
 
     def name(self, identity: str) -> None:
         """The trial of the last point."""
@@ -46,7 +52,7 @@ class Study:
 
     def tell(self, identity: str, score: float | None) -> None:
         """A trial's score; None: it failed."""
-        trial = self._open.pop(identity, None)
-        if trial is not None:
-            state = optuna.trial.TrialState
-            self.study.tell(trial, score, None if score is not None else state.FAIL)
+        number = self._open.pop(identity, None)
+        if number is not None:
+            state = optuna.trial.TrialState.FAIL if score is None else None
+            self.study.tell(number, score, state, skip_if_finished=True)

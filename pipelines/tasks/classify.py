@@ -68,6 +68,11 @@ class Classify(Task):
         file = str(weights_file(weights)) if weights else None
         return Job(self.stage, params, dataset, file)
 
+    def evaluated_images(self, params: Params, dataset: Dataset) -> tuple[float, float]:
+        p, val = params.pretrain, dataset.counts["val"]
+        each = dataset.counts["train"] * p.holdout or val
+        return each, (p.epochs + p.cooldown_epochs) * each + val
+
     def result(self, folder: Path) -> Result:
         return classification_result(folder)
 

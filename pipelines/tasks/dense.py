@@ -1,5 +1,6 @@
 """What detection and segmentation share: mmengine's loop, started from the pretrained weights."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from pipelines.data.store import Dataset
     from pipelines.run.stage import StageRun
     from pipelines.train.reporter import Reporter
 
@@ -115,6 +117,21 @@ class DenseTask(Task):
         section = self.section(params)
         weights = job.weights if section.pretrained else None
         return Job(self.stage, params, job.dataset, weights, job.flops)
+
+    def for_probe(self, params: Params) -> Params:
+        section = self.section(params)
+        changes: dict[str, Any] = {"val_interval": 1}  # so that it sees an evaluation
+        if section.pretrained and not Path(ROOT / section.weights).exists():
+            changes |= {"pretrained": False, "weights": PRETRAINED}  # which takes as long
+        return params.model_copy(update={self.stage: section.model_copy(update=changes)})
+
+    def evaluated_images(self, params: Params, dataset: "Dataset") -> tuple[float, float]:
+        from pipelines.mm.config import build_config
+
+        section, each = self.section(params), dataset.counts["val"]
+        evaluations = -(-section.epochs // section.val_interval)
+        config = build_config(Job(self.stage, params, dataset), Path())
+        return each, each * (evaluations + _augmented_area(config))
 
     def result(self, folder: Path) -> Result:
         return dense_result(folder)
@@ -210,6 +227,22 @@ def require_a_share_of_each_worker(job: Job) -> None:
             " must be equal",
             f"Set {job.stage}.shares={workers}, or use one worker",
         )
+
+
+def _augmented_area(config: Any) -> float:
+    """Pixels of an image that the evaluation with test-time augmentation after the last epoch
+    looks at, as a multiple of those of the usual one; 0 where there is none."""
+    from pipelines.mm.config import test_time_augmentation
+
+    if test_time_augmentation(config) is None:
+        return 0.0
+    (usual,) = (step["scale"] for step in config.test_pipeline if "scale" in step)
+    augmented = next(step for step in config.tta_pipeline if step["type"] == "TestTimeAug")
+    area = 1.0
+    for choices in augmented["transforms"]:
+        area *= sum(math.prod(choice.get("scale", usual)) for choice in choices)
+        area /= math.prod(usual)
+    return area
 
 
 def _pretrained(params: Params) -> WeightsDescription:

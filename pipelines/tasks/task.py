@@ -184,6 +184,14 @@ class Task(ABC):
         """Like `check`, with all that any trial of a sweep may need."""
         return self.check(params)
 
+    def for_probe(self, params: Params) -> Params:
+        """The parameters of a training that only shows how long it takes."""
+        return params
+
+    @abstractmethod
+    def evaluated_images(self, params: Params, dataset: Dataset) -> tuple[float, float]:
+        """How many images are evaluated where an epoch is, and in the whole training."""
+
     @abstractmethod
     def result(self, folder: Path) -> Result:
         """What a run ended with, from its last checkpoint."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.data.weights import WeightsDescription
+from pipelines.run.quotes import quoted
 from pipelines.run.stage import Stage, StageRun
 from pipelines.tasks.task import Task
 from pipelines.train.job import Job
@@ -94,7 +95,8 @@ def write_outputs(task: Task, run: StageRun, folder: Path, job: Job) -> None:
             classes=job.dataset.classes,
         ),
     )
-    run.write_metrics(result.metrics, **_chain(folder))
+    metrics = {**result.metrics, **quoted(task.stage, run.params)}
+    run.write_metrics(metrics, **_chain(folder))
 
 
 def _chain(checkpoint: Path) -> dict[str, str]:

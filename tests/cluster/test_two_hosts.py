@@ -32,6 +32,10 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"missing: {', '.join(MISSING)}"),
 ]
 
+SUBMIT = "python -m pipelines.cli submit"
+RECIPE = ("recipe=smoke", "scaling.cpus_per_worker=2", "pretrain.epochs=40")
+"""Long enough for what happens meanwhile."""
+
 HOST = """
 set -e
 mount -t proc proc /proc
@@ -121,8 +125,7 @@ class Hosts:
         (self.base / "setup.sh").write_text(
             f"set -e; cd ~/elsa; ln -sfn {sys.prefix} .venv; mkdir -p build\n"
             f"cp -rT {ROOT}/build/op build/op\n"
-            "sed -i 's/^recipe: .*/recipe: smoke/; s/cpus_per_worker: null/cpus_per_worker: 2/'"
-            " params.yaml\n"
+            f".venv/bin/python -m pipelines compose {' '.join(RECIPE)}\n"
             'checkout=$PWD; eval "$(tail -n 2 pipelines/cluster/setup.sh)"\n'  # ~/.bashrc
         )
 
@@ -217,39 +220,93 @@ def test_ray_up_joins_both_hosts_and_the_doctor_finds_nothing_to_mend(hosts: Hos
         assert report.count(address) >= 4, report
 
 
-def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> None:
-    hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
-    submit = "python -m pipelines.cli submit"
-    job = hosts.on(0, f"{submit} --detach -- python -m pipelines.pretrain").split()[0]
-    checkpoints = hosts.base / "shared/storage"
+class Pretraining:
+    """The stage on both hosts, as a submitted job that has written a checkpoint."""
 
-    def first_checkpoint() -> bool:
-        return any(checkpoints.glob("pretrain-*/checkpoint_*"))
+    def __init__(self, hosts: Hosts, *changes: str) -> None:
+        self.hosts = hosts
+        hosts.on(0, f"python -m pipelines compose {' '.join((*RECIPE, *changes))}")
+        storage = hosts.base / "shared/storage"
+        before = {str(run) for run in storage.glob("pretrain-*")}
+        command = f"{SUBMIT} --detach -- python -m pipelines.pretrain --force"
+        self.job = hosts.on(0, command).split()[0]
 
-    def state() -> str:
-        row = re.search(rf"{job} │ (\w+)", hosts.on(0, f"{submit} --list"))
+        def first_checkpoint() -> bool:
+            runs = [run for run in storage.glob("pretrain-*") if str(run) not in before]
+            return any(any(run.glob("checkpoint_*")) for run in runs)
+
+        wait(lambda: first_checkpoint() or self.state() == "failed", "the first checkpoint", 300)
+        workers = [hosts.on(i, "pgrep -fc [R]ayTrainWorker || true").strip() for i in range(2)]
+        assert workers == ["1", "1"], self.log()
+
+    def state(self) -> str:
+        row = re.search(rf"{self.job} │ (\w+)", self.hosts.on(0, f"{SUBMIT} --list"))
         return row[1] if row else ""
 
-    wait(lambda: first_checkpoint() or state() == "failed", "the first checkpoint", 300)
-    workers = [hosts.on(i, "pgrep -fc [R]ayTrainWorker || true").strip() for i in range(2)]
+    def log(self) -> str:
+        return self.hosts.on(0, f"timeout 20 {SUBMIT} --logs {self.job} || true", check=False)
+
+    def end(self) -> str:
+        """Its whole log, once it has ended well, with each epoch once."""
+        wait(lambda: self.state() not in ("running", "pending"), "the end of the training", 600)
+        log = self.hosts.on(0, f"{SUBMIT} --logs {self.job}", check=False)
+        assert self.state() == "succeeded", log[-6000:]
+        run_id = json.loads(self.hosts.on(0, "cat lineage/pretrain.json"))["mlflow_run_id"]
+        count = (
+            "from pipelines.run.tracking import metric_history;"
+            f" losses = metric_history('{run_id}')['train_loss'];"
+            " print([step for step, _ in losses])"
+        )
+        shown = self.hosts.on(0, f"python -c {shlex.quote(count)}")
+        steps = json.loads(shown.splitlines()[-1])
+        assert steps == list(range(len(steps)))
+        return log
+
+
+def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> None:
+    hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
+    training = Pretraining(hosts)
     hosts.connect(1, up=False)
-    assert workers == ["1", "1"], hosts.on(0, f"timeout 20 {submit} --logs {job} || true")
     time.sleep(60)  # until the head counts the host as lost
-    assert state() == "running"
+    assert training.state() == "running"
     hosts.connect(1, up=True)
-    wait(lambda: state() not in ("running", "pending"), "the end of the training", 600)
-    log = hosts.on(0, f"{submit} --logs {job}", check=False)
-    assert state() == "succeeded", log[-6000:]
+    training.end()
     metrics = json.loads(hosts.on(0, "cat metrics/pretrain.json"))
     assert 0 <= metrics["top1"] <= 100
-    run_id = json.loads(hosts.on(0, "cat lineage/pretrain.json"))["mlflow_run_id"]
-    count = (
-        "from pipelines.run.tracking import metric_history;"
-        f" losses = metric_history('{run_id}')['train_loss'];"
-        " print([step for step, _ in losses])"
+
+
+def test_a_hang_is_told_with_host_and_stack_by_whoever_waits_and_training_resumes(
+    hosts: Hosts,
+) -> None:
+    """A process that stands still answers nobody, neither the others nor itself."""
+    training = Pretraining(hosts, "scaling.hang_s=20")
+    hosts.on(1, "kill -STOP $(pgrep -f [R]ayTrainWorker)")
+    log = training.end()
+    hangs = r"worker \d on host0 \(process \d+\) hangs: nothing for \d+ s \(scaling.hang_s\) since"
+    told = re.search(hangs + r" \d+ of \d+ img. It is in (\w+) \((\w+).py:\d+\)", log)
+    assert told, log[-6000:]
+    assert "training resumes from the last checkpoint" in log
+
+
+def test_training_leaves_a_host_that_gets_notice(hosts: Hosts) -> None:
+    """As of a spot instance; the other one goes on alone."""
+    training = Pretraining(hosts, "scaling.min_workers=1")
+    node = (
+        "import ray; ray.init(address='auto', logging_level='ERROR');"
+        " print(next(n['NodeID'] for n in ray.nodes()"
+        f" if n['Alive'] and n['NodeManagerAddress'] == '{hosts.addresses[1]}'))"
     )
-    steps = json.loads(hosts.on(0, f"python -c {shlex.quote(count)}").splitlines()[-1])
-    assert steps == list(range(len(steps)))  # each epoch once
+    found = hosts.on(0, f"python -c {shlex.quote(node)}").split()[-1]
+    hosts.on(
+        0,
+        f"ray drain-node --address {hosts.addresses[0]}:6379 --node-id {found}"
+        " --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'a spot notice'"
+        " --deadline-remaining-seconds 30",
+    )
+    log = training.end()
+    assert f"node {found[:8]} is about to be taken away" in log
+    assert "on 1 of scaling.num_workers=2 workers" in log
+    assert "failed" not in log  # it left before the host was gone
 
 
 def test_ray_down_leaves_no_ray_on_the_hosts(hosts: Hosts) -> None:

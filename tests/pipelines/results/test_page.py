@@ -12,12 +12,12 @@ from pipelines.results.tables import load_metrics, result_rows
 from pipelines.tasks import TASKS
 
 
-def page_of(task_name: str) -> Page:
+def page_of(task_name: str, quoted: str = "", cost: str = "") -> Page:
     """What `report` makes of a pipeline of one task."""
     params = compose([f"tasks=[{task_name}]"])
     task = TASKS[task_name]
     metrics = {task.stage: dict.fromkeys(task.reported, 12.3)}
-    row = StageRow(task.stage, "1:02", "99", "", "", "abc123", "run1", "sha", "")
+    row = StageRow(task.stage, "1:02", quoted, cost, "99", "", "", "abc123", "run1", "sha", "")
     return Page(
         pipeline="test",
         recipe="demo",
@@ -55,6 +55,19 @@ def test_a_pipeline_of_one_task_has_a_page_that_names_no_other(name: str, tmp_pa
     assert "with uncommitted changes" in html
     assert "<script>alert" not in html  # what a card holds is shown, not run
     assert "![One picture](pictures/one.png)" in text
+
+
+def test_what_was_quoted_and_what_it_cost_are_beside_what_was_taken(tmp_path: Path) -> None:
+    html, text = tmp_path / "index.html", tmp_path / "report.md"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "one.png")
+    for quoted, cost in (("", ""), ("1:00 (0:50 to 1:10)", "0.25, quoted 0.24")):
+        page = page_of("classify", quoted, cost)
+        write_html(html, page, tmp_path, tmp_path / "cards")
+        write_markdown(text, page)
+        for file in (html, text):
+            assert ("quoted (95% within)" in file.read_text()) == bool(quoted)
+            assert quoted in file.read_text()
+            assert cost in file.read_text()
 
 
 def test_metrics_of_a_stage_that_was_left_out_are_not_shown(tmp_path: Path) -> None:

@@ -7,15 +7,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipelines.params import Params, compose
+from pipelines.params import Budget, Params, compose
 from pipelines.results.outputs import Result
 from pipelines.results.sequential import Design
 from pipelines.run import tracking
+from pipelines.run.identity import RunState
 from pipelines.sweeps import queue, space
 from pipelines.sweeps.plan import Plan
 from pipelines.sweeps.queue import Trials
 
 SEEDS = 6
+NONE = {"hours": 0, "money": 0, "kwh": 0, "price": 0, "watts": 0}
 SCORES = {"elsa": 50.0, "window": 80.0, "depthwise": 50.0}
 
 
@@ -45,11 +47,15 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
     return Plan(of_operators, trials, base, job, Design(len(SCORES) - 1, SEEDS))
 
 
-def begin(plan: Plan, sweep: str | None = None) -> tuple[Trials, str]:
+def begin(
+    plan: Plan, sweep: str | None = None, state: RunState | None = None, **budget: float
+) -> tuple[Trials, str]:
     tracker = tracking.start_run("sweep", "test", {}, sweep)
-    params = plan.base.params
-    stage = SimpleNamespace(tracker=tracker, params=params, state=SimpleNamespace(attempt=1))
-    return Trials(stage, plan), tracker.run_id
+    params = plan.base.params.model_copy(update={"budget": Budget.model_validate(NONE | budget)})
+    stage = SimpleNamespace(
+        tracker=tracker, params=params, state=state or RunState(), folder=queue.RUNS / "sweep"
+    )
+    return Trials(stage, plan, concurrent=2), tracker.run_id
 
 
 def run(trials: Trials, most: int = 100) -> list[str]:
@@ -100,3 +106,26 @@ def test_a_killed_sweep_decides_as_if_it_had_not_been(plan: Plan) -> None:
     taken = [o for o in again.outcomes.values() if o.reused]
     assert len(taken) == len(first)
     assert all(o.score is not None and "before it was interrupted" in o.reason for o in taken)
+
+
+def test_no_trial_begins_that_would_pass_the_budget_and_a_larger_one_goes_on(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr(queue, "time", clock)
+    # Two trials of two workers at once cost 4 a minute, so this is five minutes of them.
+    small, state = {"money": 20.0, "price": 60.0}, RunState()
+    trials, sweep = begin(plan, state=state, **small)
+    ran = 0
+    while job := trials.next():
+        clock.now += 50  # each trial
+        seed = job.params["pretrain"]["seed"]
+        trials.finished(job.key, Result({"top1": score("elsa", seed)}, []))
+        ran += 1
+    assert ran == 6  # 300 s: a seventh would pass it
+    kept = RunState.load(queue.RUNS / "sweep")  # of another start
+    assert kept.seconds == 300
+    again, _ = begin(plan, sweep, kept, **small)
+    assert run(again) == []
+    more, _ = begin(plan, sweep, kept, money=24.0, price=60.0)
+    assert more.next()

@@ -1,35 +1,53 @@
 """A search that was interrupted."""
 
-import json
-from types import SimpleNamespace
+from pathlib import Path
+
+import optuna
 
 from pipelines.sweeps import space
+from pipelines.sweeps.study import Study
+
+SEARCH = space.Search(
+    method="optuna",
+    trials=6,
+    seed=0,
+    parameters={
+        "pretrain.lr": space.Range(low=1e-5, high=1e-2, log=True),
+        "model.operator": space.Choice(values=["elsa", "window"]),
+    },
+)
 
 
-def test_an_interrupted_search_asks_its_points_again_first(monkeypatch):
-    from pipelines.run import tracking
-    from pipelines.sweeps.study import Study
-
-    search = space.Search(
-        method="optuna",
-        trials=5,
-        seed=0,
-        parameters={
-            "pretrain.lr": space.Range(low=1e-5, high=1e-2, log=True),
-            "model.operator": space.Choice(values=["elsa", "window"]),
-        },
-    )
-    earlier = []
-    monkeypatch.setattr(tracking, "sweep_trials", lambda sweep_id: earlier)
-    study, points = Study(search, "sweep"), []
-    for score in (10.0, None, 30.0):  # the second failed
+def test_an_interrupted_search_asks_its_points_again_first_and_knows_their_scores(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "runs/optuna.db"
+    study, points = Study(SEARCH, "sweep", file), []
+    for identity in ("a", "b", "c", "d"):
         points.append(study.ask())
-        study.name(str(score))
-        study.tell(str(score), score)
-    assert len({point["pretrain.lr"] for point in points}) == 3
-    earlier += [SimpleNamespace(tags={"point": json.dumps(point)}) for point in points]
-    again = Study(search, "sweep")
-    assert [again.ask() for _ in points] == points
+        study.name(identity)
+    study.tell("a", 10.0)
+    study.tell("b", None)  # failed
+    study.tell("c", 30.0)
+    assert len({point["pretrain.lr"] for point in points}) == 4
+    again = Study(SEARCH, "sweep", file)  # the fourth was killed
+    assert [trial.value for trial in again.study.get_trials()] == [10.0, None, 30.0, None]
+    for identity, point in zip("abcd", points, strict=True):
+        assert again.ask() == point
+        again.name(identity)
+    again.tell("a", 10.0)  # taken over
+    again.tell("d", 20.0)
     rates = {point["pretrain.lr"] for point in points}
     rates |= {again.ask()["pretrain.lr"] for _ in range(again.left)}
-    assert len(rates) == 5  # what follows is new
+    assert len(rates) == SEARCH.trials  # what follows is new
+    kept = optuna.load_study(study_name="sweep", storage=f"sqlite:///{file}")
+    assert [trial.value for trial in kept.get_trials()][:4] == [10.0, None, 30.0, 20.0]
+    assert kept.best_params == points[2]
+
+
+def test_a_new_sweep_searches_anew(tmp_path: Path) -> None:
+    file = tmp_path / "optuna.db"
+    first = Study(SEARCH, "one", file).ask()
+    other = Study(SEARCH, "two", file)
+    assert other.study.get_trials() == []
+    assert other.ask() == first  # the same seed

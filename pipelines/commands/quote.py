@@ -1,0 +1,103 @@
+"""Quote what a recipe's training stages will take here, from a probe of each."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pipelines.commands.plan import WATTS, print_table
+from pipelines.commands.prices import Rates
+from pipelines.params import Params, compose
+from pipelines.run.probe import probe
+from pipelines.run.quotes import Quote, expect, keep_quote
+from pipelines.sweeps.cost import all_trials
+from pipelines.tasks import TASKS, Task, task_of_stage
+
+
+def quote(task: Task, params: Params, seconds: float) -> Quote:
+    """Probe the training of a task; the quote is kept, and shown beside what it then takes.
+
+    Raises:
+        PipelineError: what the training needs is missing, or it is too short to tell.
+    """
+    job = task.check(task.for_probe(params))
+    seen = probe(task.loop, job, seconds)
+    each, whole = task.evaluated_images(params, job.dataset)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    found = expect(seen, each, whole, made)
+    keep_quote(task.stage, params, found)
+    return found
+
+
+def row_of(stage: str, found: Quote, workers: int, rates: Rates) -> dict[str, Any]:
+    """A line of the table."""
+    row: dict[str, Any] = {
+        "stage": stage,
+        "images/s": f"{found.images_per_second:,.1f}" if found.images_per_second else "",
+        "hours": _interval(found, 1 / 3600),
+    }
+    worker_hours = workers / 3600
+    if rates.price:
+        row["price"] = _interval(found, worker_hours * rates.price)
+    if rates.watts:
+        row["kWh"] = _interval(found, worker_hours * rates.watts / 1000)
+    if rates.watts and rates.carbon:
+        row["kg CO2"] = _interval(found, worker_hours * rates.watts * rates.carbon / 1e6)
+    return row
+
+
+def _interval(found: Quote, factor: float) -> str:
+    middle, low, high = (factor * value for value in (found.seconds, found.low, found.high))
+    return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+
+
+def show_quote(overrides: Sequence[str], seconds: float, sweep: bool, rates: Rates) -> None:
+    """Probe the stages of these overrides one after the other, and print the quotes.
+
+    Args:
+        seconds: of each probe, from its first step on.
+        sweep: with the sweep, by a probe of one of its trials.
+
+    Raises:
+        PipelineError: what a training needs is missing, or it is too short to tell.
+    """
+    params = compose(overrides)
+    workers = params.scaling.num_workers
+    rates = replace(rates, watts=rates.watts or _watts(params, rates.gpu))
+    found: dict[str, Quote] = {name: quote(TASKS[name], params, seconds) for name in params.tasks}
+    rows = [row_of(TASKS[name].stage, one, workers, rates) for name, one in found.items()]
+    if sweep:
+        trials = all_trials(params)
+        one = quote(task_of_stage(trials.base.stage), trials.base.params, seconds)
+        found["sweep"] = times(one, trials.in_base)
+        rows.append(row_of(f"sweep, {trials.count} trials", found["sweep"], workers, rates))
+    rows.append(row_of("all", total(list(found.values())), workers, rates))
+    print(
+        f"\n{params.recipe} on {workers} workers, by {seconds:g} s of each stage here: from its"
+        " command to its outputs, in\nhours, and in brackets where that lies with 95%, if the"
+        " machine stays as it was. The report shows\nthe quote beside what a stage then took."
+        + ("" if rates.watts else " Energy needs --watts.")
+        + "\n"
+    )
+    for note in rates.notes:
+        print(note)
+    print_table(rows)
+
+
+def times(one: Quote, count: float) -> Quote:
+    """Of so many runs after each other, which are off by the same factor."""
+    return replace(one, seconds=one.seconds * count, low=one.low * count, high=one.high * count)
+
+
+def total(quotes: Sequence[Quote]) -> Quote:
+    """Of stages after each other, each off by itself."""
+    middle = sum(one.seconds for one in quotes)
+    low = math.hypot(*(one.seconds - one.low for one in quotes))
+    high = math.hypot(*(one.high - one.seconds for one in quotes))
+    return Quote(middle, middle - low, middle + high, 0.0, quotes[-1].made)
+
+
+def _watts(params: Params, gpu: str) -> float:
+    """That a worker draws, if it has a GPU."""
+    return params.budget.watts or (WATTS.get(gpu, 0.0) if params.scaling.use_gpu else 0.0)
