@@ -117,7 +117,7 @@ def doctor() -> None:
 )
 @click.option("--sweep", is_flag=True, help="With the sweep of the recipe.")
 @click.option("--gpus", type=click.IntRange(1), default=8, show_default=True, help="Of all nodes.")
-@click.option("--gpu", default="h100", show_default=True, help="Kind: h100, h200, a100, ...")
+@click.option("--gpu", default="", help="Kind: h100 (if none is given), h200, a100, ...")
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),
@@ -148,13 +148,17 @@ def plan(overrides: tuple[str, ...], **given: Any) -> None:
 
     As in: elsa plan recipe=elsa_swin_tiny --gpus 8 --instance p5.48xlarge
 
-    A row of `elsa published`: the words after each -S of its command. Here, by a minute of each
-    stage: elsa plan recipe=demo --probe 60 --price 0.1
+    Here, by a minute of each stage: elsa plan recipe=demo --probe 60 --price 0.1
     """
     from pipelines.commands.prices import apply_prices
 
+    context, seconds = click.get_current_context(), given.pop("probe")
+    for name in ("gpus", "gpu", "utilisation", "measured") if seconds else ("watts",):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            why = "it measures the workers of the recipe" if seconds else "a GPU's are known"
+            raise click.UsageError(f"--{name} is {'not' if seconds else 'only'} of --probe: {why}")
     rates = apply_prices(given)
-    if seconds := given.pop("probe"):
+    if seconds:
         from pipelines.commands.quote import show_quote
 
         show_quote(overrides, seconds, given["sweep"], rates)
@@ -162,11 +166,12 @@ def plan(overrides: tuple[str, ...], **given: Any) -> None:
     from pipelines.commands.plan import Machine, parse_measured, show_plan
     from pipelines.train.cost import PEAK_FLOPS
 
-    if rates.gpu not in PEAK_FLOPS:
+    gpu = rates.gpu or "h100"
+    if gpu not in PEAK_FLOPS:
         raise click.BadParameter(f"choose one of {', '.join(PEAK_FLOPS)}", param_hint="--gpu")
     machine = Machine(
         gpus=given["gpus"],
-        gpu=rates.gpu,
+        gpu=gpu,
         utilisation=given["utilisation"],
         measured=parse_measured(given["measured"]),
         price=rates.price,

@@ -12,16 +12,15 @@ from pipelines.params import Params, compose
 from pipelines.run.probe import probe
 from pipelines.run.quotes import Quote, expect, keep_quote
 from pipelines.sweeps.cost import all_trials
-from pipelines.tasks import TASKS, Task, task_of_stage
+from pipelines.tasks import TASKS, Job, Task, task_of_stage
 
 
-def quote(task: Task, params: Params, seconds: float) -> Quote:
+def quote(task: Task, params: Params, job: Job, seconds: float) -> Quote:
     """Probe the training of a task; the quote is kept, and shown beside what it then takes.
 
     Raises:
-        PipelineError: what the training needs is missing, or it is too short to tell.
+        PipelineError: it is too short to tell, or fails.
     """
-    job = task.check(task.for_probe(params))
     seen = probe(task.loop, job, seconds)
     each, whole = task.evaluated_images(params, job.dataset)
     made = datetime.now(UTC).isoformat(timespec="seconds")
@@ -65,14 +64,21 @@ def show_quote(overrides: Sequence[str], seconds: float, sweep: bool, rates: Rat
     params = compose(overrides)
     workers = params.scaling.num_workers
     rates = replace(rates, watts=rates.watts or _watts(params, rates.gpu))
-    found: dict[str, Quote] = {name: quote(TASKS[name], params, seconds) for name in params.tasks}
-    rows = [row_of(TASKS[name].stage, one, workers, rates) for name, one in found.items()]
+    wanted = [(TASKS[name].stage, TASKS[name], params, 1.0) for name in params.tasks]
     if sweep:
         trials = all_trials(params)
-        one = quote(task_of_stage(trials.base.stage), trials.base.params, seconds)
-        found["sweep"] = times(one, trials.in_base)
-        rows.append(row_of(f"sweep, {trials.count} trials", found["sweep"], workers, rates))
-    rows.append(row_of("all", total(list(found.values())), workers, rates))
+        task, name = task_of_stage(trials.base.stage), f"sweep, {trials.count} trials"
+        wanted.append((name, task, trials.base.params, trials.in_base))
+    # All before the first probe: what is missing should be told at once.
+    jobs = [task.check(task.for_probe(one)) for _, task, one, _ in wanted]
+    found = [
+        times(quote(task, one, job, seconds), count)
+        for (_, task, one, count), job in zip(wanted, jobs, strict=True)
+    ]
+    rows = [
+        row_of(name, one, workers, rates) for (name, *_), one in zip(wanted, found, strict=True)
+    ]
+    rows.append(row_of("all", total(found), workers, rates))
     print(
         f"\n{params.recipe} on {workers} workers, by {seconds:g} s of each stage here: from its"
         " command to its outputs, in\nhours, and in brackets where that lies with 95%, if the"
@@ -99,5 +105,10 @@ def total(quotes: Sequence[Quote]) -> Quote:
 
 
 def _watts(params: Params, gpu: str) -> float:
-    """That a worker draws, if it has a GPU."""
-    return params.budget.watts or (WATTS.get(gpu, 0.0) if params.scaling.use_gpu else 0.0)
+    """That a worker draws at most, if it has a GPU that is known here; else 0."""
+    import torch
+
+    if params.budget.watts or not params.scaling.use_gpu:
+        return params.budget.watts
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((value for key, value in WATTS.items() if key in (gpu or name)), 0.0)

@@ -57,7 +57,8 @@ class Probing:
         self.reporter.keep(self._noted(folder))
 
     def save(self, metrics: Mapping[str, float], epoch: int, folder: Path | None) -> None:
-        self.evaluated.append((self.steps[-1][0], time.time()))
+        if self.steps:  # else weights that are only evaluated
+            self.evaluated.append((self.steps[-1][0], time.time()))
         self.reporter.save(metrics, epoch, self._noted(folder))
 
     def _noted(self, folder: Path | None) -> Path | None:
