@@ -17,7 +17,7 @@ from pipelines.data.weights import (
     weights_file,
 )
 from pipelines.errors import PipelineError
-from pipelines.params import Params
+from pipelines.params import Params, flatten
 from pipelines.paths import ROOT
 from pipelines.results.outputs import Result, dense_result, write_dense
 from pipelines.tasks.task import Loop, Prediction, Task
@@ -69,8 +69,8 @@ class DenseTask(Task):
 
             flops = model_flops(*self.step_model(params))
             job = replace(job, flops=flops)
-        own = self.section(params).method == "config"
-        return replace(job, elastic=not own and not synchronised(config))
+        elastic = not _unknown_parts(self.section(params)) and not synchronised(config)
+        return replace(job, elastic=elastic)
 
     def given_weights(self, params: Params) -> str | None:
         """The weights to start from, as they are given; None starts from random ones.
@@ -220,13 +220,23 @@ def require_a_share_of_each_worker(job: Job) -> None:
             all of them, as DINO's are.
     """
     section, workers = job.section, job.params.scaling.num_workers
-    if section.method == "config" and workers > 1 and section.shares != workers:
+    unknown = _unknown_parts(section)
+    if unknown and workers > 1 and section.shares != workers:
         raise PipelineError(
-            f"{job.stage}.config={section.config}: losses of such a model can be averaged over the"
-            f" workers, so {job.stage}.shares={section.shares} and scaling.num_workers={workers}"
-            " must be equal",
+            f"{job.stage}.{unknown}: losses of such a model can be averaged over the workers, so"
+            f" {job.stage}.shares={section.shares} and scaling.num_workers={workers} must be equal",
             f"Set {job.stage}.shares={workers}, or use one worker",
         )
+
+
+def _unknown_parts(section: Any) -> str:
+    """The key that gives the model parts which the project does not know; empty if none does."""
+    if section.method == "config":
+        return f"config={section.config}"
+    for key in flatten(section.cfg_options):
+        if key.startswith("model.") and key.endswith(".type"):
+            return f"cfg_options.{key}"
+    return ""
 
 
 def _augmented_area(config: Any) -> float:

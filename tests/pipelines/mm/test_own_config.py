@@ -226,3 +226,7 @@ def test_several_workers_take_one_share_each_of_a_model_of_ones_own(make_job: An
     check(2, 4)
     with pytest.raises(PipelineError, match=r"shares=4 and scaling\.num_workers=2 must be equal"):
         check(2, 4, **own)
+    check(2, 4, cfg_options={"model.rpn_head.anchor_generator.scales": [4]})
+    head = {"model.rpn_head.loss_cls": {"type": "FocalLoss"}}
+    with pytest.raises(PipelineError, match=r"detect\.cfg_options\.model.rpn_head.loss_cls.type: "):
+        check(2, 4, cfg_options=head)
