@@ -144,7 +144,7 @@ def doctor() -> None:
 @click.option("--watts", type=click.FloatRange(0), default=0.0, help="Of a worker; for --probe.")
 @click.option("--carbon", type=click.FloatRange(0), default=0.0, help="Grams of CO2 per kWh.")
 def plan(overrides: tuple[str, ...], **given: Any) -> None:
-    """Quote hours, energy, CO2, price and memory of a recipe, or of a sweep.
+    """Quote hours, energy, CO2 and price of a recipe or a sweep.
 
     As in: elsa plan recipe=elsa_swin_tiny --gpus 8 --instance p5.48xlarge
 

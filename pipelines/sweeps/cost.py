@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.sweeps.space import Trial, list_trials, load_space, make_trial
+from pipelines.sweeps.space import Trial, listed_points, load_space, make_trial
 from pipelines.tasks import task_of_stage
 
 
@@ -49,7 +49,8 @@ def all_trials(params: Params) -> AllTrials:
         PipelineError: the space or a trial does not fit.
     """
     space = load_space(params.sweep.space)
-    base, known = make_trial(params, space, {}), list_trials(params, space)
+    base, points = make_trial(params, space, {}), listed_points(space)
+    known = [make_trial(params, space, p, s) for s in range(params.sweep.seeds) for p in points]
     suggested = space.search.trials if space.search and space.search.method == "optuna" else 0
     computed = sum(_computed(trial) for trial in known) / _computed(base)
     return AllTrials(len(known) + suggested, base, computed + suggested)

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -106,13 +107,20 @@ class Trial:
         stage: what it runs.
         point: what the space says of it, by dotted name.
         params: all its parameters.
-        identity: that of a run of the stage with these parameters.
     """
 
     stage: str
     point: Point
     params: Params
-    identity: str
+
+    @cached_property
+    def identity(self) -> str:
+        """That of a run of the stage with these parameters.
+
+        Raises:
+            PipelineError: an input of the stage is missing, such as its data.
+        """
+        return stage_identity(self.stage, self.params)
 
     @property
     def label(self) -> str:
@@ -215,7 +223,7 @@ def make_trial(params: Params, space: Space, point: Point, seed: int = 0) -> Tri
     stage = space.stage
     seeded = {f"{stage}.seed": getattr(params, stage).seed + seed}
     resolved = override(params, {**space.fixed, **point, **seeded}, where)
-    return Trial(stage, point, resolved, stage_identity(stage, resolved))
+    return Trial(stage, point, resolved)
 
 
 def list_trials(params: Params, space: Space) -> list[Trial]:

@@ -9,6 +9,7 @@ from pipelines.commands import plan
 from pipelines.errors import PipelineError
 from pipelines.params import Params, compose
 from pipelines.paths import ROOT
+from pipelines.sweeps.cost import all_trials
 from pipelines.tasks import TASKS
 from pipelines.train.cost import PEAK_FLOPS
 
@@ -21,7 +22,13 @@ def smoke(**pretrain) -> Params:
     return Params.model_validate(values)
 
 
-def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, and a test of its own looks at it."""
+    monkeypatch.setattr(plan, "memory", lambda *arguments: 1.0)
+
+
+def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch, no_memory) -> None:
     monkeypatch.setattr(plan, "training_images", lambda params, task: 3600)
     rows, scaling = plan.plan(
         smoke(cooldown_epochs=2), plan.Machine(2, "h100", 0.5, {"pretrain": 10.0})
@@ -41,7 +48,35 @@ def test_rows_follow_from_flops_or_a_measured_rate(monkeypatch: pytest.MonkeyPat
         assert float(row["hours"]) == pytest.approx(hours, rel=0.02)
 
 
-def test_hours_cost_energy_carbon_and_money(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_measured_has_an_interval(monkeypatch, no_memory) -> None:
+    monkeypatch.setattr(plan, "training_images", lambda params, task: 36_000_000)
+    params = smoke().model_copy(update={"tasks": ("classify", "segment")})
+    measured = plan.Machine(2, "h100", 0.5, {"pretrain": 1e6})
+    pretrain, segment, both = plan.plan(params, measured)[0]
+    assert pretrain["between"] == ""
+    hours, low, high = (float(n) for n in (segment["hours"], *segment["between"].split(" and ")))
+    assert (low, high) == pytest.approx((hours / 1.5, hours / 0.5), rel=0.02)
+    low, high = (float(n) for n in both["between"].split(" and "))
+    known = float(pretrain["hours"])
+    assert (low, high) == pytest.approx((known + hours / 1.5, known + hours / 0.5), rel=0.02)
+
+
+def test_a_sweep_is_quoted_with_all_its_seeds_by_what_its_trials_compute(
+    monkeypatch, no_memory
+) -> None:
+    monkeypatch.setattr(plan, "training_images", lambda params, task: 36_000_000)
+    params = compose(["recipe=smoke", "tasks=[classify]", "sweep.space=demo", "sweep.seeds=2"])
+    machine = plan.Machine(1, "t4", 0.5, {})
+    rows, _ = plan.plan(params, machine, sweep=True)
+    one = plan.estimate(TASKS["classify"], all_trials(params).base.params, machine)
+    sweep = rows[1]
+    assert sweep["stage"] == "sweep, 12 trials"
+    # Without the ghost head, or with windows, a point computes less than the recipe's model.
+    assert 8 * one.hours < float(sweep["hours"]) < 12 * one.hours
+    assert float(rows[-1]["hours"]) > float(sweep["hours"])
+
+
+def test_hours_cost_energy_carbon_and_money(monkeypatch, no_memory) -> None:
     monkeypatch.setattr(plan, "training_images", lambda params, task: 36000)
     params = smoke().model_copy(update={"tasks": ("classify",)})
     machine = plan.Machine(2, "l4", 0.5, {"pretrain": 10.0}, price=1.5, carbon=400)
