@@ -211,7 +211,7 @@ def _cost(hours: float, machine: Machine, between: tuple[float, float]) -> dict[
         columns["price"] = hours * machine.gpus * machine.price
     return {
         "hours": f"{hours:.3g}",
-        "between": f"{low:.3g} and {high:.3g}" if low < high else "",
+        "hours between": f"{low:.3g} and {high:.3g}" if low < high else "",
         **{name: f"{value:.3g}" for name, value in columns.items()},
     }
 

@@ -218,6 +218,7 @@ def test_ray_up_joins_both_hosts_and_the_doctor_finds_nothing_to_mend(hosts: Hos
     assert "fails" not in report, report
     for address in hosts.addresses:
         assert report.count(address) >= 4, report
+    hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
 
 
 class Pretraining:
@@ -264,7 +265,6 @@ class Pretraining:
 
 
 def test_pretraining_across_both_goes_on_after_one_was_cut_off(hosts: Hosts) -> None:
-    hosts.on(0, "RAY_ADDRESS=auto python -m pipelines.prepare")
     training = Pretraining(hosts)
     hosts.connect(1, up=False)
     time.sleep(60)  # until the head counts the host as lost
@@ -289,7 +289,7 @@ def test_a_hang_is_told_with_host_and_stack_by_whoever_waits_and_training_resume
 
 
 def test_training_leaves_a_host_that_gets_notice(hosts: Hosts) -> None:
-    """As of a spot instance; the other one goes on alone."""
+    """As of a spot instance. The other one goes on alone, or with what `ray up` brings back."""
     training = Pretraining(hosts, "scaling.min_workers=1")
     node = (
         "import ray; ray.init(address='auto', logging_level='ERROR');"
@@ -305,8 +305,8 @@ def test_training_leaves_a_host_that_gets_notice(hosts: Hosts) -> None:
     )
     log = training.end()
     assert f"node {found[:8]} is about to be taken away" in log
-    assert "on 1 of scaling.num_workers=2 workers" in log
     assert "failed" not in log  # it left before the host was gone
+    assert "hangs" not in log
 
 
 def test_ray_down_leaves_no_ray_on_the_hosts(hosts: Hosts) -> None:
