@@ -137,7 +137,7 @@ def predict_on_ray(evaluation: Evaluation, session: "Session", run_id: str, fold
     import ray
 
     from pipelines.run import checkpoints
-    from pipelines.run.fit import RunSpec, fit, forget
+    from pipelines.run.fit import RunSpec, fit
     from pipelines.run.session import storage_path
 
     task, what = evaluation.task, evaluation.what
@@ -151,9 +151,10 @@ def predict_on_ray(evaluation: Evaluation, session: "Session", run_id: str, fold
         local=session.local,
     )
     job = EvaluationJob(task.name, what, ray.put(evaluation.state))
-    checkpoint = fit(predict, job, spec)
-    checkpoint.to_directory(str(folder))
-    forget(checkpoint)
+    try:
+        fit(predict, job, spec).to_directory(str(folder))
+    finally:
+        checkpoints.delete(spec.path)
     (folder / checkpoints.SEAL).unlink()
 
 

@@ -29,20 +29,23 @@ def quote(task: Task, params: Params, job: Job, seconds: float) -> Quote:
     return found
 
 
-def row_of(stage: str, found: Quote, workers: int, rates: Rates) -> dict[str, Any]:
-    """A line of the table."""
+def row_of(stage: str, found: Quote, work: Quote, rates: Rates) -> dict[str, Any]:
+    """A line of the table.
+
+    Args:
+        work: seconds of all workers together.
+    """
     row: dict[str, Any] = {
         "stage": stage,
         "images/s": f"{found.images_per_second:,.1f}" if found.images_per_second else "",
         "hours": _interval(found, 1 / 3600),
     }
-    worker_hours = workers / 3600
     if rates.price:
-        row["price"] = _interval(found, worker_hours * rates.price)
+        row["price"] = _interval(work, rates.price / 3600)
     if rates.watts:
-        row["kWh"] = _interval(found, worker_hours * rates.watts / 1000)
+        row["kWh"] = _interval(work, rates.watts / 3.6e6)
     if rates.watts and rates.carbon:
-        row["kg CO2"] = _interval(found, worker_hours * rates.watts * rates.carbon / 1e6)
+        row["kg CO2"] = _interval(work, rates.watts * rates.carbon / 3.6e9)
     return row
 
 
@@ -62,7 +65,6 @@ def show_quote(overrides: Sequence[str], seconds: float, sweep: bool, rates: Rat
         PipelineError: what a training needs is missing, or it is too short to tell.
     """
     params = compose(overrides)
-    workers = params.scaling.num_workers
     rates = replace(rates, watts=rates.watts or _watts(params, rates.gpu))
     wanted = [(TASKS[name].stage, TASKS[name], params, 1.0) for name in params.tasks]
     if sweep:
@@ -75,16 +77,17 @@ def show_quote(overrides: Sequence[str], seconds: float, sweep: bool, rates: Rat
         times(quote(task, one, job, seconds), count)
         for (_, task, one, count), job in zip(wanted, jobs, strict=True)
     ]
-    rows = [
-        row_of(name, one, workers, rates) for (name, *_), one in zip(wanted, found, strict=True)
+    work = [
+        times(one, of.scaling.num_workers) for one, (_, _, of, _) in zip(found, wanted, strict=True)
     ]
-    rows.append(row_of("all", total(found), workers, rates))
+    names = [name for name, *_ in wanted]
+    rows = [row_of(*line, rates) for line in zip(names, found, work, strict=True)]
+    rows.append(row_of("all", total(found), total(work), rates))
     print(
-        f"\n{params.recipe} on {workers} workers, by {seconds:g} s of each stage here: from its"
-        " command to its outputs, in\nhours, and in brackets where that lies with 95%, if the"
-        " machine stays as it was. The report shows\nthe quote beside what a stage then took."
-        + ("" if rates.watts else " Energy needs --watts.")
-        + "\n"
+        f"\n{params.recipe} on {params.scaling.num_workers} workers, by {seconds:g} s of each stage"
+        " here: from its command to its outputs, in\nhours, and in brackets where that lies with"
+        " 95%, if the machine stays as it was. The report shows\nthe quote beside what a stage then"
+        " took." + ("" if rates.watts else " Energy needs --watts.") + "\n"
     )
     for note in rates.notes:
         print(note)

@@ -49,6 +49,17 @@ def fault(folder: Path) -> str | None:
     return None
 
 
+def delete(run: str) -> None:
+    """Delete all of a run, of which nothing more is needed.
+
+    Args:
+        run: folder or URL of the run, which need not exist.
+    """
+    system, root = pyarrow.fs.FileSystem.from_uri(run)
+    if system.get_file_info(root).type is pyarrow.fs.FileType.Directory:
+        system.delete_dir(root)
+
+
 def all_of(run: str) -> "list[ray.train.Checkpoint]":
     """The checkpoints of a run, oldest first, whole or not.
 

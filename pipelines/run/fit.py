@@ -215,13 +215,6 @@ def _signals(display: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def forget(checkpoint: "ray.train.Checkpoint") -> None:
-    """Delete the storage of the run that made `checkpoint`, of which nothing more is needed."""
-    run, _, _ = checkpoint.path.rpartition("/")
-    assert checkpoint.filesystem is not None
-    checkpoint.filesystem.delete_dir(run)
-
-
 def last_checkpoint(name: str, storage: str) -> "ray.train.Checkpoint | None":
     """The newest whole checkpoint of Ray Train run `name`; None if the storage has none."""
     return checkpoints.newest_complete(f"{storage}/{name}")

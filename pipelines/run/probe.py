@@ -89,33 +89,31 @@ def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
     from pipelines.run.session import ray_session, storage_path
 
     with ray_session() as session:
-        from pipelines.run import tracking
-        from pipelines.run.fit import RunSpec, fit, forget
+        from pipelines.run import checkpoints, tracking
+        from pipelines.run.fit import RunSpec, fit
 
         name = f"probe-{job.stage}-{time.time_ns():x}"
         tracker = tracking.start_run(name, "probes", {"stage": job.stage, "probe_s": seconds})
+        spec = RunSpec(
+            stage=job.stage,
+            name=name,
+            mlflow_run_id=tracker.run_id,
+            scaling=job.params.scaling,
+            storage=storage_path(job.params),
+            data={job.dataset.name: job.dataset.place},
+            local=session.local,
+            stops=True,
+        )
         try:
-            checkpoint = fit(
-                ProbeLoop(loop, seconds),
-                job,
-                RunSpec(
-                    stage=job.stage,
-                    name=name,
-                    mlflow_run_id=tracker.run_id,
-                    scaling=job.params.scaling,
-                    storage=storage_path(job.params),
-                    data={job.dataset.name: job.dataset.place},
-                    local=session.local,
-                    stops=True,
-                ),
-            )
+            checkpoint = fit(ProbeLoop(loop, seconds), job, spec)
+            ended = time.time()
+            with checkpoint.as_directory() as folder:
+                seen: dict[str, Any] = json.loads((Path(folder) / FILE).read_text())
         except BaseException as error:
             tracker.fail(error)
             raise
-        ended = time.time()
-        with checkpoint.as_directory() as folder:
-            seen: dict[str, Any] = json.loads((Path(folder) / FILE).read_text())
-        forget(checkpoint)
+        finally:
+            checkpoints.delete(spec.path)
         tracker.finish()
     steps = [(when, done) for when, done in seen["steps"]]
     if not steps:

@@ -54,7 +54,9 @@ def test_what_was_not_measured_has_an_interval(monkeypatch, no_memory) -> None:
     measured = plan.Machine(2, "h100", 0.5, {"pretrain": 1e6})
     pretrain, segment, both = plan.plan(params, measured)[0]
     assert pretrain["hours between"] == ""
-    hours, low, high = (float(n) for n in (segment["hours"], *segment["hours between"].split(" and ")))
+    hours, low, high = (
+        float(n) for n in (segment["hours"], *segment["hours between"].split(" and "))
+    )
     assert (low, high) == pytest.approx((hours / 1.5, hours / 0.5), rel=0.02)
     low, high = (float(n) for n in both["hours between"].split(" and "))
     known = float(pretrain["hours"])
