@@ -33,7 +33,7 @@ def test_the_interval_holds_what_such_a_training_takes() -> None:
     for _ in range(100):
         found = expect(timeline(random, 600, 500, 4.0), 100, 1100, "now")
         taken = timeline(random, 5000, 500, 4.0).steps[-1][0] - 100 - 9 * 4.0
-        taken += 20 + 11 * 4.0 + 3 + quotes.OUTPUTS_S
+        taken += 20 + 11 * 4.0 + 3 + quotes.UNSEEN_S
         within += found.low <= taken <= found.high
         off.append(found.seconds / taken - 1)
     assert within >= 95
@@ -43,14 +43,14 @@ def test_the_interval_holds_what_such_a_training_takes() -> None:
 def test_a_training_that_the_probe_saw_whole_takes_what_it_took() -> None:
     seen = timeline(np.random.default_rng(0), 400, 40, 2.0)
     found = expect(seen, 100, 99_999, "now")
-    taken = 20 + (seen.steps[-1][0] - 100) + 2.0 + 3 + quotes.OUTPUTS_S
+    taken = 20 + (seen.steps[-1][0] - 100) + 2.0 + 3 + quotes.UNSEEN_S
     assert found.seconds == pytest.approx(taken, rel=0.01)
 
 
 def test_an_evaluation_that_was_not_seen_is_guessed_and_widens_the_interval() -> None:
     seen = timeline(np.random.default_rng(0), 500, 1000, 4.0)
     few, many = (expect(seen, 100, whole, "now") for whole in (0, 100_000))
-    guessed = 100_000 / few.images_per_second / 3
+    guessed = quotes.EVALUATION * 100_000 / few.images_per_second
     assert many.seconds - few.seconds == pytest.approx(guessed)
     assert many.high - many.seconds > guessed / 2
 
