@@ -121,9 +121,7 @@ def doctor() -> None:
 @click.option(
     "--utilisation",
     type=click.FloatRange(0, 1, min_open=True),
-    default=0.3,
-    show_default=True,
-    help="Share of the peak; an assumption. `pretrain` reports it as mfu, in percent.",
+    help="Share of the peak; else by the memory's bandwidth. `pretrain` reports it as mfu.",
 )
 @click.option(
     "--measured",
@@ -163,7 +161,7 @@ def plan(overrides: tuple[str, ...], **given: Any) -> None:
 
         show_quote(overrides, seconds, given["sweep"], rates)
         return
-    from pipelines.commands.plan import Machine, parse_measured, show_plan
+    from pipelines.commands.plan import Machine, parse_measured, show_plan, usual_utilisation
     from pipelines.train.cost import PEAK_FLOPS
 
     gpu = rates.gpu or "h100"
@@ -172,7 +170,7 @@ def plan(overrides: tuple[str, ...], **given: Any) -> None:
     machine = Machine(
         gpus=given["gpus"],
         gpu=gpu,
-        utilisation=given["utilisation"],
+        utilisation=given["utilisation"] or usual_utilisation(gpu),
         measured=parse_measured(given["measured"]),
         price=rates.price,
         carbon=rates.carbon,

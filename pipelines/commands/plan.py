@@ -28,8 +28,26 @@ from pipelines.train.schedule import micro_batch
 
 NODE = 8
 """GPUs of a node."""
-UNCERTAIN = (1.5, 0.5)
-"""The utilisation may be so many times what was assumed: a guess, as nothing was measured."""
+BANDWIDTHS = {
+    "b200": 8e12,
+    "h200": 4.8e12,
+    "h100 pcie": 2.0e12,
+    "h100": 3.35e12,
+    "l40s": 0.864e12,
+    "a100": 2.0e12,
+    "v100": 0.9e12,
+    "l4": 0.3e12,
+    "t4": 0.32e12,
+}
+"""Bytes/s of a GPU's memory, by NVIDIA's data sheets."""
+REFERENCE = 400.4 * 3 * 2 * 8.7e9 / 936e9
+"""FLOP that training gets per byte that the memory could move: Swin-S at 224 px (8.7 G
+multiply-adds) trains with 400 images/s on an RTX 3090 (936 GB/s, AMP, channels_last, no loader), by
+https://github.com/huggingface/pytorch-image-models/blob/main/results/benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv.
+That is 29% of its 71 TFLOP/s; newer GPUs have less bandwidth for each of their FLOP/s."""
+UNCERTAIN = (1.5, 0.4)
+"""The utilisation may be so many times what is assumed. Swin-T's 300 epochs are told to have taken
+40 hours on 8 V100, 0.44 times that (https://github.com/WangFeng18/Swin-Transformer/issues/4)."""
 INTERCONNECTS = {
     "NVLink 4, 8 x 400 Gb/s": (450e9, 400e9),
     "NVLink 4, 100 Gb/s": (450e9, 12.5e9),
@@ -60,13 +78,18 @@ class Machine:
     gpu: str
     """A key of `PEAK_FLOPS`."""
     utilisation: float
-    """Share of the peak, in 0 to 1."""
+    """Share of the peak, in 0 to 1; `usual_utilisation` where nobody knows better."""
     measured: Mapping[str, float]
     """Images/s of one GPU by stage, instead of FLOPs and utilisation."""
     price: float = 0.0
     """Of one GPU with its share of the node, per hour, in any currency; 0: unknown."""
     carbon: float = 0.0
     """Grams of CO2 per kWh of the electricity; 0: unknown."""
+
+
+def usual_utilisation(gpu: str) -> float:
+    """Share of a GPU's peak that such models reach in training, as far as memory limits them."""
+    return min(REFERENCE * BANDWIDTHS[gpu] / PEAK_FLOPS[gpu], 0.5)
 
 
 def training_images(params: Params, task: Task) -> int:
@@ -278,10 +301,10 @@ def show_plan(
         rows, scaling = plan(params, machine, sweep)
     except StaleLibraryError as error:
         raise PipelineError(str(error)) from None
-    low, high = (f"{factor * machine.utilisation:.0%}" for factor in reversed(UNCERTAIN))
+    low, high = (f"{factor * machine.utilisation:.1%}" for factor in reversed(UNCERTAIN))
     print(
         f"{params.recipe} on {machine.gpus} x {machine.gpu}: an estimate. Rows from FLOPs assume"
-        f" {machine.utilisation:.0%} of {PEAK_FLOPS[machine.gpu] / 1e12:.0f} TFLOP/s per GPU,"
+        f" {machine.utilisation:.1%} of {PEAK_FLOPS[machine.gpu] / 1e12:.0f} TFLOP/s per GPU,"
         f"\nand lie between those of {high} and {low}: a guess, which --measured replaces, or"
         " --probe on such a machine.\nMemory is the tensors of a step, leave a fifth free; kWh are"
         " the GPUs' boards at full power, without\nhosts and cooling.\n"

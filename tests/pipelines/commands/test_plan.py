@@ -57,10 +57,10 @@ def test_what_was_not_measured_has_an_interval(monkeypatch, no_memory) -> None:
     hours, low, high = (
         float(n) for n in (segment["hours"], *segment["hours between"].split(" and "))
     )
-    assert (low, high) == pytest.approx((hours / 1.5, hours / 0.5), rel=0.02)
+    assert (low, high) == pytest.approx((hours / 1.5, hours / 0.4), rel=0.02)
     low, high = (float(n) for n in both["hours between"].split(" and "))
     known = float(pretrain["hours"])
-    assert (low, high) == pytest.approx((known + hours / 1.5, known + hours / 0.5), rel=0.02)
+    assert (low, high) == pytest.approx((known + hours / 1.5, known + hours / 0.4), rel=0.02)
 
 
 def test_a_sweep_is_quoted_with_all_its_seeds_by_what_its_trials_compute(
@@ -86,7 +86,13 @@ def test_hours_cost_energy_carbon_and_money(monkeypatch, no_memory) -> None:
     assert (row["hours"], row["GPU-hours"], row["price"]) == ("3", "6", "9")
     assert (row["kWh"], row["kg CO2"]) == ("0.432", "0.173")
     assert total["price"] == "9"
-    assert plan.WATTS.keys() == PEAK_FLOPS.keys()
+    assert plan.WATTS.keys() == plan.BANDWIDTHS.keys() == PEAK_FLOPS.keys()
+
+
+def test_a_gpu_with_less_bandwidth_for_its_flops_is_assumed_to_use_less_of_them() -> None:
+    assert plan.usual_utilisation("h100") == pytest.approx(0.076, abs=0.002)
+    assert plan.usual_utilisation("h200") > plan.usual_utilisation("h100")
+    assert all(0.04 < plan.usual_utilisation(gpu) < 0.2 for gpu in PEAK_FLOPS)
 
 
 def test_efficiency_follows_from_the_bytes_of_a_ring() -> None:
