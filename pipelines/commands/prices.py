@@ -158,8 +158,9 @@ def apply_prices(given: Mapping[str, Any]) -> Rates:
             carbon, note = carbon_of(read_prices(file), given["region"], asked=True)
             notes.append(note)
         return Rates(given["gpu"], price, carbon, given["watts"], notes)
-    if price:
-        raise PipelineError("--instance and --price say the same", "Give one of them")
+    for option in ("price", "gpu"):
+        if given[option]:
+            raise PipelineError(f"--instance and --{option} say the same", "Give one of them")
     today = datetime.now(UTC).date()
     found = rates_of(given["instance"], given["spot"], given["region"], file, today)
     return replace(found, carbon=carbon or found.carbon, watts=given["watts"])

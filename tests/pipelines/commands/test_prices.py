@@ -28,7 +28,7 @@ def own(tmp_path: Path) -> Path:
 
 def options(**given) -> dict:
     none = {"instance": None, "spot": False, "region": None, "prices": None}
-    return {**none, "gpu": "h100", "price": 0.0, "watts": 0.0, "carbon": 0.0, **given}
+    return {**none, "gpu": "", "price": 0.0, "watts": 0.0, "carbon": 0.0, **given}
 
 
 def test_each_shipped_price_has_its_source_and_a_gpu_that_is_known() -> None:
@@ -58,6 +58,7 @@ def test_a_gpu_costs_its_share_of_the_instance_and_old_prices_are_told(own: Path
         ({"instance": "mine", "spot": True}, "own.yaml has no spot price of mine. Add the day's"),
         ({"instance": "mine", "region": "x"}, "--region x has no carbon intensity. Choose one of"),
         ({"instance": "mine", "price": 2.0}, "--instance and --price say the same"),
+        ({"instance": "mine", "gpu": "t4"}, "--instance and --gpu say the same"),
         ({"region": "here", "carbon": 5.0}, "--region and --carbon say the same"),
         ({"spot": True}, "--spot is of an instance. Name it with --instance"),
     ],
