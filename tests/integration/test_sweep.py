@@ -224,7 +224,7 @@ fixed:
   pretrain.epochs: 2
   pretrain.img_size: 28
 search:
-  method: optuna
+  method: random
   trials: 4
   seed: 0
   parameters:
@@ -249,10 +249,6 @@ def test_asha_stops_what_falls_behind_and_the_sweep_goes_on(sweep: Workspace) ->
         if row["state"] == "stopped":
             assert row["reason"] == "stopped by ASHA after epoch 1"
         assert epochs == (1 if row["state"] == "stopped" else 2)
-    page = (sweep.root / "sweeps/sweep.html").read_text()
-    assert "Optuna's own view" in page
-    assert 'alt="holdout_top1 by trial: ' in page
-    assert len(list((sweep.root / ".runs").glob("sweep-*/optuna.db"))) == 1
     assert not sweep.left_running()
 
 

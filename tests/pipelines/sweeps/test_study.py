@@ -1,10 +1,13 @@
 """A search that was interrupted."""
 
+import base64
 from pathlib import Path
 
 import optuna
+import pytest
 
 from pipelines.sweeps import space
+from pipelines.sweeps.page import _search_pictures
 from pipelines.sweeps.study import Study
 
 SEARCH = space.Search(
@@ -18,6 +21,7 @@ SEARCH = space.Search(
 )
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_an_interrupted_search_asks_its_points_again_first_and_knows_their_scores(
     tmp_path: Path,
 ) -> None:
@@ -43,6 +47,10 @@ def test_an_interrupted_search_asks_its_points_again_first_and_knows_their_score
     kept = optuna.load_study(study_name="sweep", storage=f"sqlite:///{file}")
     assert [trial.value for trial in kept.get_trials()][:4] == [10.0, None, 30.0, 20.0]
     assert kept.best_params == points[2]
+    history, importance = _search_pictures(kept, "val_top1")
+    assert history.alt == "val_top1 by trial: 10.0; 30.0; 20.0"
+    assert {name.split(":")[0] for name in importance.alt.split("; ")} == set(points[0])
+    assert all(base64.b64decode(one.data).startswith(b"\x89PNG") for one in (history, importance))
 
 
 def test_a_new_sweep_searches_anew(tmp_path: Path) -> None:
