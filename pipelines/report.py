@@ -158,8 +158,8 @@ def _cost(metrics: dict[str, Any], params: Params) -> str:
     hourly = params.budget.price * params.scaling.num_workers / 3600
     if not hourly:
         return ""
-    quoted = f", quoted {metrics['quoted_s'] * hourly:.2f}" if "quoted_s" in metrics else ""
-    return f"{metrics['wall_time_s'] * hourly:.2f}{quoted}"
+    quoted = f", quoted {metrics['quoted_s'] * hourly:.3g}" if "quoted_s" in metrics else ""
+    return f"{metrics['wall_time_s'] * hourly:.3g}{quoted}"
 
 
 def _upstream(upstream: dict[str, Any]) -> str:

@@ -105,7 +105,8 @@ def factor(
         seeds = list(row["seeds"].values())
         axis.plot([place] * len(seeds), seeds, ".", color=COLORS[7], zorder=3)
     if not measured:
-        axis.set_xticks(places, ["\n".join(str(v).split(", ")) for v in values])
+        shown = [f"{v:.3g}" if isinstance(v, float) else str(v) for v in values]
+        axis.set_xticks(places, ["\n".join(text.split(", ")) for text in shown])
         axis.set_xlim(-0.5, len(places) - 0.5)
     axis.set(xlabel=name, ylabel=f"{metric}, %")
     figure.tight_layout()
