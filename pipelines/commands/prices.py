@@ -148,8 +148,8 @@ def apply_prices(given: Mapping[str, Any]) -> Rates:
     """
     price, carbon, file = given["price"], given["carbon"], given["prices"] or FILE
     if not given["instance"]:
-        for option in ("spot", "prices" if not given["region"] else ""):
-            if option and given[option]:
+        for option in ("spot",) if given["region"] else ("spot", "prices"):
+            if given[option]:
                 raise PipelineError(f"--{option} is of an instance", "Name it with --instance")
         notes = []
         if given["region"]:

@@ -241,17 +241,24 @@ def _unknown_parts(section: Any) -> str:
 
 def _augmented_area(config: Any) -> float:
     """Pixels of an image that the evaluation with test-time augmentation after the last epoch
-    looks at, as a multiple of those of the usual one; 0 where there is none."""
+    looks at, as a multiple of those of the usual one; 0 where there is none. A size that a config
+    of one's own does not tell counts as the usual one."""
     from pipelines.mm.config import test_time_augmentation
 
     if test_time_augmentation(config) is None:
         return 0.0
-    (usual,) = (step["scale"] for step in config.test_pipeline if "scale" in step)
-    augmented = next(step for step in config.tta_pipeline if step["type"] == "TestTimeAug")
+    steps = config.val_dataloader.dataset.get("pipeline", [])
+    usual = next((step["scale"] for step in steps if isinstance(step.get("scale"), tuple)), None)
+
+    def size(choice: Mapping[str, Any]) -> float:
+        if usual and isinstance(choice.get("scale"), tuple):
+            return float(math.prod(choice["scale"]) / math.prod(usual))
+        return float(choice.get("scale_factor", 1.0)) ** 2
+
     area = 1.0
-    for choices in augmented["transforms"]:
-        area *= sum(math.prod(choice.get("scale", usual)) for choice in choices)
-        area /= math.prod(usual)
+    for step in config.get("tta_pipeline", []):
+        for choices in step.get("transforms", []):
+            area *= sum(map(size, choices))
     return area
 
 

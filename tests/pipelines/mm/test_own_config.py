@@ -230,3 +230,12 @@ def test_several_workers_take_one_share_each_of_a_model_of_ones_own(make_job: An
     head = {"model.rpn_head.loss_cls": {"type": "FocalLoss"}}
     with pytest.raises(PipelineError, match=r"detect\.cfg_options\.model.rpn_head.loss_cls.type: "):
         check(2, 4, cfg_options=head)
+
+
+def test_a_quote_counts_the_images_of_the_last_evaluation_as_large_as_they_are() -> None:
+    params = compose(["recipe=demo"])
+    dataset = Dataset("ade20k", "x", tuple(map(str, range(11))), {"val": 100}, "")
+    each, whole = TASKS["segment"].evaluated_images(params, dataset)
+    evaluations = -(-params.segment.epochs // params.segment.val_interval)
+    # Three sizes, each mirrored too.
+    assert (each, whole) == (100, 100 * (evaluations + 2 * (0.75**2 + 1 + 1.25**2)))
