@@ -50,6 +50,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
         )
     finally:
         trials.close()
+    stage.unfinished = bool(trials.spent)
     write_findings(stage, plan, trials, folder)
 
 

@@ -1,10 +1,11 @@
 """A budget of a training: its hours over all starts, and money and energy as hours of workers."""
 
 import math
-import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.errors import PipelineError
@@ -17,66 +18,88 @@ MARGIN_S = 30.0
 """What it takes to stop, at most: some steps and a checkpoint."""
 
 
-def hours(budget: Budget, workers: int) -> dict[str, float]:
-    """The hours that each limit which is set allows, by its key.
+@dataclass(frozen=True)
+class Limit:
+    """The tightest limit of a budget, as time."""
+
+    about: str
+    """The parameter and its value."""
+    seconds: float
+    """Infinite where the budget sets no limit."""
+
+    def left_s(self, spent_s: float) -> float:
+        """Seconds until a training must stop, so that its last checkpoint is within the limit."""
+        return self.seconds - spent_s - MARGIN_S
+
+
+def limit_of(budget: Budget, workers: int) -> Limit:
+    """The tightest limit of `budget`.
 
     Args:
         workers: that cost money and energy at a time; where fewer run, it lasts longer.
+
+    Raises:
+        PipelineError: it is too small for a checkpoint.
     """
-    found = {
+    hours = {
         "hours": budget.hours,
         "money": budget.money / (workers * budget.price) if budget.money else 0.0,
         "kwh": 1000 * budget.kwh / (workers * budget.watts) if budget.kwh else 0.0,
     }
-    return {key: value for key, value in found.items() if value}
+    limits = {key: 3600 * value for key, value in hours.items() if value}
+    key = min(limits, key=limits.__getitem__, default="hours")
+    found = Limit(f"budget.{key}={getattr(budget, key)}", limits.get(key, math.inf))
+    if found.left_s(0) < MARGIN_S:
+        raise PipelineError(
+            f"{found.about} is {found.seconds:.0f} s of {workers} workers: less than a start and a"
+            " checkpoint take",
+            "Raise it",
+        )
+    return found
 
 
 @contextmanager
-def within_budget(params: Params, state: RunState, folder: Path) -> Iterator[None]:
-    """Count the time of a training; it stops after a checkpoint before its budget is spent.
+def within_budget(params: Params, state: RunState, folder: Path) -> Iterator[float]:
+    """Count the time of a training, which stops after a checkpoint before its budget is spent.
 
     Args:
         state: has the seconds of earlier starts, and is saved to `folder` with those of this one.
 
+    Yields:
+        Seconds after which the training must stop, as by a Ctrl-C; infinite without a limit.
+
     Raises:
         PipelineError: the budget is spent, or too small for a checkpoint.
     """
-    limits = hours(params.budget, params.scaling.num_workers)
-    key = min(limits, key=limits.__getitem__, default="hours")
-    limit = 3600 * limits.get(key, math.inf)
-    if limit < MARGIN_S * 2:
-        raise PipelineError(
-            f"budget.{key}={getattr(params.budget, key)} is {limit:.0f} s of"
-            f" {params.scaling.num_workers} workers: less than a start and a checkpoint take",
-            "Raise it",
-        )
+    workers = params.scaling.num_workers
+    limit = limit_of(params.budget, workers)
     spent = PipelineError(
-        f"budget.{key}={getattr(params.budget, key)} is spent ({limit / 3600:.3g} h of"
-        f" {params.scaling.num_workers} workers); the last checkpoint is kept",
+        f"{limit.about} is spent ({limit.seconds / 3600:.3g} h of {workers} workers); the last"
+        " checkpoint is kept",
         "Raise it and start the stage again: it resumes",
     )
-    if state.seconds + MARGIN_S >= limit:
+    if limit.left_s(state.seconds) <= 0:
         raise spent
-    done, stopped = threading.Event(), threading.Event()
-    main = threading.main_thread().ident
-    assert main
+    began, before = time.monotonic(), state.seconds
+    done = threading.Event()
+
+    def note() -> None:
+        state.seconds = before + time.monotonic() - began
+        state.save(folder)
 
     def count() -> None:
         while not done.wait(TICK_S):
-            state.seconds += TICK_S
-            state.save(folder)
-            if state.seconds + MARGIN_S >= limit and not stopped.is_set():
-                stopped.set()
-                signal.pthread_kill(main, signal.SIGINT)  # as a Ctrl-C: after a checkpoint
+            note()
 
     counting = threading.Thread(target=count, daemon=True)
     counting.start()
     try:
-        yield
+        yield limit.left_s(before)
     except KeyboardInterrupt:
-        if stopped.is_set():
+        if limit.left_s(before + time.monotonic() - began) <= 0:
             raise spent from None
         raise
     finally:
         done.set()
         counting.join()
+        note()

@@ -1,5 +1,6 @@
 """One Ray Train run: the only place that makes a `TorchTrainer`."""
 
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,8 @@ class RunSpec:
     """The last so many; 0: all."""
     trial: bool = False
     """A trial of a sweep: it shows no progress of its own."""
+    stop_after_s: float = math.inf
+    """Then it is asked to stop as by a Ctrl-C: its budget is spent."""
 
     @property
     def path(self) -> str:
@@ -85,6 +88,7 @@ def fit(
 
     Raises:
         PipelineError: a node lacks something, or training failed for good.
+        KeyboardInterrupt: it was asked to stop, and did after a checkpoint.
     """
     if not spec.trial:  # a sweep looks once, for all its trials
         fewest = spec.scaling.model_copy(update={"num_workers": spec.fewest_workers})
@@ -96,7 +100,7 @@ def fit(
     with showing(spec.stage, quiet=spec.trial) as shown:
         checkpoints.repair(spec.path, lambda line: shown.line.remote(line))
         try:
-            with _signals(shown if spec.stops else None):
+            with _signals(shown if spec.stops else None), _timer(shown, spec.stop_after_s):
                 moving = True
                 while moving:
                     _trainer(loop, job, spec, shown, callbacks).fit()
@@ -213,6 +217,24 @@ def _signals(display: Any) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _timer(display: Any, seconds: float) -> Iterator[None]:
+    """Within it the run is asked to stop after so many seconds."""
+
+    def stop() -> None:
+        display.stop.remote()
+        display.line.remote("its budget is spent: stopping after a checkpoint")
+
+    timer = threading.Timer(seconds, stop)
+    timer.daemon = True
+    if seconds < math.inf:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def last_checkpoint(name: str, storage: str) -> "ray.train.Checkpoint | None":

@@ -33,8 +33,9 @@ from pipelines.run.code import closure, code_digest, config_files
 CPP = (".cpp", ".cu", ".h")
 PARAMETER = re.compile(r"\$\{([a-z_.]+)\}")
 """A parameter's value in a path of `dvc.yaml`."""
-NOT_IDENTIFYING = ("tasks",)
-"""What DVC must see to run a stage, and the stage itself looks at: which of them are there."""
+NOT_IDENTIFYING = ("tasks", "budget")
+"""What DVC must see to run a stage again, and the stage itself looks at: which of them are there,
+and how far a sweep gets."""
 
 
 class HeldError(PipelineError):

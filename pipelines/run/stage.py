@@ -48,6 +48,7 @@ class StageRun:
         params: all parameters.
         identity: id of the stage's inputs.
         run_name: name of the Ray Train run, `<stage>-<identity>`, with the attempt if forced.
+        unfinished: its outputs are of what its budget had room for; the same inputs go on with it.
     """
 
     def __init__(self, name: str, params: Params, identity: str, state: RunState) -> None:
@@ -55,6 +56,7 @@ class StageRun:
         self.folder = RUNS / f"{name}-{identity}"
         attempt = f"-{state.attempt}" if state.attempt > 1 else ""
         self.run_name = f"{self.folder.name}{attempt}"
+        self.unfinished = False
         self._tracker: Tracker | None = None
         self._session: Session | None = None
         self._staged = self.folder / "outputs"
@@ -332,5 +334,6 @@ def _publish(run: StageRun, digest: str) -> None:
         shutil.move(run._staged / path, aside)
         aside.replace(target)
     shutil.rmtree(run._staged)
-    run.state.files, run.state.outputs = files, digest
+    if not run.unfinished:
+        run.state.files, run.state.outputs = files, digest
     run.state.save(run.folder)

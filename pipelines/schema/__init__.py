@@ -72,8 +72,8 @@ class Scaling(Section):
 
 
 class Budget(Section):
-    """What the training of a stage may take over all its starts; 0: no limit. It stops after a
-    checkpoint before that, and resumes with a larger budget."""
+    """What the training of a stage, or a sweep, may take over all its starts; 0: no limit. It stops
+    after a checkpoint before that, and resumes with a larger budget."""
 
     hours: Annotated[float, Field(ge=0)]
     money: Annotated[float, Field(ge=0)]
@@ -204,10 +204,9 @@ class Sweep(Section):
     """Of the stage's metric, in percent points, that matters: a point is decided, too, once a
     larger one is excluded. 0: any does."""
     max_trials: NonNegative
-    """The budget: trials, epochs of all trials together, hours. Each 0: no limit. Finished trials
-    that are taken over cost nothing."""
+    """Of trials; 0: no limit. Finished trials that are taken over do not count."""
     max_epochs: NonNegative
-    max_hours: Annotated[float, Field(ge=0)]
+    """Of all trials together; 0: no limit. `budget` limits hours, money and energy."""
 
 
 class Report(Section):

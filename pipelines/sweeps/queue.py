@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pipelines.run import budget, tracking
+from pipelines.run import tracking
+from pipelines.run.budget import MARGIN_S, limit_of
 from pipelines.run.display import Progress
 from pipelines.run.identity import HeldError, RunState, hold
 from pipelines.run.session import storage_path
@@ -70,9 +71,11 @@ class Trials:
         self.retry = stage.state.attempt > 1
         self._spent_trials = self._spent_epochs = 0
         self._began = time.monotonic()
-        self._before_s, self._longest_s = stage.state.seconds, 0.0
+        self._before_s, self._longest_s = stage.state.seconds, MARGIN_S
         workers = plan.base.params.scaling.num_workers * concurrent
-        self._limits = budget.hours(stage.params.budget, workers)
+        self._limit = limit_of(stage.params.budget, workers)
+        self.spent = ""
+        """Why the budget ended the sweep; empty if it did not."""
         self._progress = Progress("sweep")
 
     def next(self) -> "TrialJob | None":
@@ -108,6 +111,12 @@ class Trials:
         tracker.finish()
         self._end(outcome, "stopped", reason)
 
+    def interrupted(self, key: str) -> None:
+        """The budget is spent: a trial stopped after a checkpoint, from which it can resume."""
+        self.spent = f"{self._limit.about} is spent; a larger one resumes"
+        Tracker(self.outcomes[key].run_id).finish("KILLED")
+        self._end(self.outcomes[key], "not run", self.spent)
+
     def failed(self, key: str, reason: str) -> None:
         """A trial failed: keep the reason, and continue with the others."""
         outcome = self.outcomes[key]
@@ -132,9 +141,6 @@ class Trials:
         """Trials in order, while the budget lasts."""
         limits, study = self.stage.params.sweep, self.study
         while self.waiting or (study and study.left > 0):
-            hours = (time.monotonic() - self._began) / 3600
-            if limits.max_hours and hours >= limits.max_hours:
-                return self._progress.line(f"sweep.max_hours={limits.max_hours} have passed")
             if limits.max_trials and self._spent_trials >= limits.max_trials:
                 return self._progress.line(f"sweep.max_trials={limits.max_trials} have run")
             if not self.waiting and (spent := self._spent()):
@@ -154,12 +160,9 @@ class Trials:
 
     def _spent(self) -> str:
         """Why another trial, as long as the longest so far, would pass the budget; empty if not."""
-        hours = (self._seconds() + self._longest_s) / 3600
-        for key, limit in self._limits.items():
-            if hours > limit:
-                value = getattr(self.stage.params.budget, key)
-                return f"budget.{key}={value} has no room for another trial"
-        return ""
+        if not self.spent and self._seconds() + self._longest_s > self._limit.seconds:
+            self.spent = f"{self._limit.about} has no room for another trial"
+        return self.spent
 
     def _seconds(self) -> float:
         """Of all starts of this sweep."""
@@ -219,7 +222,13 @@ class Trials:
         tracker.log_dict(resolved, "params.json")
         self._mark(before.tags if before else {}, outcome)
         outcome.state = "running"
-        return TrialJob(trial.identity, resolved, outcome.run_name, tracker.run_id)
+        return TrialJob(
+            trial.identity,
+            resolved,
+            outcome.run_name,
+            tracker.run_id,
+            stop_after_s=self._limit.left_s(self._seconds()),
+        )
 
     def _earlier(self, outcome: Outcome, before: RunRecord, own: bool) -> str:
         """How a trial ended before; empty if it must run, or resume."""
@@ -293,7 +302,7 @@ class Trials:
         outcome.locks.close()
         self.stage.state.seconds = self._seconds()
         self.stage.state.save(self.stage.folder)
-        if self.study:
+        if self.study and state != "not run":
             scores = self.scores(outcome.run_id) if outcome.run_id else []
             best = max((value for _, value in scores), default=None)
             self.study.tell(outcome.trial.identity, None if state == "failed" else best)

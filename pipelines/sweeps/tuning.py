@@ -5,6 +5,7 @@ what was done. So an interrupted sweep is started again like a new one.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines.run.fit import RunSpec, fit
 from pipelines.run.session import storage_path
 from pipelines.tasks import TASKS, Job, Result
 
-RESULT, FAILED = "result", "failed"
+RESULT, FAILED, SPENT = "result", "failed", "spent"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class TrialJob:
         key: names it between queue and Tune.
         params: resolved parameters.
         replay: reports of its epochs if it ran before; then it is not run again.
+        stop_after_s: then the sweep's budget is spent, and it stops after a checkpoint.
     """
 
     key: str
@@ -43,6 +45,7 @@ class TrialJob:
     run_name: str
     mlflow_run_id: str
     replay: list[dict[str, float]] | None = None
+    stop_after_s: float = math.inf
 
 
 class Queue(Protocol):
@@ -56,6 +59,9 @@ class Queue(Protocol):
 
     def stopped(self, key: str, epoch: int) -> None:
         """The scheduler stopped a trial after an epoch (counted from 0)."""
+
+    def interrupted(self, key: str) -> None:
+        """A trial stopped after a checkpoint, as the budget is spent."""
 
     def failed(self, key: str, reason: str) -> None:
         """A trial failed for good."""
@@ -91,6 +97,8 @@ class _Outcomes(tune.Callback):
             return
         if FAILED in last:
             self.queue.failed(job["key"], last[FAILED])
+        elif SPENT in last:
+            self.queue.interrupted(job["key"])
         elif RESULT in last:
             self.queue.finished(job["key"], Result(**last[RESULT]))
         else:
@@ -143,12 +151,16 @@ def _trial(config: dict[str, Any], tuning: Tuning) -> None:
         data={task.dataset: job.dataset.place},
         local=tuning.local,
         trial=True,
+        stop_after_s=trial.stop_after_s,
     )
     try:
         callbacks = [TuneReportCallback()] if report_epochs else []
         checkpoint = fit(task.loop, job, spec, callbacks)
     except PipelineError as error:
         tune.report({FAILED: str(error)})
+        return
+    except KeyboardInterrupt:
+        tune.report({SPENT: True})
         return
     with checkpoint.as_directory() as folder:
         result = task.result(Path(folder))

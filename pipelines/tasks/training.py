@@ -21,8 +21,8 @@ def training_stage(task: Task, about: str) -> Stage:
         from pipelines.run.fit import fit
 
         _log_inputs(task, stage_run, job)
-        with within_budget(stage_run.params, stage_run.state, stage_run.folder):
-            checkpoint = fit(task.loop, job, _spec(task, stage_run, job))
+        with within_budget(stage_run.params, stage_run.state, stage_run.folder) as left_s:
+            checkpoint = fit(task.loop, job, _spec(task, stage_run, job, left_s))
         with checkpoint.as_directory() as folder:
             write_outputs(task, stage_run, Path(folder), job)
         _log_outputs(task, stage_run)
@@ -52,7 +52,7 @@ def training_stage(task: Task, about: str) -> Stage:
     )
 
 
-def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
+def _spec(task: Task, run: StageRun, job: Job, left_s: float) -> "RunSpec":
     from pipelines.run.fit import RunSpec
     from pipelines.run.session import storage_path
 
@@ -67,6 +67,7 @@ def _spec(task: Task, run: StageRun, job: Job) -> "RunSpec":
         stops=True,
         elastic=job.elastic,
         keep_checkpoints=run.params.storage.keep_checkpoints,
+        stop_after_s=left_s,
     )
 
 

@@ -1,6 +1,7 @@
 """A Ray Train run that can't succeed: told once, with the checkpoints before it whole."""
 
 import json
+import math
 import os
 import resource
 import signal
@@ -64,6 +65,10 @@ def loop(job: Job, device, reporter) -> None:
         if job.fails == "nothing":
             (scratch / "pages").write_text(json.dumps(pages_taken()))
             return
+        if job.fails == "budget":
+            while not reporter.stopping():
+                time.sleep(0.1)
+            return
         if job.fails == "deaf":
             time.sleep(600)
         if job.fails == "hang":
@@ -107,7 +112,7 @@ def fit(session, tmp_path: Path, monkeypatch):
     )
     assert params.scaling.max_failures == 3
 
-    def run(fails: str, **scaling: int) -> None:
+    def run(fails: str, stop_after_s: float = math.inf, **scaling: int) -> None:
         scratch = tmp_path / fails
         scratch.mkdir()
         spec = RunSpec(
@@ -119,6 +124,7 @@ def fit(session, tmp_path: Path, monkeypatch):
             data={},
             local=session.local,
             stops=True,
+            stop_after_s=stop_after_s,
         )
         run_fit(loop, Job(str(scratch), fails), spec)
 
@@ -170,6 +176,13 @@ def test_a_run_that_hangs_tells_where_each_worker_stands_and_resumes(fit, tmp_pa
     assert "It is in loop (test_launch.py:" in stuck
     assert "barrier (distributed_c10d.py:" in waiting
     assert "training resumes from the last checkpoint" in told
+
+
+def test_a_run_whose_budget_is_spent_is_asked_to_stop_and_says_why(fit, tmp_path, capsys) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit("budget", stop_after_s=3)
+    assert_small_is_kept(tmp_path, "budget")
+    assert "its budget is spent: stopping after a checkpoint" in capsys.readouterr().err
 
 
 def test_a_second_interrupt_ends_a_run_that_does_not_stop(fit, tmp_path: Path, capsys) -> None:

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipelines.errors import PipelineError
 from pipelines.params import Budget, Params, compose
 from pipelines.results.outputs import Result
 from pipelines.results.sequential import Design
 from pipelines.run import tracking
+from pipelines.run.budget import MARGIN_S
 from pipelines.run.identity import RunState
 from pipelines.sweeps import queue, space
 from pipelines.sweeps.plan import Plan
@@ -127,5 +129,35 @@ def test_no_trial_begins_that_would_pass_the_budget_and_a_larger_one_goes_on(
     assert kept.seconds == 300
     again, _ = begin(plan, sweep, kept, **small)
     assert run(again) == []
+    assert again.spent == "budget.money=20.0 has no room for another trial"
     more, _ = begin(plan, sweep, kept, money=24.0, price=60.0)
     assert more.next()
+
+
+def test_a_trial_stops_with_the_budget_and_a_larger_one_resumes_it(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr(queue, "time", clock)
+    with pytest.raises(PipelineError, match=r"budget\.hours=0\.01 is 36 s of 4 workers: less than"):
+        begin(plan, hours=0.01)
+    trials, sweep = begin(plan, hours=0.1)
+    job = trials.next()
+    assert job
+    assert job.stop_after_s == 360 - MARGIN_S
+    clock.now += 335
+    trials.interrupted(job.key)
+    assert trials.next() is None
+    outcome = trials.outcomes[job.key]
+    assert (outcome.state, outcome.reason) == (
+        "not run",
+        "budget.hours=0.1 is spent; a larger one resumes",
+    )
+    kept = RunState.load(queue.RUNS / "sweep")
+    more, _ = begin(plan, sweep, kept, hours=0.2)
+    again = more.next()
+    assert again
+    assert (again.run_name, again.mlflow_run_id) == (job.run_name, job.mlflow_run_id)
+    assert again.stop_after_s == pytest.approx(720 - 335 - MARGIN_S)
+    more.finished(again.key, Result({"top1": 50.0}, []))
+    assert not more.spent
