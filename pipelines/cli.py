@@ -316,19 +316,20 @@ def compare(
 
 
 @main.command()
-@click.argument("stage", type=click.Choice(["pretrain", "detect", "segment"]))
+@click.argument(
+    "weights", type=click.Choice(["weights/pretrain", "weights/detect", "weights/segment"])
+)
 @click.option("--segments", type=click.IntRange(0), default=1, show_default=True, help="0: all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the choice.")
-def verify(stage: str, segments: int, seed: int) -> None:
+def verify(weights: str, segments: int, seed: int) -> None:
     """Replay parts of the training of weights.
 
-    Segments between the run's kept checkpoints (storage.keep_checkpoints=0 keeps all) are chosen at
-    random and trained again here, and must come to the same bits. The exit code is 1 if one
-    does not.
+    Segments between the run's kept checkpoints (storage.keep_checkpoints=0 keeps all), chosen at
+    random, are trained again and must come to the same bits; if one does not, the code is 1.
     """
     from pipelines.commands.verify import verify as check
 
-    if not check(stage, segments, seed):
+    if not check(weights.removeprefix("weights/"), segments, seed):
         sys.exit(1)
 
 

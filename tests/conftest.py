@@ -1,5 +1,5 @@
-"""One compiled library for the whole session: that of ELSA_OPS_LIBRARY, or `build/op` where it is
-fresh, else a build in tmp."""
+"""One compiled library for all processes of a session: that of ELSA_OPS_LIBRARY, or `build/op`
+where it is fresh, else one that pytest's cache keeps for the next session."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,18 +20,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first: begun last, one would run alone beside an idle process."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
-def built_once(tmp_path_factory: pytest.TempPathFactory, build: Callable[[Path], object]) -> Path:
-    """The folder of one build that all processes of a parallel run share."""
-    root = tmp_path_factory.getbasetemp()
-    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
-    directory = root / "op"
-    with (root / "op.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (directory / "build.json").is_file():
-            build(directory)
-    return directory
 
 
 @pytest.fixture(autouse=True)
@@ -53,18 +41,25 @@ def in_all_processes(compiled_library: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture(scope="session")
-def compiled_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def compiled_library(pytestconfig: pytest.Config) -> Path:
     """The folder of the compiled operator, loaded into this process."""
     import ops
     from ops import build, library
 
-    named = os.environ.get("ELSA_OPS_LIBRARY")
-    directory = Path(named or library.DEFAULT_DIR)
-    try:
-        library.verify(directory)
-    except (FileNotFoundError, ops.StaleLibraryError):
-        if named:
-            raise
-        directory = built_once(tmp_path_factory, build.build)
+    def fits(directory: Path) -> bool:
+        try:
+            library.verify(directory)
+        except (FileNotFoundError, ops.StaleLibraryError):
+            return False
+        return True
+
+    directory = Path(os.environ.get("ELSA_OPS_LIBRARY", library.DEFAULT_DIR))
+    if "ELSA_OPS_LIBRARY" not in os.environ and not fits(directory):
+        assert pytestconfig.cache
+        directory = pytestconfig.cache.mkdir("op")
+        with directory.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not fits(directory):
+                build.build(directory)
     ops.load_library(directory)
     return directory

@@ -9,8 +9,8 @@ what the loopback device counted, `ring` what a ring's all-reduce of the gradien
 images in one pass.
 
 `--slow N` has the last worker sleep as long again as it computes: half the speed. Then a step has
-N shares, once the same number for each worker, once as `follow_speed` allots them; the throughput
-is in percent of what both speeds add up to.
+N shares, once the same number for each worker, then as `follow_speed` allots them, in rounds with
+what each worker does alone: the throughput is in percent of that sum, the median of the rounds.
 """
 
 import argparse
@@ -159,28 +159,29 @@ def alone(case: Case) -> dict[int, list[float]]:
 
 
 def unequal(rank: int, workers: int, port: int, case: Case, results: Any) -> None:
-    """Images/s with a slow last worker, before and after the shares follow the speed."""
+    """Rounds of a step together, with a slow last worker, and of what each worker does alone. From
+    the second round on the shares follow the speed."""
     _join(rank, workers, port)
-    step, reducer = our_step(case, rank, workers, slow=rank == workers - 1)
-    step()
-    rates = []
-    for _ in range(2):
+    slow = rank == workers - 1
+    step, reducer = our_step(case, rank, workers, slow)
+    each = our_step(case, 0, 1, slow)[0]  # all shares, one after the other
+    step(), each()
+    rounds = []
+    for _ in range(1 + ROUNDS):
         seconds = []
 
         def noted() -> None:
             seconds.append(step())  # noqa: B023
 
         took, _ = timed(noted, SLOW_STEPS, together=True)
-        rates.append((case.batch / took, [len(own) for own in reducer.ranges]))
+        counts = [len(own) for own in reducer.ranges]
         reducer.follow_speed(statistics.median(seconds))
-    # What each does without the others: its own shares, one after the other.
-    each = our_step(case, 0, 1, slow=rank == workers - 1)[0]
-    each()
-    dist.barrier()
-    took, _ = timed(each, SLOW_STEPS // 2, together=False)
-    speeds = gather(case.batch / took, workers)
+        dist.barrier()
+        took_alone, _ = timed(each, SLOW_STEPS // 2, together=False)
+        speeds = gather(case.batch / took_alone, workers)
+        rounds.append((case.batch / took, counts, speeds))
     if rank == 0:
-        results.put((rates, speeds))
+        results.put(rounds)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -236,14 +237,16 @@ def row(name: str, workers: int) -> dict[str, str]:
 def slow_row(workers: int, shares: int) -> dict[str, str]:
     """One row of the table of unequal workers."""
     model, size, _ = CASES["demo"]
-    (before, after), speeds = spawned(unequal, workers, Case(model, size, 8 * shares, shares))
+    (equal, *rounds) = spawned(unequal, workers, Case(model, size, 8 * shares, shares))
+    each = [statistics.median(of_worker) for of_worker in zip(*(r[2] for r in rounds), strict=True)]
+    reached = [rate / sum(speeds) for rate, _, speeds in rounds]
+    rate = statistics.median(rate for rate, _, _ in rounds)
     return {
-        "images/s of each worker": ", ".join(f"{speed:.0f}" for speed in speeds),
-        **{
-            f"{name}: shares, images/s": f"{', '.join(map(str, counts))}: {rate:.0f}"
-            f" ({rate / sum(speeds):.0%})"
-            for name, (rate, counts) in {"equal": before, "by speed": after}.items()
-        },
+        "images/s of each worker": ", ".join(f"{speed:.0f}" for speed in each),
+        "equal shares": f"{equal[0]:.0f} ({equal[0] / sum(equal[2]):.0%})",
+        "shares by speed": f"{rate:.0f} ({statistics.median(reached):.0%},"
+        f" {min(reached):.0%} to {max(reached):.0%})",
+        "the last shares": ", ".join(map(str, rounds[-1][1])),
     }
 
 

@@ -1,35 +1,21 @@
 """Detection and segmentation on any number of workers: the same bits."""
 
-import os
-import socket
-
 import pytest
 import torch
 from mmengine.registry import DefaultScope
-from torch import multiprocessing
 
 from pipelines.mm.checkpoint import STATE
 from pipelines.mm.train import train
 from pipelines.train.reporter import LocalReporter
 
+from ..ranks import on_ranks
 from .test_mm import CPU, StoppingReporter, assert_same, make_job
 
 
-def train_as_rank(rank, workers, port, job, folder, after):
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(workers),
-    }
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
+def train_as_rank(rank, workers, job, folder, after):
     reporter = StoppingReporter(folder, after)
     reporter.rank, reporter.world_size = rank, workers
     train(job, CPU, reporter)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("stage", ["detect", "segment"])
@@ -41,10 +27,7 @@ def test_any_number_of_workers_makes_the_same_weights_bit_for_bit(
     straight, changing = tmp_path / "straight", tmp_path / "changing"
     DefaultScope._instance_dict.clear()
     train(job, CPU, LocalReporter(straight, quiet=True))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(train_as_rank, (2, port, job, changing, 0), nprocs=2)
+    on_ranks(2, train_as_rank, job, changing, 0)
     assert torch.load(changing / STATE, weights_only=True)["steps"] == 1
     train(job, CPU, LocalReporter(changing, quiet=True))
     assert_same(straight, changing)

@@ -105,57 +105,50 @@ SHARED_LOOP_FILES = (
     "ops/build.py",
     "pipelines/data/demo/draw.py",
 )
+NOTHING = several(
+    # Comments, docstrings and documentation.
+    append(*SHARED_LOOP_FILES, text="\n# A comment.\n"),
+    append("ops/csrc/ops.cpp", "ops/csrc/cpu/kernels.h", text="\n// A comment.\n"),
+    edit("pipelines/train/schedule.py", r'"""The learning rate of', '"""The rate of'),
+    append("pipelines/recipes/base.yaml", text="\n# A comment.\n"),
+    append("elsa/README.md", "ops/README.md", text="\nMore.\n"),
+    # How images are loaded, where runs are, and how often a failure is tried again.
+    params(
+        loader__data_workers="1",
+        loader__prefetch_factor="3",
+        loader__pin_memory="false",
+        loader__persistent_workers="false",
+        scaling__max_failures="7",
+        scaling__wait_s="5",
+        storage__checkpoint_minutes="1",
+    ),
+    # Code that shows, checks and writes down, or that these stages do not use.
+    append(
+        "pipelines/run/display.py",
+        "pipelines/run/preflight.py",
+        "pipelines/run/fit.py",
+        "pipelines/run/reporter.py",
+        "pipelines/commands/doctor.py",
+        "pipelines/run/tracking/__init__.py",
+        "pipelines/report.py",
+        "pipelines/results/page.py",
+        "elsa/volo.py",
+        "pipelines/benchmarks/training.py",
+        text="\nCHANGED = True\n",
+    ),
+    # A parameter of the schema that no stage has.
+    edit(
+        "pipelines/schema/__init__.py",
+        r"^class Report\(Section\):",
+        "class Unused(Section):\n    x: int\n\n\nclass Report(Section):",
+    ),
+)
 ROWS = {
-    "comments, docstrings and documentation": (
-        several(
-            append(*SHARED_LOOP_FILES, text="\n# A comment.\n"),
-            append("ops/csrc/ops.cpp", "ops/csrc/cpu/kernels.h", text="\n// A comment.\n"),
-            edit("pipelines/train/schedule.py", r'"""The learning rate of', '"""The rate of'),
-            append("pipelines/recipes/base.yaml", text="\n# A comment.\n"),
-            append("elsa/README.md", "ops/README.md", text="\nMore.\n"),
-        ),
-        [],
-    ),
+    "what no result depends on": (NOTHING, []),
     "detect.lr": (params(detect__lr="0.0123"), ["detect"]),
-    "how images are loaded, where runs are, and how often a failure is tried again": (
-        params(
-            loader__data_workers="1",
-            loader__prefetch_factor="3",
-            loader__pin_memory="false",
-            loader__persistent_workers="false",
-            scaling__max_failures="7",
-            scaling__wait_s="5",
-            storage__checkpoint_minutes="1",
-        ),
-        [],
-    ),
     "the learning-rate formula": (
         edit("pipelines/train/schedule.py", r"return p\.lr \* ", "return 1.0 * p.lr * "),
         TRAINING,
-    ),
-    "display, preflight, doctor, tracking, report, VOLO, a benchmark": (
-        append(
-            "pipelines/run/display.py",
-            "pipelines/run/preflight.py",
-            "pipelines/run/fit.py",
-            "pipelines/run/reporter.py",
-            "pipelines/commands/doctor.py",
-            "pipelines/run/tracking/__init__.py",
-            "pipelines/report.py",
-            "pipelines/results/page.py",
-            "elsa/volo.py",
-            "pipelines/benchmarks/training.py",
-            text="\nCHANGED = True\n",
-        ),
-        [],
-    ),
-    "a parameter of the schema that no stage has": (
-        edit(
-            "pipelines/schema/__init__.py",
-            r"^class Report\(Section\):",
-            "class Unused(Section):\n    x: int\n\n\nclass Report(Section):",
-        ),
-        [],
     ),
     "ops/csrc": (
         append("ops/csrc/ops.cpp", text="\nstatic int changed_by_a_test = 1;\n"),

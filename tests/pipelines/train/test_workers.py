@@ -1,28 +1,22 @@
 """Pretraining on any number of workers: the same bits."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from torch import multiprocessing
 
 from pipelines.params import Model, Params
 from pipelines.train import reduction
 from pipelines.train.evaluation import predict
 
+from ..ranks import on_ranks
 from .test_classify import CPU, Recorder, assert_equal, fit, job_of, smoke, threads
 
 
-def _worker(
-    rank: int, workers: int, port: int, params: Params, data: Path, folder: Path, patience: int
+def fit_as_rank(
+    rank: int, workers: int, params: Params, data: Path, folder: Path, patience: int
 ) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
     # Several buckets, and some wait for others.
     reduction.BUCKET_BYTES = 2**16
     reporter = Recorder(folder, rank, workers, patience=None if patience < 0 else patience)
@@ -31,7 +25,6 @@ def _worker(
         assert ("communication_ms" in reporter.epochs[-1]) == (workers > 1)
         found = predict(job_of(params, data), trained.model, CPU, reporter)
         assert (found is None) == (rank > 0)
-    torch.distributed.destroy_process_group()
 
 
 def fit_on(
@@ -48,15 +41,8 @@ def fit_on(
         with threads(1):
             fit(params, data, Recorder(folder, patience=None if patience < 0 else patience))
     else:
-        args = (workers, free_port(), params, data, folder, patience)
-        multiprocessing.spawn(_worker, args, nprocs=workers)
+        on_ranks(workers, fit_as_rank, params, data, folder, patience)
     return Recorder(folder).state
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.parametrize(
