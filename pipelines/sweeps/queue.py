@@ -170,7 +170,6 @@ class Trials:
 
     def _start(self, outcome: Outcome) -> "TrialJob | None":
         """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
-        from pipelines.run import tracking
         from pipelines.sweeps.tuning import TrialJob
 
         trial = outcome.trial
