@@ -85,7 +85,7 @@ def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
     Raises:
         PipelineError: the training fails, or the cluster has no room for it.
     """
-    began = time.time()
+    began = time.monotonic()
     from pipelines.run.session import ray_session, storage_path
 
     with ray_session() as session:
@@ -106,7 +106,7 @@ def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
         )
         try:
             checkpoint = fit(ProbeLoop(loop, seconds), job, spec)
-            ended = time.time()
+            took = time.monotonic() - began
             with checkpoint.as_directory() as folder:
                 seen: dict[str, Any] = json.loads((Path(folder) / FILE).read_text())
         except BaseException as error:
@@ -122,6 +122,5 @@ def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
         steps=steps,
         evaluated=[(begin, end) for begin, end in seen["evaluated"]],
         total=seen["total"],
-        started=steps[0][0] - began,
-        ended=ended - seen["now"],
+        around=took - (seen["now"] - steps[0][0]),
     )

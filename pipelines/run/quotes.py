@@ -48,7 +48,7 @@ class Quote:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a probe saw; seconds by a clock of rank 0."""
+    """What a probe saw; times by the clock of rank 0."""
 
     steps: Sequence[tuple[float, int]]
     """After a step: the time, and the images done of the whole training."""
@@ -56,10 +56,8 @@ class Timeline:
     """Begin (the last step before) and end of what an epoch ends with, evaluation included."""
     total: int
     """Images of the whole training."""
-    started: float
-    """Seconds from the stage's command to the first step."""
-    ended: float
-    """Seconds from the last event to the workers' end."""
+    around: float
+    """Seconds before the first step and after the last event: of Ray, the workers and the data."""
 
 
 def expect(seen: Timeline, each: float, whole: float, made: str) -> Quote:
@@ -97,9 +95,9 @@ def expect(seen: Timeline, each: float, whole: float, made: str) -> Quote:
         evaluation = whole * (fmean(each_took) / each if ends else EVALUATION * step)
     parts = [
         (training, math.hypot(seen.total * spread, DRIFT * training)),
-        (seen.started, ONCE * seen.started),
+        (seen.around, ONCE * seen.around),
         (evaluation, (ONCE if ends else GUESSED) * evaluation),
-        (seen.ended + UNSEEN_S, GUESSED * (seen.ended + UNSEEN_S)),
+        (UNSEEN_S, GUESSED * UNSEEN_S),
     ]
     seconds = sum(part for part, _ in parts)
     half = math.hypot(*(error for _, error in parts))

@@ -25,7 +25,7 @@ def timeline(
         seen.append((now, (step + 1) * IMAGES))
     if steps == epochs * per_epoch:
         evaluated.append((now, now + evaluation))
-    return Timeline(seen, evaluated, epochs * per_epoch * IMAGES, 20.0, 3.0)
+    return Timeline(seen, evaluated, epochs * per_epoch * IMAGES, 23.0)
 
 
 def test_the_interval_holds_what_such_a_training_takes() -> None:
@@ -58,7 +58,7 @@ def test_an_evaluation_that_was_not_seen_is_guessed_and_widens_the_interval() ->
 def test_too_few_steps_are_told() -> None:
     steps = [(100.0, 64), (110.0, 128), (120.0, 192)]
     with pytest.raises(PipelineError, match=r"saw 2 steps in 20 s.* Probe for longer"):
-        expect(Timeline(steps, [], 6400, 20.0, 3.0), 100, 100, "now")
+        expect(Timeline(steps, [], 6400, 23.0), 100, 100, "now")
 
 
 def test_it_is_shown_by_the_run_of_the_same_parameters_alone(monkeypatch, tmp_path) -> None:
