@@ -45,14 +45,14 @@ class Shared {
 };
 
 template <class Bytes>
-Tile tile_for(const Problem& p, const Setting& s, int padding, const Bytes& bytes) {
-  Tile t = choose_tile(p, static_cast<int>(s.vector), padding, 115200, 232448, bytes);
+Tile tile_for(const Problem& p, const Setting& s, const Bytes& bytes) {
+  Tile t = choose_tile(p, static_cast<int>(s.vector), 115200, 232448, bytes);
   if (s.segments) {
     t.segments = static_cast<int>(s.segments);
     t.strips = 8 / t.segments;
     t.rows = static_cast<int>(s.rows);
     t.pitch = t.width() + 2 * kLeft;
-    t.row_pitch = t.depth * t.pitch + padding;
+    t.row_pitch = t.depth * t.pitch + row_padding(t.segments);
     t.across = static_cast<int>(divide_up(p.W, t.width()));
     t.down = static_cast<int>(divide_up(p.H, t.height()));
   }
@@ -67,9 +67,9 @@ void product(const Problem& p, const Setting& s, const Tensors& x, const void* s
   for (size_t i = 0; i < words.size(); ++i)
     ghost_word<T, K, TURNED>(static_cast<int64_t>(i), parts, x.add, words.data());
   const auto bytes = [&](const Tile& t) { return product_bytes(t, K, x.add != nullptr); };
-  const Tile chosen = tile_for(p, s, kProductPadding, bytes);
+  const Tile chosen = tile_for(p, s, bytes);
   Shared shared(bytes(chosen));
-  with_tile<K, kProductPadding>(chosen, [&](const auto& t) {
+  with_tile<K>(chosen, [&](const auto& t) {
     fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
     for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
       unsigned char* memory = shared.fresh();
@@ -91,11 +91,11 @@ void all(const Problem& p, const Setting& s, const Tensors& x) {
   product<T, K, false>(p, s, x, x.v, x.out);
   product<T, K, true>(p, s, x, x.grad, x.grad_v);
   const auto bytes = [](const Tile& t) { return gradient_bytes(t, K); };
-  const Tile chosen = tile_for(p, s, kGradientPadding, bytes);
+  const Tile chosen = tile_for(p, s, bytes);
   Shared shared(bytes(chosen));
   const int64_t tiles = chosen.across * chosen.down, sums = p.C * K * K;
   std::vector<float> part(s.splits * tiles * sums, NAN);
-  with_tile<K, kGradientPadding>(chosen, [&](const auto& t) {
+  with_tile<K>(chosen, [&](const auto& t) {
     fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
     for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
       unsigned char* memory = shared.fresh();
@@ -137,9 +137,15 @@ extern "C" int run_banded(bool bfloat16, const int64_t* sizes, const int64_t* se
   const Tensors x{pointers[0], pointers[1], pointers[2], static_cast<const float*>(pointers[3]),
                   pointers[4], pointers[5], pointers[6], static_cast<float*>(pointers[7])};
   fixed_tiles = 0;
+  MatrixLoads::get() = {};
   if (bfloat16)
     with_kernel_size<c10::BFloat16>(p, s, x);
   else
     with_kernel_size<c10::Half>(p, s, x);
   return fixed_tiles;
+}
+
+// Of the last call: turns of shared memory that a load of a matrix took, 1 at the least.
+extern "C" double turns_per_matrix() {
+  return static_cast<double>(MatrixLoads::get().turns) / MatrixLoads::get().matrices;
 }

@@ -36,8 +36,10 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run_banded(tmp_path_factory):
-    return compiled(tmp_path_factory.mktemp("host"), "banded_on_host").run_banded
+def banded(tmp_path_factory):
+    library = compiled(tmp_path_factory.mktemp("host"), "banded_on_host")
+    library.turns_per_matrix.restype = ctypes.c_double
+    return library
 
 
 def pointer(t):
@@ -120,7 +122,7 @@ class Banded:
         grads = torch.autograd.grad(out, inputs, self.grad.double())
         self.expected = [out.detach(), *grads]
 
-    def run(self, run_banded, segments=0, rows=0, splits=1, reverse=False, only_add=False):
+    def run(self, banded, segments=0, rows=0, splits=1, reverse=False, only_add=False):
         vector = next(n for n in (4, 2, 1) if self.sizes[4] % n == 0)
         setting = (vector, segments, rows, self.parts, splits, reverse)
         nan = float("nan")
@@ -130,7 +132,7 @@ class Banded:
         if only_add:
             results[2] = None
         tensors = [self.grad, self.v, self.h, self.add, *results, None]
-        self.fixed_tiles = run_banded(
+        self.fixed_tiles = banded.run_banded(
             self.dtype == torch.bfloat16,
             (ctypes.c_int64 * 6)(*self.sizes),
             (ctypes.c_int64 * 6)(*setting),
@@ -173,48 +175,49 @@ DTYPES = [torch.bfloat16, torch.float16]
         (1, 40, 1, 4, 28, 5),
     ],
 )
-def test_banded_kernels_match_the_reference(run_banded, sizes, add, dtype):
+def test_banded_kernels_match_the_reference(banded, sizes, add, dtype):
     case = Banded(sizes, dtype, add)
-    case.compare(case.run(run_banded))
+    case.compare(case.run(banded))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("k", [3, 5, 7, 9])
 @pytest.mark.parametrize(("segments", "rows"), [(8, 2), (4, 4), (2, 2), (1, 6)])
-def test_banded_kernels_with_any_tile_and_order_of_warps(run_banded, segments, rows, k, reverse):
+def test_banded_kernels_with_any_tile_and_order_of_warps(banded, segments, rows, k, reverse):
     case = Banded((3, 16, 1, 13, 22, k), torch.bfloat16, "float")
-    case.compare(case.run(run_banded, segments, rows, splits=2, reverse=reverse))
+    case.compare(case.run(banded, segments, rows, splits=2, reverse=reverse))
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "add"), [(torch.bfloat16, "half"), (torch.float16, "float")])
 @pytest.mark.parametrize(("segments", "rows", "width"), [(8, 8, 76), (4, 8, 28), (2, 4, 14)])
 def test_banded_kernels_whose_tile_the_compiler_knows(
-    run_banded, segments, rows, width, dtype, add, reverse
+    banded, segments, rows, width, dtype, add, reverse
 ):
     """Those of ELSA-Swin's stages."""
     case = Banded((1, 64, 2, 11, width, 7), dtype, add)
-    case.compare(case.run(run_banded, segments, rows, reverse=reverse))
+    case.compare(case.run(banded, segments, rows, reverse=reverse))
     assert case.fixed_tiles == 3
+    assert banded.turns_per_matrix() == 1  # no bank of shared memory is asked twice at a time
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_ghost_gradient_alone(run_banded, reverse):
+def test_the_ghost_gradient_alone(banded, reverse):
     case = Banded((3, 16, 1, 9, 16, 3), torch.bfloat16, "half")
-    grad_add = case.run(run_banded, splits=1, reverse=reverse, only_add=True)[3]
+    grad_add = case.run(banded, splits=1, reverse=reverse, only_add=True)[3]
     torch.testing.assert_close(grad_add.double(), case.expected[3], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("add", ["", "float"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_banded_kernels_keep_a_nan_to_its_window(run_banded, value, dtype, add):
+def test_banded_kernels_keep_a_nan_to_its_window(banded, value, dtype, add):
     def spoil(v, h, grad):
         v[0, 3, 4, 9] = v[0, 20, 11, 30] = value
         grad[0, 9, 6, 17] = value
 
     case = Banded((1, 32, 2, 12, 40, 5), dtype, add, spoil)
-    out, grad_v, grad_h, *_ = case.run(run_banded)
+    out, grad_v, grad_h, *_ = case.run(banded)
     for ours, exact in zip((out, grad_v, grad_h), case.expected, strict=False):
         assert 0 < exact.isfinite().sum() < exact.numel()
         assert torch.equal(ours.isfinite(), exact.isfinite())
@@ -227,10 +230,10 @@ def test_banded_kernels_keep_a_nan_to_its_window(run_banded, value, dtype, add):
     )
 
 
-def test_banded_kernels_with_a_ghost_head_beyond_float16(run_banded):
+def test_banded_kernels_with_a_ghost_head_beyond_float16(banded):
     case = Banded((1, 8, 1, 3, 8, 3), torch.float16, "float")
     case.add[2, 1, 1] = 1e5
-    out = case.run(run_banded)[0]
+    out = case.run(banded)[0]
     expected = elsa_attention_reference(
         case.v.double() / 1e5, case.h.double(), None, case.add.double(), kernel_size=3
     )

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Half.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -136,6 +137,19 @@ inline float shuffle(float value, int lane) {
   return HostBlock::get().exchange(mine)[lane].value;
 }
 
+template <class T>
+T* one_pointer(T* at) {
+  return at;
+}
+
+inline uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
+  const uint64_t both = first | static_cast<uint64_t>(second) << 32;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i)
+    result |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+  return result;
+}
+
 inline uint32_t read_only(const uint32_t* at) { return *at; }
 
 template <int BYTES>
@@ -179,23 +193,60 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
+// What loads of matrices have taken since the last reset: the rows of a matrix are read at once
+// where they lie in different sixteenths of the 32 banks of shared memory.
+struct MatrixLoads {
+  int64_t matrices = 0, turns = 0;
+  static MatrixLoads& get() {
+    static MatrixLoads loads;
+    return loads;
+  }
+  void count(const HostBlock::Slot* rows) {
+    int in[8] = {};
+    ++matrices;
+    int most = 0;
+    for (int i = 0; i < 8; ++i) {
+      const auto chunk = reinterpret_cast<uintptr_t>(rows[i].address) / 16;
+      bool again = false;  // the same row is read once
+      for (int j = 0; j < i; ++j) again = again || rows[j].address == rows[i].address;
+      if (!again) most = std::max(most, ++in[chunk % 8]);
+    }
+    turns += most;
+  }
+};
+
+// The addresses of N matrices' rows, those of matrix i from 8 * i on.
 template <int N>
-void load_transposed(uint32_t (&r)[N], const void* row) {
+const HostBlock::Slot* show_rows(const void* row) {
   HostBlock& block = HostBlock::get();
   HostBlock::Slot mine;
   mine.address = row;
   const int lane = block.current % 32;
   if (lane < 8 * N)
     HostBlock::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a misaligned matrix row");
-  const auto* lanes = block.exchange(mine);
-  for (int i = 0; i < N; ++i) {
-    uint16_t pair[2];
-    for (int e = 0; e < 2; ++e) {
-      const int matrix_row = 2 * (lane % 4) + e, matrix_column = lane / 4;
-      pair[e] = static_cast<const uint16_t*>(lanes[8 * i + matrix_row].address)[matrix_column];
-    }
-    r[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
-  }
+  const auto* rows = block.exchange(mine);
+  if (lane == 0)
+    for (int i = 0; i < N; ++i) MatrixLoads::get().count(rows + 8 * i);
+  return rows;
+}
+
+inline uint32_t element(const HostBlock::Slot* rows, int row, int column) {
+  return static_cast<const uint16_t*>(rows[row].address)[column];
+}
+
+inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  const int lane = HostBlock::get().current % 32, n = lane / 4, t = lane % 4;
+  const auto* rows = show_rows<4>(row);
+  for (int i = 0; i < 4; ++i)
+    r[i] = element(rows + 8 * i, n, 2 * t) | element(rows + 8 * i, n, 2 * t + 1) << 16;
+}
+
+template <int N>
+void load_transposed(uint32_t (&r)[N], const void* row) {
+  const int lane = HostBlock::get().current % 32, n = lane / 4, t = lane % 4;
+  const auto* rows = show_rows<N>(row);
+  for (int i = 0; i < N; ++i)
+    r[i] = element(rows + 8 * i, 2 * t, n) | element(rows + 8 * i, 2 * t + 1, n) << 16;
 }
 
 }  // namespace elsa

@@ -74,14 +74,14 @@ int vector_for(const Problem& p, std::initializer_list<const Tensor*> tensors) {
 Tile product_tile(const Problem& p, int vector, bool ghost) {
   const Device device = current_device();
   const int k = static_cast<int>(p.kernel_size);
-  return choose_tile(p, vector, kProductPadding, device.budget, device.limit,
+  return choose_tile(p, vector, device.budget, device.limit,
                      [&](const Tile& t) { return product_bytes(t, k, ghost); });
 }
 
 Tile gradient_tile(const Problem& p, int vector) {
   const Device device = current_device();
   const int k = static_cast<int>(p.kernel_size);
-  return choose_tile(p, vector, kGradientPadding, device.budget, device.limit,
+  return choose_tile(p, vector, device.budget, device.limit,
                      [&](const Tile& t) { return gradient_bytes(t, k); });
 }
 
@@ -134,7 +134,7 @@ void product(const Problem& p, const Tensor& source, const Tensor& h, const Tens
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     }
     const auto blocks = static_cast<unsigned>(p.B * p.G * t.across * t.down);
-    with_tile<k, kProductPadding>(t, [&](const auto& tile) {
+    with_tile<k>(t, [&](const auto& tile) {
       const auto kernel = product_kernel<T, k, TURNED, std::decay_t<decltype(tile)>>;
       allow_shared(kernel, bytes);
       kernel<<<blocks, kBandThreads, bytes, stream>>>(p, tile, data<T>(source), data<T>(h),
@@ -184,7 +184,7 @@ Tensor banded_backward(const Problem& p, const Tensor& grad, const Tensor& v, co
     using T = decltype(type);
     constexpr int kernel_size = size.value;
     const auto blocks = static_cast<unsigned>(step * p.G * tiles);
-    with_tile<kernel_size, kGradientPadding>(t, [&](const auto& tile) {
+    with_tile<kernel_size>(t, [&](const auto& tile) {
       const auto kernel = gradient_kernel<T, kernel_size, std::decay_t<decltype(tile)>>;
       allow_shared(kernel, bytes);
       kernel<<<blocks, kBandThreads, bytes, stream>>>(p, tile, step, data<T>(grad), data<T>(v),

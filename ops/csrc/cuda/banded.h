@@ -13,8 +13,9 @@
 // two halves, whose products are added.
 //
 // A block works on one head of one image, 8 segments wide and high in all: `segments` side by side
-// times `strips` of `rows` rows. Warp w has segment w % segments of strip w / segments, or, for the
-// ghost head, every eighth channel.
+// times `strips` of `rows` rows. Its warps do two rows of each strip at a time: warp w those of
+// segment w % segments and strip w / segments, or, for the ghost head, of all and of every eighth
+// channel. A strip has every strips-th pair of rows, so that 2 * strips rows are done together.
 //
 // A zero of the band does not silence a NaN or an infinity of v, which would spoil the 8 pixels of
 // a segment instead of those whose window covers it. So a block one of whose sums is not finite (a
@@ -49,7 +50,7 @@ struct Tile {
   int strips;    // 8 / segments
   int rows;      // of a strip, even
   int pitch;     // elements of a channel's row in shared memory, 8 more than the segments' pixels
-  int row_pitch; // elements of a row of all channels
+  int row_pitch; // elements of a row of all channels, and of what is left free behind it
   int vector;    // elements per copy: 4, 2 or 1, a divisor of W
   int across, down;  // tiles
 
@@ -57,12 +58,19 @@ struct Tile {
   ELSA_BOTH int height() const { return strips * rows; }
 };
 
+// Free elements behind a row of all channels: the same channel in all segments and strips, which a
+// matrix of the ghost head has as its rows, then lies in all banks of shared memory. Matrix rows
+// begin at multiples of 8 elements.
+ELSA_BOTH constexpr int row_padding(int segments) {
+  return segments == 8 ? 0 : segments == 1 ? 8 : 4 * segments;
+}
+
 // The same with sizes that the compiler knows: for the tiles of ELSA-Swin's stages.
-template <int DEPTH, int SEGMENTS, int ROWS, int PADDING, int VECTOR>
+template <int DEPTH, int SEGMENTS, int ROWS, int VECTOR>
 struct FixedTile {
   static constexpr int depth = DEPTH, segments = SEGMENTS, strips = 8 / SEGMENTS, rows = ROWS;
   static constexpr int pitch = SEGMENTS * kSegment + 2 * kLeft;
-  static constexpr int row_pitch = DEPTH * pitch + PADDING, vector = VECTOR;
+  static constexpr int row_pitch = DEPTH * pitch + row_padding(SEGMENTS), vector = VECTOR;
   int across, down;
 
   ELSA_BOTH static constexpr int width() { return segments * kSegment; }
@@ -76,21 +84,18 @@ struct FixedTile {
 
 // Calls f with the tile, as a FixedTile where it is one of those of ELSA-Swin at 224 px (on a GPU
 // with 228 KB of shared memory: stages 1, 2 and 3).
-template <int K, int PADDING, class F>
+template <int K, class F>
 void with_tile(const Tile& t, const F& f) {
   if constexpr (K == 7) {
-    using First = FixedTile<32, 8, 8, PADDING, 4>;
-    using Second = FixedTile<32, 4, 8, PADDING, 4>;
-    using Third = FixedTile<32, 2, 4, PADDING, 2>;
+    using First = FixedTile<32, 8, 8, 4>;
+    using Second = FixedTile<32, 4, 8, 4>;
+    using Third = FixedTile<32, 2, 4, 2>;
     if (First::is(t)) return f(First{t.across, t.down});
     if (Second::is(t)) return f(Second{t.across, t.down});
     if (Third::is(t)) return f(Third{t.across, t.down});
   }
   f(t);
 }
-
-constexpr int kProductPadding = 4;   // elements of a row of all channels in shared memory
-constexpr int kGradientPadding = 0;
 
 constexpr int kSumPitch = 2 * 8 * kSegment + 8;  // floats of a channel's sums for a pair of rows
 
@@ -122,8 +127,7 @@ ELSA_BOTH int64_t gradient_bytes(const S& t, int k) {
 // The tile with the least copying and arithmetic of those that fit. Two blocks fit a processor
 // within `budget` bytes each; beyond that a tile has to be much better. No rows: none fits `limit`.
 template <class Bytes>
-Tile choose_tile(const Problem& p, int vector, int row_padding, int64_t budget, int64_t limit,
-                 const Bytes& bytes) {
+Tile choose_tile(const Problem& p, int vector, int64_t budget, int64_t limit, const Bytes& bytes) {
   Tile best{};
   double least = 0;
   const int k = static_cast<int>(p.kernel_size);
@@ -135,7 +139,7 @@ Tile choose_tile(const Problem& p, int vector, int row_padding, int64_t budget, 
       t.strips = 8 / segments;
       t.rows = rows;
       t.pitch = t.width() + 2 * kLeft;
-      t.row_pitch = t.depth * t.pitch + row_padding;
+      t.row_pitch = t.depth * t.pitch + row_padding(segments);
       t.vector = vector;
       t.across = static_cast<int>(divide_up(p.W, t.width()));
       t.down = static_cast<int>(divide_up(p.H, t.height()));
@@ -180,8 +184,6 @@ ELSA_DEVICE Corner corner(const Problem& p, const S& t, int64_t block) {
   return at;
 }
 
-ELSA_DEVICE uint32_t pair_at(const uint16_t* at) { return *reinterpret_cast<const uint32_t*>(at); }
-
 template <class T>
 ELSA_DEVICE uint32_t pack(float first, float second) {
   return T(first).x | static_cast<uint32_t>(T(second).x) << 16;
@@ -193,6 +195,7 @@ template <int K>
 struct BandLane {
   static constexpr bool kBoth = K > 8;
   uint32_t mask[2] = {0, 0};
+  uint32_t pick[2] = {0x3232, 0x3232};  // of words with an element each, masked: for pick_bytes
   int tap[2][2];  // of [half][element], one of 0 .. k - 1 even outside the band
   bool high[2];   // for k < 9: tap[0] and tap[1] are those of the high half
   int first;      // j of element 0 of the low half
@@ -205,7 +208,9 @@ struct BandLane {
         const int j = first + e + 8 * half;
         in[half] = j >= 0 && j < K;
         tap[half][e] = in[half] ? j : 0;
-        if (in[half]) mask[half] |= 0xffffu << (16 * e);
+        if (!in[half]) continue;
+        mask[half] |= 0xffffu << (16 * e);
+        pick[half] ^= (e ? 0x5432u ^ 0x3232u : 0x3210u ^ 0x3232u);
       }
       high[e] = !in[0] && in[1];
       if (!kBoth) tap[0][e] = tap[1][e] = in[0] ? tap[0][e] : tap[1][e];
@@ -287,8 +292,8 @@ ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head,
   copy_values<1>(p, t, head, rows, y, x, width, shared);
 }
 
-// Starts the copy of the weights of rows y + r, y + r + 1 of every strip: (strips, 2, k*k, pitch).
-// For the gradient of v, TURNED, those of the outputs that read these rows, taps in reverse.
+// Starts the copy of the weights of 2 * strips rows from y on: (2 * strips, k*k, pitch). For the
+// gradient of v, TURNED, those of the outputs that read these rows, taps in reverse.
 template <int K, bool TURNED, int N, class S>
 ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head, int y, int x,
                               uint16_t* shared) {
@@ -302,7 +307,7 @@ ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head
     const bool inside = from_x >= 0 && from_x < W;
     uint16_t* to = shared + tap * t.pitch + at;
     for (int row = 0; row < 2 * t.strips; ++row, to += taps * t.pitch) {
-      const int from_y = first_y + row / 2 * t.rows + row % 2;
+      const int from_y = first_y + row;
       const bool valid = inside && static_cast<unsigned>(from_y) < static_cast<unsigned>(H);
       copy_elements<N>(to, head + (valid ? (plane + from_y) * W + from_x : 0), valid);
     }
@@ -342,6 +347,17 @@ ELSA_SLOW void plain_tile(const Problem& p, const S& t, const Corner& at, const 
   }
 }
 
+// Two floats that are stored and loaded at once.
+struct alignas(8) FloatPair {
+  float first, second;
+};
+
+// Where segment `slot` of all segments and strips begins in the pair of rows that begins at 0.
+template <class S>
+ELSA_DEVICE int place_of(const S& t, int slot) {
+  return slot / t.segments * 2 * t.row_pitch + slot % t.segments * kSegment;
+}
+
 // The ghost head's part of a pair of rows of every strip for one channel, into `sums` (2, 8, 8).
 // `values`: v from the pair's first input row and the channel's first column on.
 template <class T, int K, class S>
@@ -349,32 +365,36 @@ ELSA_DEVICE void ghost_product(const S& t, const BandLane<K>& band, const uint16
                                const uint32_t* words, int parts, float* sums) {
   constexpr int turn = kTurn<K>;
   const int lane = thread_index() % 32, slot = lane / 4;
-  const uint16_t* from = values + slot / t.segments * t.rows * t.row_pitch +
-                         slot % t.segments * kSegment + 2 * (lane % 4);
-  uint32_t a[K + 1][2];
+  // Rows of the matrices that this lane names: of two input rows and two columns.
+  const uint16_t* from = values + place_of(t, lane % 8) + lane / 8 % 2 * t.row_pitch +
+                         lane / 16 * kSegment;
+  uint32_t a[(K + 1) / 2][4];
 #pragma unroll
-  for (int i = 0; i < K + 1; ++i, from += t.row_pitch) {
-    a[i][0] = pair_at(from);
-    a[i][1] = pair_at(from + 8);
-  }
-  const int low = band.first & (turn - 1), high = (band.first + 8) & (turn - 1);
+  for (int i = 0; i < (K + 1) / 2; ++i) load_matrices(a[i], from + 2 * i * t.row_pitch);
+  const uint32_t* low = one_pointer(words + (band.first & (turn - 1)));
+  const int high = ((band.first + 8) & (turn - 1)) - (band.first & (turn - 1));
   float sum[2][4] = {};
-#pragma unroll 1
-  for (int part = 0; part < parts; ++part, words += K * turn) {
+  const auto add = [&](int part) {
 #pragma unroll
     for (int dy = 0; dy < K; ++dy) {
-      const uint32_t b0 = read_only(words + low + dy * turn);
-      const uint32_t b1 = BandLane<K>::kBoth ? read_only(words + high + dy * turn) : b0;
-      const uint32_t rows[4] = {a[dy][0], a[dy + 1][0], a[dy][1], a[dy + 1][1]};
-      mma<T>(sum[dy % 2], rows, b0 & band.mask[0], b1 & band.mask[1]);
+      const uint32_t b0 = read_only(low + (part * K + dy) * turn);
+      const uint32_t b1 =
+          BandLane<K>::kBoth ? read_only(low + high + (part * K + dy) * turn) : b0;
+      const int i = dy / 2;
+      if (dy % 2) {
+        const uint32_t rows[4] = {a[i][1], a[i + 1][0], a[i][3], a[i + 1][2]};
+        mma<T>(sum[1], rows, b0 & band.mask[0], b1 & band.mask[1]);
+      } else {
+        mma<T>(sum[0], a[i], b0 & band.mask[0], b1 & band.mask[1]);
+      }
     }
-  }
-  float* to = sums + slot * kSegment + 2 * (lane % 4);
+  };
+  add(0);
+  if (parts == 2) add(1);
+  FloatPair* to = reinterpret_cast<FloatPair*>(sums + slot * kSegment + 2 * (lane % 4));
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    to[row * 64] = sum[0][2 * row] + sum[1][2 * row];
-    to[row * 64 + 1] = sum[0][2 * row + 1] + sum[1][2 * row + 1];
-  }
+  for (int row = 0; row < 2; ++row)
+    to[row * 32] = {sum[0][2 * row] + sum[1][2 * row], sum[0][2 * row + 1] + sum[1][2 * row + 1]};
 }
 
 // The attention's part of a pair of rows for the warp's segment and BLOCKS times 16 channels, added
@@ -384,7 +404,8 @@ template <class T, int K, bool TURNED, int BLOCKS, class S>
 ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const uint16_t* values,
                                    const uint16_t* weights, float (&acc)[BLOCKS][2][4]) {
   const int lane = thread_index() % 32, n = lane / 4, quad = lane % 4;
-  const uint16_t* from = values + n * t.pitch + 2 * quad;
+  // Rows of the matrices that this lane names: of 16 channels and two columns.
+  const uint16_t* from = values + lane % 16 * t.pitch + lane / 16 * kSegment;
   const uint16_t* at[2][2];  // [half][element]
 #pragma unroll
   for (int e = 0; e < 2; ++e) {
@@ -399,23 +420,21 @@ ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const ui
   for (int i = 0; i < K + 1; ++i) {
     uint32_t a[BLOCKS][4];
 #pragma unroll
-    for (int block = 0; block < BLOCKS; ++block) {
-      const uint16_t* row = from + i * t.row_pitch + block * 16 * t.pitch;
-      a[block][0] = pair_at(row);
-      a[block][1] = pair_at(row + 8 * t.pitch);
-      a[block][2] = pair_at(row + 8);
-      a[block][3] = pair_at(row + 8 * t.pitch + 8);
-    }
+    for (int block = 0; block < BLOCKS; ++block)
+      load_matrices(a[block], from + i * t.row_pitch + block * 16 * t.pitch);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const int dy = i - row;
       if (dy < 0 || dy >= K) continue;
       const int offset = (row * K + dy) * K * t.pitch;
-      const uint32_t low = at[0][0][offset] | static_cast<uint32_t>(at[0][1][offset]) << 16;
-      uint32_t high = low;
-      if constexpr (BandLane<K>::kBoth)
-        high = at[1][0][offset] | static_cast<uint32_t>(at[1][1][offset]) << 16;
-      const uint32_t b0 = low & band.mask[0], b1 = high & band.mask[1];
+      const uint32_t low[2] = {at[0][0][offset], at[0][1][offset]};
+      uint32_t high[2] = {low[0], low[1]};
+      if constexpr (BandLane<K>::kBoth) {
+        high[0] = at[1][0][offset];
+        high[1] = at[1][1][offset];
+      }
+      const uint32_t b0 = pick_bytes(low[0], low[1], band.pick[0]);
+      const uint32_t b1 = pick_bytes(high[0], high[1], band.pick[1]);
 #pragma unroll
       for (int block = 0; block < BLOCKS; ++block) mma<T>(acc[block][row], a[block], b0, b1);
     }
@@ -423,41 +442,48 @@ ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const ui
 }
 
 // Both parts of a pair of rows for the warp's segment and the channels c, ..., BLOCKS * 16 of them
-// or as many as the head has. `sums`: the ghost head's part or null; `result`: from the head's
-// channel 0, the pair's first row and this lane's first pixel on, `columns` (`below`) pixels (rows)
+// or as many as the head has. `sums`: the ghost head's part or null; `result`: the head's, where
+// this lane's first pixel of the pair's first row is at `place`, `columns` (`below`) pixels (rows)
 // before the edge of the image. Returns 0, or NaN where a sum is not finite.
 template <class T, int K, bool TURNED, int BLOCKS, class S>
 ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K>& band, int c,
                                   const uint16_t* values, const uint16_t* weights,
-                                  const float* sums, T* result, int columns, int below) {
-  const int lane = thread_index() % 32;
+                                  const float* sums, T* result, int place, int columns, int below) {
+  const int first = c + thread_index() % 32 / 4;  // this lane has every eighth channel
   float acc[BLOCKS][2][4] = {};
   if (sums) {
 #pragma unroll
-    for (int i = 0; i < BLOCKS * 4; ++i) {
-      const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
-      if (channel >= t.depth) continue;
-      const float* from = sums + channel * kSumPitch + row * 64;
-      acc[i / 4][row][i % 2 * 2] = from[0];
-      acc[i / 4][row][i % 2 * 2 + 1] = from[1];
+    for (int i = 0; i < BLOCKS * 2; ++i) {
+      if (first + 8 * i >= t.depth) continue;
+#pragma unroll
+      for (int row = 0; row < 2; ++row) {
+        const FloatPair from = *reinterpret_cast<const FloatPair*>(
+            sums + (first + 8 * i) * kSumPitch + row * 64);
+        acc[i / 2][row][i % 2 * 2] = from.first;
+        acc[i / 2][row][i % 2 * 2 + 1] = from.second;
+      }
     }
   }
   attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
-  const int W = static_cast<int>(p.W), area = static_cast<int>(p.H) * W;  // has_banded: 31 bits
+  // In 32 bits, as has_banded allows, from a pointer that is the block's.
+  const int W = static_cast<int>(p.W), area = static_cast<int>(p.H) * W;
   float spoiled = 0;
 #pragma unroll
-  for (int i = 0; i < BLOCKS * 4; ++i) {
-    const int channel = c + i / 4 * 16 + i % 2 * 8 + lane / 4, row = i / 2 % 2;
-    if (channel >= t.depth || row >= below) continue;
-    T* to = result + (channel * area + row * W);
-    const float* value = acc[i / 4][row] + i % 2 * 2;
-    spoiled += value[0] * 0.0f;
-    spoiled += value[1] * 0.0f;
-    if (t.vector > 1) {
-      if (columns > 0) *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
-    } else {
-      if (columns > 0) to[0] = T(value[0]);
-      if (columns > 1) to[1] = T(value[1]);
+  for (int i = 0; i < BLOCKS * 2; ++i) {
+    if (first + 8 * i >= t.depth) continue;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      const float* value = acc[i / 2][row] + i % 2 * 2;
+      spoiled += value[0] * 0.0f;  // also of rows below the image, whose weights are zeros
+      spoiled += value[1] * 0.0f;
+      T* to = result + (place + (first + 8 * i) * area + row * W);
+      if (t.vector > 1) {
+        if (row < below && columns > 0)
+          *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
+      } else {
+        if (row < below && columns > 0) to[0] = T(value[0]);
+        if (row < below && columns > 1) to[1] = T(value[1]);
+      }
     }
   }
   return spoiled;
@@ -477,52 +503,57 @@ ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
   uint16_t* weights = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
   float* sums = reinterpret_cast<float*>(shared + value_bytes(t, K) + 2 * weight_bytes(t, K));
   const int64_t head = at.b * p.G + at.g;
-  const uint16_t* h_head = reinterpret_cast<const uint16_t*>(h) + head * K * K * area;
+  const uint16_t* h_head = one_pointer(reinterpret_cast<const uint16_t*>(h) + head * K * K * area);
+  T* to = one_pointer(result + head * t.depth * area);
   const int rows = t.height() + K - 1;
   const int words_per_channel = K * parts * kTurn<K>;
   if (words) words += at.g * t.depth * words_per_channel;
 
-  copy_values(p, t, reinterpret_cast<const uint16_t*>(source) + head * t.depth * area, rows,
-              at.y - K / 2, at.x - kLeft, t.pitch, values);
-  const int padding = t.row_pitch - t.depth * t.pitch;
-  for (int i = thread_index(); i < rows * padding; i += kBandThreads)
-    values[(i / padding + 1) * t.row_pitch - padding + i % padding] = 0;
+  copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(source) + head * t.depth * area),
+              rows, at.y - K / 2, at.x - kLeft, t.pitch, values);
   copy_weights<K, TURNED>(p, t, h_head, at.y, at.x, weights);
   wait_copies();
   block_sync();
 
   float spoiled = 0;  // NaN where one of this lane's sums is not finite
   const BandLane<K> band(lane);
-  const int strip = warp / t.segments * t.rows, column = warp % t.segments * kSegment;
-  const int x = at.x + column + 2 * (lane % 4);
-  for (int r = 0; r < t.rows && at.y + r < H; r += 2) {
-    const uint16_t* current = weights + r / 2 % 2 * (weight_bytes(t, K) / 2);
+  const int strip = warp / t.segments * 2, column = warp % t.segments * kSegment;
+  const int x = at.x + column + 2 * (lane % 4), step = 2 * t.strips;
+  for (int r = 0; r < t.height() && at.y + r < H; r += step) {
+    const uint16_t* current = weights + r / step % 2 * (weight_bytes(t, K) / 2);
     if (r > 0) {
       wait_copies();
       block_sync();
     }
     // A copy that no one waits for must not begin: it could end after the block.
-    if (r + 2 < t.rows && at.y + r + 2 < H)
-      copy_weights<K, TURNED>(p, t, h_head, at.y + r + 2, at.x,
-                              weights + (r / 2 + 1) % 2 * (weight_bytes(t, K) / 2));
+    if (r + step < t.height() && at.y + r + step < H)
+      copy_weights<K, TURNED>(p, t, h_head, at.y + r + step, at.x,
+                              weights + (r / step + 1) % 2 * (weight_bytes(t, K) / 2));
     if (words) {
-      for (int c = warp; c < t.depth; c += 8)
-        ghost_product<T, K>(t, band, values + r * t.row_pitch + c * t.pitch,
-                            words + c * words_per_channel, parts, sums + c * kSumPitch);
+      const uint16_t* channel = values + r * t.row_pitch + warp * t.pitch;
+      const uint32_t* channel_words = words + warp * words_per_channel;
+      float* channel_sums = sums + warp * kSumPitch;
+#pragma unroll 2
+      for (int i = 0; i < t.depth / 8; ++i) {  // channels warp, warp + 8, ...
+        ghost_product<T, K>(t, band, channel, channel_words, parts, channel_sums);
+        channel += 8 * t.pitch;
+        channel_words += 8 * words_per_channel;
+        channel_sums += 8 * kSumPitch;
+      }
       block_sync();
     }
     const int y = at.y + strip + r;
     const uint16_t* from = values + (strip + r) * t.row_pitch + column;
-    const uint16_t* by = current + warp / t.segments * 2 * K * K * t.pitch + column;
+    const uint16_t* by = current + strip * K * K * t.pitch + column;
     const float* ghost = words ? sums + warp * kSegment + 2 * (lane % 4) : nullptr;
-    T* to = result + head * t.depth * area + int64_t{y} * W + x;
+    const int place = y * W + x;
     for (int c = 0; c < t.depth; c += 32) {
       if (t.depth - c > 16)
         spoiled +=
-            segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+            segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, place, W - x, H - y);
       else
         spoiled +=
-            segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, W - x, H - y);
+            segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, place, W - x, H - y);
     }
   }
   if (block_any(spoiled != 0)) plain_tile<T, TURNED>(p, t, at, source, h, add, result);
@@ -608,13 +639,12 @@ ELSA_DEVICE void weight_gradient(const S& t, const uint16_t* values, const uint1
 template <class T, int K, class S>
 ELSA_DEVICE void ghost_gradient(const S& t, const uint16_t* values, const uint16_t* upstream,
                                 bool first, float* result) {
-  const int lane = thread_index() % 32, slot = lane % 8;
-  const int64_t place = int64_t{slot / t.segments * t.rows} * t.row_pitch + slot % t.segments * 8;
+  const int lane = thread_index() % 32, place = place_of(t, lane % 8);
   // Rows of the matrices that this lane names: of two columns and two input rows, of two rows.
   const uint16_t* from = values + place + lane / 16 * t.row_pitch + lane / 8 % 2 * 8;
   const uint16_t* up = upstream + place + lane / 8 % 2 * t.row_pitch;
   float acc[K][4] = {};
-  for (int r = 0; r < t.rows; r += 2) {
+  for (int r = 0; r < t.height(); r += 2 * t.strips) {
     uint32_t b[2], a[(K + 1) / 2][4];
     load_transposed(b, up + r * t.row_pitch);
 #pragma unroll
@@ -668,29 +698,30 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, in
   uint16_t* upstream = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
   uint16_t* bands =
       reinterpret_cast<uint16_t*>(shared + value_bytes(t, K) + upstream_bytes(t));
-  const int strip = warp / t.segments, column = warp % t.segments * kSegment;
+  const int strip = warp / t.segments * 2, column = warp % t.segments * kSegment;
   const int64_t tile_index = block % (int64_t{t.across} * t.down);
   if (sums)
     sums += ((at.b * t.across * t.down + tile_index) * p.C + at.g * t.depth) * K * K;
 
   for (int64_t b = at.b; b < p.B; b += step) {
     const int64_t head = b * p.G + at.g;
-    copy_values(p, t, reinterpret_cast<const uint16_t*>(v) + head * t.depth * area,
+    const int64_t first = head * t.depth * area;
+    copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(v) + first),
                 t.height() + K - 1, at.y - K / 2, at.x - kLeft, t.pitch, values);
-    copy_values(p, t, reinterpret_cast<const uint16_t*>(grad) + head * t.depth * area, t.height(),
+    copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(grad) + first), t.height(),
                 at.y, at.x, t.width(), upstream);
-      wait_copies();
+    wait_copies();
     block_sync();
     if (sums)
       for (int c = warp; c < t.depth; c += 8)
         ghost_gradient<T, K>(t, values + c * t.pitch, upstream + c * t.pitch, b == at.b,
                              sums + c * K * K);
     if (grad_h) {
-      uint16_t* to = reinterpret_cast<uint16_t*>(grad_h) + head * K * K * area;
+      uint16_t* to = one_pointer(reinterpret_cast<uint16_t*>(grad_h) + head * K * K * area);
       const int pitch = band_pitch(t);
-      for (int r = 0; r < t.rows && at.y + r < H; r += 2) {
-        const int first = (strip * t.rows + r) * t.row_pitch + column;
-        uint16_t* band = bands + strip * 2 * K * K * pitch + column;
+      for (int r = 0; r < t.height() && at.y + r < H; r += 2 * t.strips) {
+        const int first = (strip + r) * t.row_pitch + column;
+        uint16_t* band = bands + strip * K * K * pitch + column;
         const int spare = t.width() - column;
         switch ((t.depth + 15) / 16) {
           case 1:
@@ -712,7 +743,7 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, in
           if (x >= W) return;
           const uint16_t* from = bands + tap * pitch + i * vector;
           for (int row = 0; row < 2 * t.strips; ++row, from += K * K * pitch) {
-            const int y = at.y + row / 2 * t.rows + r + row % 2;
+            const int y = at.y + r + row;
             if (y >= H) continue;
             uint16_t* target = to + (tap * H + y) * W + x;
             if (vector == 4)

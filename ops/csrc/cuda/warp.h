@@ -25,6 +25,19 @@ __device__ __forceinline__ float shuffle(float value, int lane) {
 }
 __device__ __forceinline__ uint32_t read_only(const uint32_t* at) { return __ldg(at); }
 
+// `at`, in global memory, as a value that the compiler takes as it is: of a sum it would add the parts for each use.
+template <class T>
+__device__ __forceinline__ T* one_pointer(T* at) {
+  asm("" : "+l"(at));
+  __builtin_assume(__isGlobal(at));
+  return at;
+}
+
+// The bytes of `first` (0 to 3) and `second` (4 to 7) that the digits of `which` name, lowest first.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
+  return __byte_perm(first, second, which);
+}
+
 __device__ __forceinline__ unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
@@ -54,6 +67,15 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// Four 8 x 8 matrices of 16-bit elements: lane 8 i + r gives the address of row r of matrix i, and
+// gets of each matrix the elements (n, 2 t) and (n, 2 t + 1), n = lane / 4, t = lane % 4.
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
+  ELSA_ASM("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // Four (two) 8 x 8 matrices of 16-bit elements, transposed: lane 8 i + r gives the address of row r
