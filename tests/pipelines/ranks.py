@@ -19,21 +19,25 @@ def on_ranks(workers: int, function: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # That of the process that forks is as old as it.
+    environment = dict(os.environ) | {"MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
     multiprocessing.start_processes(
-        _on_rank, (workers, port, function, args), nprocs=workers, start_method="forkserver"
+        _on_rank, (workers, environment, function, args), nprocs=workers, start_method="forkserver"
     )
 
 
 def _on_rank(
-    rank: int, workers: int, port: int, function: Callable[..., None], args: tuple[Any, ...]
+    rank: int,
+    workers: int,
+    environment: dict[str, str],
+    function: Callable[..., None],
+    args: tuple[Any, ...],
 ) -> None:
-    os.environ |= {
+    os.environ |= environment | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(workers),
     }
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", rank=rank, world_size=workers)
