@@ -94,7 +94,7 @@ def build_config(job: Job, folder: Path) -> Config:
     hooks = {k: v for k, v in config.get("default_hooks", {}).items() if k != "visualization"}
     config.default_hooks = hooks | {"checkpoint": None}  # ReportHook saves
     config.visualizer.vis_backends = config.vis_backends = []
-    config.env_cfg.mp_cfg.mp_start_method = "spawn"  # a fork of a Ray worker can hang
+    config.env_cfg.mp_cfg.mp_start_method = "forkserver"  # a fork of a Ray worker can hang
     config.env_cfg.cudnn_benchmark = False
     return config
 

@@ -16,6 +16,7 @@ from pipelines.mm.hooks import ReportHook, Stopped
 from pipelines.mm.start import StartHook, find_start
 from pipelines.train.determinism import use_deterministic_kernels
 from pipelines.train.job import Job
+from pipelines.train.loading import begin_loader_processes
 
 if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
@@ -69,6 +70,9 @@ def make_runner(config: Config, work: Path) -> Any:
     """mmengine's Runner below `work`, one of `torch.distributed`'s processes where it runs."""
     config.work_dir = str(work / "runner")
     config.experiment_name = work.name
+    loaders = (config.get(f"{part}_dataloader") for part in ("train", "val", "test"))
+    if any(loader.num_workers for loader in loaders if loader):
+        begin_loader_processes(__name__, f"{config.default_scope}.datasets")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         config.launcher = "pytorch"
     return ShareRunner.from_cfg(config)

@@ -4,6 +4,7 @@ import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,16 @@ def split_holdout(count: int, share: float, seed: int) -> tuple[list[int], list[
     return sorted(order[held:]), sorted(order[:held])
 
 
+def begin_loader_processes(*modules: str) -> None:
+    """Start the process that loader processes are forked from, by method `forkserver`.
+
+    It imports the modules meanwhile, once for all of them. A fork of this process could hang: Ray
+    and autograd have threads in it.
+    """
+    multiprocessing.set_forkserver_preload(list(modules))
+    forkserver.ensure_running()
+
+
 def make_loader(
     p: Loader,
     part: Part,
@@ -171,8 +182,7 @@ def make_loader(
     """
     prefetch = device.type == "cuda"
     if p.data_workers:
-        # A fork of a process with threads, such as Ray's or autograd's, can hang.
-        multiprocessing.set_forkserver_preload([__name__])
+        begin_loader_processes(__name__)
         kwargs |= {
             "multiprocessing_context": "forkserver",
             "prefetch_factor": p.prefetch_factor,
