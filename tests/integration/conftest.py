@@ -21,15 +21,6 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium to look at the page with")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share the files out; those that build on one workspace go to one process."""
-    for item in items:
-        if isinstance(item, pytest.Function) and item.path.is_relative_to(Path(__file__).parent):
-            group = "workspace" if "workspace" in item.fixturenames else item.path.stem
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 class Workspace:
     """Runs commands as a user would, in a clone with its own runs, tracking and cache."""
 
