@@ -13,6 +13,7 @@ def check(params: Params) -> Plan | None:
 
 
 def run(stage: StageRun, plan: Plan | None) -> None:
+    from pipelines.run.budget import counted
     from pipelines.run.session import at_once, storage_path
     from pipelines.sweeps.findings import write_findings
     from pipelines.sweeps.queue import Trials
@@ -34,20 +35,19 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     concurrent = at_once("sweep", plan.largest, {dataset.name: dataset.place})
     trials = Trials(stage, plan, concurrent)
     asha = trials.asha
+    tuning = Tuning(
+        task=plan.task.name,
+        job=plan.job,
+        name=stage.run_name,
+        storage=storage_path(stage.params),
+        local=stage.session.local,
+        concurrent=concurrent,
+        metric=trials.score,
+        asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
+    )
     try:
-        run_trials(
-            trials,
-            Tuning(
-                task=plan.task.name,
-                job=plan.job,
-                name=stage.run_name,
-                storage=storage_path(stage.params),
-                local=stage.session.local,
-                concurrent=concurrent,
-                metric=trials.score,
-                asha=(asha.grace_epochs, asha.reduction_factor, plan.base.epochs) if asha else None,
-            ),
-        )
+        with counted(stage.state, stage.folder):
+            run_trials(trials, tuning)
     finally:
         trials.close()
     stage.unfinished = bool(trials.spent)

@@ -59,6 +59,30 @@ def limit_of(budget: Budget, workers: int) -> Limit:
 
 
 @contextmanager
+def counted(state: RunState, folder: Path) -> Iterator[None]:
+    """Add the time that the block takes to `state.seconds`, and save that to `folder` meanwhile."""
+    began, before = time.monotonic(), state.seconds
+    done = threading.Event()
+
+    def note() -> None:
+        state.seconds = before + time.monotonic() - began
+        state.save(folder)
+
+    def count() -> None:
+        while not done.wait(TICK_S):
+            note()
+
+    counting = threading.Thread(target=count, daemon=True)
+    counting.start()
+    try:
+        yield
+    finally:
+        done.set()
+        counting.join()
+        note()
+
+
+@contextmanager
 def within_budget(params: Params, state: RunState, folder: Path) -> Iterator[float]:
     """Count the time of a training, which stops after a checkpoint before its budget is spent.
 
@@ -80,26 +104,10 @@ def within_budget(params: Params, state: RunState, folder: Path) -> Iterator[flo
     )
     if limit.left_s(state.seconds) <= 0:
         raise spent
-    began, before = time.monotonic(), state.seconds
-    done = threading.Event()
-
-    def note() -> None:
-        state.seconds = before + time.monotonic() - began
-        state.save(folder)
-
-    def count() -> None:
-        while not done.wait(TICK_S):
-            note()
-
-    counting = threading.Thread(target=count, daemon=True)
-    counting.start()
     try:
-        yield limit.left_s(before)
+        with counted(state, folder):
+            yield limit.left_s(state.seconds)
     except KeyboardInterrupt:
-        if limit.left_s(before + time.monotonic() - began) <= 0:
+        if limit.left_s(state.seconds) <= 0:
             raise spent from None
         raise
-    finally:
-        done.set()
-        counting.join()
-        note()

@@ -70,8 +70,7 @@ class Trials:
         self.total = len(trials) + (search.trials if search and self.study else 0)
         self.retry = stage.state.attempt > 1
         self._spent_trials = self._spent_epochs = 0
-        self._began = time.monotonic()
-        self._before_s, self._longest_s = stage.state.seconds, MARGIN_S
+        self._longest_s = MARGIN_S
         workers = plan.base.params.scaling.num_workers * concurrent
         self._limit = limit_of(stage.params.budget, workers)
         self.spent = ""
@@ -160,13 +159,10 @@ class Trials:
 
     def _spent(self) -> str:
         """Why another trial, as long as the longest so far, would pass the budget; empty if not."""
-        if not self.spent and self._seconds() + self._longest_s > self._limit.seconds:
+        spent_s = self.stage.state.seconds  # of all starts of this sweep
+        if not self.spent and spent_s + self._longest_s > self._limit.seconds:
             self.spent = f"{self._limit.about} has no room for another trial"
         return self.spent
-
-    def _seconds(self) -> float:
-        """Of all starts of this sweep."""
-        return self._before_s + time.monotonic() - self._began
 
     def _start(self, outcome: Outcome) -> "TrialJob | None":
         """Hold a trial and open its MLflow run; None if it need not run, and is ended."""
@@ -226,7 +222,7 @@ class Trials:
             resolved,
             outcome.run_name,
             tracker.run_id,
-            stop_after_s=self._limit.left_s(self._seconds()),
+            stop_after_s=self._limit.left_s(self.stage.state.seconds),
         )
 
     def _earlier(self, outcome: Outcome, before: RunRecord, own: bool) -> str:
@@ -299,8 +295,6 @@ class Trials:
     def _end(self, outcome: Outcome, state: str, reason: str) -> None:
         outcome.state, outcome.reason = state, reason
         outcome.locks.close()
-        self.stage.state.seconds = self._seconds()
-        self.stage.state.save(self.stage.folder)
         if self.study and state != "not run":
             scores = self.scores(outcome.run_id) if outcome.run_id else []
             best = max((value for _, value in scores), default=None)

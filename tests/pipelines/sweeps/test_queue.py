@@ -113,39 +113,36 @@ def test_a_killed_sweep_decides_as_if_it_had_not_been(plan: Plan) -> None:
 def test_no_trial_begins_that_would_pass_the_budget_and_a_larger_one_goes_on(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
+    clock = SimpleNamespace(monotonic=lambda: state.seconds)
     monkeypatch.setattr(queue, "time", clock)
     # Two trials of two workers at once cost 4 a minute, so this is five minutes of them.
     small, state = {"money": 20.0, "price": 60.0}, RunState()
     trials, sweep = begin(plan, state=state, **small)
     ran = 0
     while job := trials.next():
-        clock.now += 50  # each trial
+        state.seconds += 50  # each trial
         seed = job.params["pretrain"]["seed"]
         trials.finished(job.key, Result({"top1": score("elsa", seed)}, []))
         ran += 1
     assert ran == 6  # 300 s: a seventh would pass it
-    kept = RunState.load(queue.RUNS / "sweep")  # of another start
-    assert kept.seconds == 300
-    again, _ = begin(plan, sweep, kept, **small)
+    again, _ = begin(plan, sweep, state, **small)
     assert run(again) == []
     assert again.spent == "budget.money=20.0 has no room for another trial"
-    more, _ = begin(plan, sweep, kept, money=24.0, price=60.0)
+    more, _ = begin(plan, sweep, state, money=24.0, price=60.0)
     assert more.next()
 
 
 def test_a_trial_stops_with_the_budget_and_a_larger_one_resumes_it(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
+    plan: Plan,
 ) -> None:
-    clock = SimpleNamespace(monotonic=lambda: clock.now, now=1000.0)
-    monkeypatch.setattr(queue, "time", clock)
+    state = RunState()
     with pytest.raises(PipelineError, match=r"budget\.hours=0\.01 is 36 s of 4 workers: less than"):
         begin(plan, hours=0.01)
-    trials, sweep = begin(plan, hours=0.1)
+    trials, sweep = begin(plan, state=state, hours=0.1)
     job = trials.next()
     assert job
     assert job.stop_after_s == 360 - MARGIN_S
-    clock.now += 335
+    state.seconds += 335
     trials.interrupted(job.key)
     assert trials.next() is None
     outcome = trials.outcomes[job.key]
@@ -153,8 +150,7 @@ def test_a_trial_stops_with_the_budget_and_a_larger_one_resumes_it(
         "not run",
         "budget.hours=0.1 is spent; a larger one resumes",
     )
-    kept = RunState.load(queue.RUNS / "sweep")
-    more, _ = begin(plan, sweep, kept, hours=0.2)
+    more, _ = begin(plan, sweep, state, hours=0.2)
     again = more.next()
     assert again
     assert (again.run_name, again.mlflow_run_id) == (job.run_name, job.mlflow_run_id)
