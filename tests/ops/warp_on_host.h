@@ -194,7 +194,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 }
 
 // What loads of matrices have taken since the last reset: the rows of a matrix are read at once
-// where they lie in different sixteenths of the 32 banks of shared memory.
+// where they lie in different eighths of the 32 banks of shared memory.
 struct MatrixLoads {
   int64_t matrices = 0, turns = 0;
   static MatrixLoads& get() {

@@ -19,7 +19,7 @@ def on_ranks(workers: int, function: Callable[..., None], *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # That of the process that forks is as old as it.
+    # The process that forks may have been started before a test changed the environment.
     environment = dict(os.environ) | {"MASTER_PORT": str(port), "WORLD_SIZE": str(workers)}
     multiprocessing.start_processes(
         _on_rank, (workers, environment, function, args), nprocs=workers, start_method="forkserver"

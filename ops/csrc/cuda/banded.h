@@ -474,7 +474,7 @@ ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       const float* value = acc[i / 2][row] + i % 2 * 2;
-      spoiled += value[0] * 0.0f;  // also of rows below the image, whose weights are zeros
+      spoiled += value[0] * 0.0f;  // also beyond the image: at worst kernels.h does the tile
       spoiled += value[1] * 0.0f;
       T* to = result + (place + (first + 8 * i) * area + row * W);
       if (t.vector > 1) {
