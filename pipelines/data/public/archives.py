@@ -153,11 +153,18 @@ def val_classes(val: Path, labels: Path) -> dict[str, str]:
     with _readable(val), tarfile.open(val) as archive:
         names = sorted(m.name for m in archive if m.isreg())
     plain = labels.name == VAL_LABELS
-    classes = labels.read_text().split() if plain else _devkit_classes(labels)
+    classes = _text(labels).split() if plain else _devkit_classes(labels)
     if len(classes) != len(names):
         raise DataError(f"{labels} has {len(classes)} labels for the {len(names)} images of {val}")
     pairs = zip(names, classes, strict=True)
     return {name: str(_safe(labels, f"{c}/{Path(name).name}")) for name, c in pairs}
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is no text ({error})") from None
 
 
 def _devkit_classes(devkit: Path) -> list[str]:
@@ -167,13 +174,14 @@ def _devkit_classes(devkit: Path) -> list[str]:
         files = {}
         for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
             member = archive.extractfile(f"ILSVRC2012_devkit_t12/data/{name}")
-            assert member is not None
+            if member is None:
+                raise DataError(f"{devkit}: {name} is no file; fetch it again")
             files[name] = member.read()
     try:
         synsets = scipy.io.loadmat(io.BytesIO(files["meta.mat"]), squeeze_me=True)["synsets"]
         by_id = {int(s["ILSVRC2012_ID"]): str(s["WNID"]) for s in synsets}
         return [by_id[int(i)] for i in files["ILSVRC2012_validation_ground_truth.txt"].split()]
-    except (KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # scipy raises a dozen kinds at damaged bytes, and documents none
         raise DataError(f"{devkit}: its meta.mat and labels do not fit ({error!r})") from None
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Params, compose, load_params, read_yaml
 from tests.mutations import VALUES, mutated, mutated_json
 
-from .test_archives import pack_archives
+from .test_archives import add, pack_archives
 
 Run = Callable[[], object]
 
@@ -205,3 +206,25 @@ def test_archives(kind: str, copy_public, tmp_path: Path, monkeypatch: Any) -> N
     before = {file.name for file in tmp_path.iterdir()}
     for file in sorted(folder.iterdir()):
         damage(file, run, 60, structure=False)
+
+
+def test_what_is_inside_imagenets_devkit(copy_public, tmp_path: Path) -> None:
+    """Damage that the devkit's own compression does not notice; and a list of labels."""
+    pack_archives(copy_public("imagenet"), "imagenet", tmp_path / "archives")
+    val, devkit = (tmp_path / "archives" / name for name in (archives.VAL_TAR, archives.DEVKIT))
+    with tarfile.open(devkit) as archive:
+        whole = {m.name: archive.extractfile(m).read() for m in archive if m.isreg()}  # type: ignore[union-attr]
+    labels = tmp_path / archives.VAL_LABELS
+    rng, told = random.Random(0), 0
+    for changed in [name for name in whole for _ in range(60)]:
+        content = whole | {changed: mutated(whole[changed], rng)}
+        with tarfile.open(devkit, "w") as archive:
+            for name, data in content.items():
+                add(archive, name, data)
+        labels.write_bytes(mutated(b"n01440764\n" * 20, rng))
+        for given in (devkit, labels):
+            try:
+                archives.val_classes(val, given)
+            except PipelineError as error:
+                told += str(given) in str(error)
+    assert told > 120
