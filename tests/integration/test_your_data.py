@@ -15,6 +15,8 @@ from skimage import data
 
 from .conftest import Workspace
 
+pytestmark = pytest.mark.xdist_group("workspace")
+
 SIDE = 96
 
 
@@ -87,7 +89,8 @@ def test_photographs_in_three_formats_end_in_a_report(workspace: Workspace, tmp_
         assert code == 0, output
         assert f"Next: elsa finetune --{next(k for k, v in places.items() if v == kind)}" in output
     given = [word for k, v in places.items() for word in (f"--{k}", str(tmp_path / f"{v}-data"))]
-    short = ("pretrain.epochs=2", "pretrain.warmup_epochs=0", "detect.epochs=1", "segment.epochs=1")
+    short = ["pretrain.epochs=2", "pretrain.warmup_epochs=0", "detect.epochs=1", "segment.epochs=1"]
+    short.append("scaling.num_workers=1")
     changes = [word for change in short for word in ("-S", change)]
     code, output = workspace.run("python", "-m", "pipelines", "finetune", *given, *changes)
     assert code == 0, output
