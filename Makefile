@@ -40,11 +40,10 @@ smoke: setup
 	  && python -m pipelines compose recipe=smoke && dvc repro report && python -m pipelines results
 	@echo "All of it is in .smoke: .smoke/reports/index.html"
 
-# Two at a time. What runs whole pipelines starts processes of its own, with as many threads as they
-# take, and waits for them: a group of tests shares a workspace.
+# Two at a time, with a thread each, but what runs whole pipelines, which use all cores themselves.
 test: setup
 	OMP_NUM_THREADS=1 $(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
-	$(UV) run pytest -n 2 --dist loadgroup tests/integration
+	$(UV) run pytest tests/integration
 
 test-cluster: setup
 	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/cluster tests/integration/test_cluster.py tests/integration/test_sweep.py

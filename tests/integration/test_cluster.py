@@ -15,8 +15,6 @@ import pytest
 from .conftest import ROOT
 from .ray_cluster import PASSWORD, RayCluster
 
-pytestmark = pytest.mark.xdist_group("cluster")
-
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:

@@ -22,8 +22,6 @@ from pipelines.run.fit import RunSpec
 from pipelines.run.fit import fit as run_fit
 from pipelines.run.session import ray_session, storage_path, worker_environment
 
-pytestmark = pytest.mark.xdist_group("launch")
-
 
 class Numbers(Dataset):
     """Its second number kills the process that loads it, as one that has too little memory is."""
@@ -168,7 +166,7 @@ def test_a_run_resumes_after_a_loader_process_was_killed(fit, tmp_path: Path, ca
 
 
 def test_a_run_that_hangs_tells_where_each_worker_stands_and_resumes(fit, tmp_path, capsys) -> None:
-    fit("hang", num_workers=2, hang_s=8)
+    fit("hang", num_workers=2, hang_s=4)
     assert (tmp_path / "hang/starts").read_text() == "started\n" * 4
     told = capsys.readouterr().err
     stuck, waiting = (

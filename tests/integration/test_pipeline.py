@@ -33,8 +33,6 @@ from pipelines.run.checkpoints import fault
 from . import models
 from .conftest import Workspace, needs_chromium, rendered
 
-pytestmark = pytest.mark.xdist_group("workspace")
-
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "export", "report")
 
 

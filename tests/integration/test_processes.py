@@ -6,8 +6,6 @@ import pytest
 
 from .conftest import Workspace
 
-pytestmark = pytest.mark.xdist_group("workspace")
-
 RAY, MLFLOW = {"ray", "pyarrow"}, {"mlflow", "pandas", "scipy"}
 TRAIN = RAY | {"ray.train", "ray.data", "pandas", "torch"}
 DENSE = {"mmengine", "timm", "torchvision"}

@@ -14,8 +14,6 @@ from pipelines.data.demo.draw import prepare
 
 from .conftest import Workspace, copy_checkout
 
-pytestmark = pytest.mark.xdist_group("quote")
-
 RECIPE = ("recipe=smoke", "tasks=[classify]", "pretrain.epochs=30")
 ELSA = (sys.executable, "-m", "pipelines.cli")
 

@@ -27,8 +27,6 @@ from pipelines.train.models import build_model
 
 from .conftest import Workspace, copy_checkout, free_port, needs_chromium, rendered
 
-pytestmark = pytest.mark.xdist_group("sweep")
-
 SPACE = """about: a test
 fixed:
   scaling.num_workers: 1

@@ -15,8 +15,6 @@ from skimage import data
 
 from .conftest import Workspace
 
-pytestmark = pytest.mark.xdist_group("workspace")
-
 SIDE = 96
 
 
