@@ -37,6 +37,7 @@ class ByWorkspace(LoadFileScheduling):
         return "workspace" if file in SHARE_A_WORKSPACE else file
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWorkspace:
     """Of `pytest -n`: which process runs which tests."""
     return ByWorkspace(config, log)
