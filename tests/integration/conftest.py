@@ -9,38 +9,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 from ruamel.yaml import YAML
-from xdist.scheduler import LoadFileScheduling
 
 from pipelines.params import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="no Chromium to look at the page with")
-
-
-SHARE_A_WORKSPACE = {f"test_{name}.py" for name in ("pipeline", "processes", "your_data")}
-
-
-class ByWorkspace(LoadFileScheduling):
-    """One file after another in a process, and the files that share a workspace in the same.
-
-    xdist's own groups (`--dist loadgroup`) are not kept together by xdist 3.8 with pytest 9.2.
-    """
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = Path(nodeid.split("::")[0]).name
-        return "workspace" if file in SHARE_A_WORKSPACE else file
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByWorkspace:
-    """Of `pytest -n`: which process runs which tests."""
-    return ByWorkspace(config, log)
 
 
 class Workspace:

@@ -166,7 +166,7 @@ def test_a_run_resumes_after_a_loader_process_was_killed(fit, tmp_path: Path, ca
 
 
 def test_a_run_that_hangs_tells_where_each_worker_stands_and_resumes(fit, tmp_path, capsys) -> None:
-    fit("hang", num_workers=2, hang_s=8)
+    fit("hang", num_workers=2, hang_s=4)
     assert (tmp_path / "hang/starts").read_text() == "started\n" * 4
     told = capsys.readouterr().err
     stuck, waiting = (
