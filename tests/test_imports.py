@@ -119,8 +119,6 @@ def test_elsa_loads_without_mmengine() -> None:
 
 def test_only_tracking_imports_mlflow_and_only_fit_wires_trainers() -> None:
     for module, path in modules("pipelines").items():
-        if module == "pipelines.benchmarks.smallest_run":  # the yardstick: the libraries alone
-            continue
         heads = {name.split(".")[0] for name in imported(path)}
         assert "mlflow" not in heads or module.startswith("pipelines.run.tracking"), module
         wires = "TorchTrainer" in path.read_text()

@@ -6,8 +6,8 @@
 Each stage is run anew as DVC starts it, in this checkout: its outputs and MLflow run are those of a
 `--force`. The program notes events (`ELSA_TRACE`), and all of its processes are looked at ten times
 a second. Printed are the events; for each process when it began and its processor seconds before
-the first step; how soon the smallest script of Ray Train with the same libraries makes a step; and
-what large packages take to import, each in a process of its own. `startup.png` is the timeline.
+the first step; how soon a run without data, checks and model makes a step, as the limit; and what
+large packages take to import, each in a process of its own. `startup.png` is the timeline.
 """
 
 import os
@@ -206,8 +206,8 @@ def main() -> None:
         lines.append(line)
         ended = line.at(LAST_STEP, last=True)
         print(
-            f"\n## {stage}: {line.at(FIRST_STEP):.1f} s to the first step ({least:.1f} s for the"
-            f" smallest script of Ray Train with the same libraries), {line.seconds - ended:.1f} s"
+            f"\n## {stage}: {line.at(FIRST_STEP):.1f} s to the first step ({least:.1f} s without"
+            f" data, checks and model), {line.seconds - ended:.1f} s"
             f" from the loop's end to the process's, of {line.seconds:.1f} s\n"
         )
         print(f"{table_of_events(line)}\n\n{table_of_processes(line)}")
