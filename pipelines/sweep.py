@@ -5,11 +5,19 @@ import os
 from pipelines.params import Params
 from pipelines.run.stage import Stage, StageRun, run_stage
 from pipelines.sweeps.plan import Plan, make_plan
-from pipelines.sweeps.space import NONE
+from pipelines.sweeps.space import NONE, load_space
+from pipelines.tasks import task_of_stage
 
 
 def check(params: Params) -> Plan | None:
     return None if params.sweep.space == NONE else make_plan(params)
+
+
+def preload(params: Params) -> tuple[str, ...]:
+    if params.sweep.space == NONE:
+        return ()
+    stage = load_space(params.sweep.space).stage
+    return task_of_stage(stage).loop.preload(params.scaling)
 
 
 def run(stage: StageRun, plan: Plan | None) -> None:
@@ -54,7 +62,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     write_findings(stage, plan, trials, folder)
 
 
-STAGE = Stage("sweep", __doc__ or "", run, check, trials=True)
+STAGE = Stage("sweep", __doc__ or "", run, check, preload=preload, trials=True)
 
 if __name__ == "__main__":
     os.environ.setdefault("MPLBACKEND", "Agg")

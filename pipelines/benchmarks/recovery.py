@@ -162,10 +162,10 @@ def main() -> None:
         try:
             recipe = params_of(arguments.set, {})
             params = params_of(arguments.set, often)
-            with ray_session():
-                minutes = recipe.storage.checkpoint_minutes
-                for stage in STAGES:
-                    print(f"{stage}: {arguments.kills} kills", flush=True)
+            minutes = recipe.storage.checkpoint_minutes
+            for stage in STAGES:
+                print(f"{stage}: {arguments.kills} kills", flush=True)
+                with ray_session(preload=task_of_stage(stage).loop.preload(params.scaling)):
                     rows.append(measure(stage, params, arguments.kills, minutes, scratch))
         except PipelineError as error:
             sys.exit(f"error: {error}")

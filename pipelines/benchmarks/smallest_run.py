@@ -43,7 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
         params = compose(["recipe=smoke", f"storage.path={folder}/storage"])
-        with ray_session() as session:
+        with ray_session(preload=("torch", *LIBRARIES[stage])) as session:
             spec = RunSpec(
                 stage=stage,
                 name=f"{stage}-smallest",

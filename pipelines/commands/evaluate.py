@@ -340,6 +340,7 @@ def evaluate(options: Options) -> None:
     else:
         from pipelines.run.session import ray_session
 
-        with ray_session() as session:
+        loop, scaling = evaluation.task.loop, evaluation.what.params.scaling
+        with ray_session(preload=loop.preload(scaling)) as session:
             metrics = record(evaluation, out, partial(predict_on_ray, evaluation, session))
     show(evaluation, metrics, out)

@@ -21,7 +21,7 @@ def quote(task: Task, params: Params, job: Job, seconds: float) -> Quote:
     Raises:
         PipelineError: it is too short to tell, or fails.
     """
-    seen = probe(task.loop, job, seconds)
+    seen = probe(task.loop, job, seconds, task.loop.preload(job.params.scaling))
     each, whole = task.evaluated_images(params, job.dataset)
     made = datetime.now(UTC).isoformat(timespec="seconds")
     found = expect(seen, each, whole, made)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config import config as config_module
 from mmengine.config import utils as config_utils
 
 from pipelines.data.layout import LAYOUTS
@@ -23,6 +24,17 @@ CONFIGS = Path(__file__).parent / "configs"
 # mmengine looks for the distribution `mmsegmentation`, which other distributions provide too;
 # by its module mmseg is found whoever provides it.
 config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
+_by_metafiles = config_utils._get_external_cfg_path
+
+
+def _by_place(package_path: str, name: str) -> str:
+    """The file of a `_base_` in mmdet or mmseg. mmengine would read all their metafiles for each,
+    which takes seconds."""
+    file = Path(package_path, ".mim/configs", name)
+    return str(file) if file.is_file() else _by_metafiles(package_path, name)
+
+
+config_module._get_external_cfg_path = _by_place
 
 
 BASE = {"detect": "mask-rcnn", "segment": "upernet"}
@@ -113,7 +125,7 @@ def _start(job: Job) -> Config:
             f" there is no config {name} in {folder}",
             f"Choose a group with `elsa compose {job.stage}=...`",
         )
-    config = Config.fromfile(file)
+    config = Config.fromfile(file, format_python_code=False)  # it takes longer than a step
     if own:
         graft(config, read(section.config, job.stage))
         set_equal_weights(config.model, section.num_classes)

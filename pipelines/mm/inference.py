@@ -61,7 +61,7 @@ def inference_config(config: Config) -> Config:
     evaluators = [one for one in config.test_evaluator if one["type"] in EVALUATORS]
     kept["test_evaluator"] = [_evaluator(one, dataset) for one in evaluators]
     kept["work_dir"] = "work_dirs"
-    return Config(kept)
+    return Config(kept, format_python_code=False)
 
 
 def _evaluator(config: Any, dataset: str) -> dict[str, Any]:

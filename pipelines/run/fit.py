@@ -1,6 +1,7 @@
 """One Ray Train run: the only place that makes a `TorchTrainer`."""
 
 import math
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,6 +172,8 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
         display = config["reporting"].display
         if ray.get(display.failure.remote()):
             return  # Ray tries a failed worker again; this failure would only be repeated
+        if threads := os.environ.get("OMP_NUM_THREADS"):  # which Ray sets after a fork
+            torch.set_num_threads(int(threads))
         # Denormal numbers, of which training makes many, cost a third of the speed of a CPU.
         torch.set_flush_denormal(True)
         told = reporter.RayReporter(config["reporting"])

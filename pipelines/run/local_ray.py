@@ -13,6 +13,8 @@ import ray
 from ray._private import utils
 from ray._private.node import Node
 
+from pipelines.run import forked_worker
+
 ENVIRONMENT = {
     # Its process takes seconds of a small machine's start, and no cloud preempts this one.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
@@ -26,6 +28,9 @@ ENVIRONMENT = {
 """Variables, without a promise of Ray, that a Ray of this driver's own reads."""
 LOOPBACK = {"_node_ip_address": "127.0.0.1"}
 """Argument of `ray.init` that keeps a local Ray off the network."""
+NO_PRESTART = {"_system_config": {"prestart_worker_first_driver": False}}
+"""Argument of `ray.init` that does not have it wait for as many workers as there are processors:
+the fork server makes one sooner than it has imported all."""
 
 
 def prepare_environment() -> None:
@@ -35,13 +40,17 @@ def prepare_environment() -> None:
 
 
 @contextmanager
-def few_processes(dashboard: bool) -> Iterator[None]:
+def few_processes(dashboard: bool, forks: bool) -> Iterator[None]:
     """What `ray.init` starts within it has no autoscaler and log monitor, or no dashboard either.
 
     Without one the node's agent has only what Ray itself asks it for. Each of them takes a second
     or more of a small machine, most before `ray.init` returns, which has no argument for it.
     Replaces `Node.start_monitor`, `start_log_monitor` and `start_api_server`, and
     `utils.get_dashboard_dependency_error`, by which Ray knows an installation without a dashboard.
+
+    Args:
+        forks: its workers come from the fork server. Replaces `Node.start_raylet`, to change the
+            `setup_worker_path` of `Node._ray_params`, by which Ray starts workers.
     """
     nothing: Any = lambda self, **arguments: None  # noqa: E731
     missing: Any = lambda: ImportError("a local Ray has no dashboard")  # noqa: E731
@@ -52,6 +61,8 @@ def few_processes(dashboard: bool) -> Iterator[None]:
     if not dashboard:
         replaced.append((Node, "start_api_server", nothing))
         replaced.append((utils, "get_dashboard_dependency_error", missing))
+    if forks:
+        replaced.append((Node, "start_raylet", _start_raylet))
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     try:
         for owner, name, value in replaced:
@@ -60,6 +71,14 @@ def few_processes(dashboard: bool) -> Iterator[None]:
     finally:
         for owner, name, value in before:
             setattr(owner, name, value)
+
+
+_START_RAYLET = Node.start_raylet
+
+
+def _start_raylet(node: Any, *args: Any, **kwargs: Any) -> None:
+    node._ray_params.setup_worker_path = forked_worker.__file__
+    _START_RAYLET(node, *args, **kwargs)
 
 
 def raylet_errors(lines: int = 20) -> str:

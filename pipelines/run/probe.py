@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,11 @@ class ProbeLoop:
         self.loop(job, device, Probing(reporter, self.seconds))
 
 
-def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
+def probe(loop: "Loop", job: "Job", seconds: float, preload: Sequence[str]) -> Timeline:
     """Train for so many seconds from the first step on, as the stage does.
+
+    Args:
+        preload: as for `ray_session`.
 
     Raises:
         PipelineError: the training fails, or the cluster has no room for it.
@@ -88,7 +91,7 @@ def probe(loop: "Loop", job: "Job", seconds: float) -> Timeline:
     began = time.monotonic()
     from pipelines.run.session import ray_session, storage_path
 
-    with ray_session() as session:
+    with ray_session(preload=preload) as session:
         from pipelines.run import checkpoints, tracking
         from pipelines.run.fit import RunSpec, fit
 

@@ -1,6 +1,7 @@
 """Ray as a stage uses it: a local instance, or the cluster of `RAY_ADDRESS`."""
 
 import importlib
+import logging
 import os
 import platform
 import socket
@@ -20,6 +21,10 @@ from pipelines.params import Params
 from pipelines.paths import ROOT, SHARED
 from pipelines.run import local_ray, preflight
 from pipelines.run.display import track
+from pipelines.run.fork_server import forking
+
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
+"""Of all processes of Ray."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,10 @@ def worker_environment() -> dict[str, str]:
 
 @contextmanager
 def ray_session(
-    trains: bool = True, trials: bool = False, check: "Future[Any] | None" = None
+    trains: bool = True,
+    trials: bool = False,
+    check: "Future[Any] | None" = None,
+    preload: Sequence[str] = (),
 ) -> Iterator[Session]:
     """Connect to `RAY_ADDRESS`, else start a Ray of our own that listens on loopback only.
 
@@ -58,47 +66,56 @@ def ray_session(
         trains: `fit` is to run in it.
         trials: `fit` is to run trials of a sweep in it.
         check: runs in another thread, and may import what the driver needs, too.
+        preload: modules that the workers of a Ray of our own have imported when they start.
 
     Raises:
         PipelineError: too little memory for a local Ray, one that does not start, or no cluster at
             the address.
     """
     address = os.environ.get("RAY_ADDRESS")
-    environment = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address:
-        common |= {"address": address, "runtime_env": {"env_vars": environment}}
-    else:
-        preflight.check_memory()
-        # Inherited by all of its processes. As their runtime environment each would start twice.
-        os.environ |= environment | worker_environment()
-        os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-        local_ray.prepare_environment()
-        common |= {
-            "address": "local",
-            # Ray Train asks it whether the controller of a trial still lives.
-            "include_dashboard": trials,
-            "dashboard_host": "127.0.0.1",
-            "object_store_memory": preflight.OBJECT_STORE,
-            **local_ray.LOOPBACK,
-        }
+    forks = bool(preload) and not address
+    arguments = _to_cluster(address) if address else _to_own(trials, forks)
     importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
-    importing.start()
-    try:
-        if address:
-            _reach(address)
-        with nullcontext() if address else local_ray.few_processes(dashboard=trials):
-            ray.init(**common)
-    except Exception as error:  # Ray has no class for processes that are too slow to start
-        ray.shutdown()
-        raise _unusable(address, error) from error
-    try:
-        importing.join()
-        yield Session(local=not address)
-    finally:
-        workers = [] if address else _workers()
-        ray.shutdown()
-        _end(workers)
+    with forking(preload) if forks else nullcontext():
+        importing.start()
+        try:
+            if address:
+                _reach(address)
+            with nullcontext() if address else local_ray.few_processes(trials, forks):
+                ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
+        except Exception as error:  # Ray has no class for processes that are too slow to start
+            ray.shutdown()
+            raise _unusable(address, error) from error
+        try:
+            importing.join()
+            yield Session(local=not address)
+        finally:
+            workers = [] if address else _workers()
+            ray.shutdown()
+            _end(workers)
+
+
+def _to_cluster(address: str) -> dict[str, Any]:
+    """Arguments of `ray.init`."""
+    return {"address": address, "runtime_env": {"env_vars": ENVIRONMENT}}
+
+
+def _to_own(trials: bool, forks: bool) -> dict[str, Any]:
+    """Arguments of `ray.init`, and the environment, which all of its processes inherit: as their
+    runtime environment each would start twice."""
+    preflight.check_memory()
+    os.environ |= ENVIRONMENT | worker_environment()
+    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+    local_ray.prepare_environment()
+    return {
+        "address": "local",
+        # Ray Train asks it whether the controller of a trial still lives.
+        "include_dashboard": trials,
+        "dashboard_host": "127.0.0.1",
+        "object_store_memory": preflight.OBJECT_STORE,
+        **local_ray.LOOPBACK,
+        **(local_ray.NO_PRESTART if forks else {}),
+    }
 
 
 def _reach(address: str) -> None:

@@ -32,10 +32,16 @@ if TYPE_CHECKING:
     from pipelines.train.reporter import Reporter
 
 
+def dense_loop(package: str) -> Loop:
+    """`pipelines.mm.train`, with what it imports of mmdet or mmseg."""
+    ours = ("pipelines.mm.loading", "pipelines.mm.loop", "elsa.mm")
+    parts = ("models", "datasets", "engine", "evaluation", "visualization")
+    return Loop("pipelines.mm.train", (*ours, *(f"{package}.{part}" for part in parts)))
+
+
 class DenseTask(Task):
     """A task that mmengine trains, in `pipelines.mm.train`."""
 
-    loop: ClassVar[Loop] = Loop("pipelines.mm.train")
     loop_metric: ClassVar[str] = "train/loss"
     weights: ClassVar[str] = "model.safetensors"
     model_config: ClassVar[tuple[str, str]] = ("inference.py", "config.py")

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.tasks.dense import DenseTask, tensors
-from pipelines.tasks.task import Forward, Picture, Prediction, Scene
+from pipelines.tasks.dense import DenseTask, dense_loop, tensors
+from pipelines.tasks.task import Forward, Loop, Picture, Prediction, Scene
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,7 @@ class Detect(DenseTask):
 
     name: ClassVar[str] = "detect"
     stage: ClassVar[str] = "detect"
+    loop: ClassVar[Loop] = dense_loop("mmdet")
     dataset: ClassVar[str] = "coco"
     title: ClassVar[str] = "detection (COCO layout)"
     metric: ClassVar[str] = "bbox_mAP"

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pipelines.data.layout import LAYOUTS
 from pipelines.params import Params
-from pipelines.tasks.dense import DenseTask, tensors
-from pipelines.tasks.task import Forward, Picture, Prediction, Scene
+from pipelines.tasks.dense import DenseTask, dense_loop, tensors
+from pipelines.tasks.task import Forward, Loop, Picture, Prediction, Scene
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +21,7 @@ class Segment(DenseTask):
 
     name: ClassVar[str] = "segment"
     stage: ClassVar[str] = "segment"
+    loop: ClassVar[Loop] = dense_loop("mmseg")
     dataset: ClassVar[str] = "ade20k"
     title: ClassVar[str] = "segmentation (ADE20K layout)"
     metric: ClassVar[str] = "mIoU"

@@ -17,7 +17,7 @@ from pipelines.data.layout import LAYOUTS
 from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
-from pipelines.params import Params
+from pipelines.params import Params, Scaling
 from pipelines.paths import ROOT
 from pipelines.results.outputs import Result
 from pipelines.results.published import OTHER_RECIPES
@@ -43,6 +43,13 @@ class Loop:
 
     module: str
     """Whose function `train` it is."""
+    imports: tuple[str, ...] = ()
+    """What it imports only as it runs, as mmengine does what a config names."""
+
+    def preload(self, scaling: Scaling) -> tuple[str, ...]:
+        """What local workers have imported when they start. Nothing where they use a GPU: that
+        those can be forked was never seen."""
+        return () if scaling.use_gpu else (self.module, *self.imports)
 
     def __call__(self, job: Job, device: "torch.device", reporter: "Reporter") -> None:
         import_module(self.module).train(job, device, reporter)

@@ -48,7 +48,7 @@ def training_stage(task: Task, about: str) -> Stage:
         export=export,
         included=lambda params: task.name in params.tasks,
         hand_on=task.hand_on,
-        trains=True,
+        preload=lambda params: task.loop.preload(params.scaling),
     )
 
 

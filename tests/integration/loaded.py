@@ -14,19 +14,26 @@ PACKAGES = (
 )
 
 
-def watch(folder: Path) -> None:
-    """Write a file for this process: its command, then each package when it is there."""
-    known: list[str] = []
-    with (folder / str(os.getpid())).open("w", buffering=1) as file:
-        print(" ".join(sys.orig_argv), file=file)
-        while True:
-            for name in PACKAGES:
-                if name in sys.modules and name not in known:
-                    known.append(name)
-                    print(name, file=file)
-            time.sleep(0.1)
+def watch(file: Path) -> None:
+    """Write the file of this process: its command, then each package when it is there."""
+    written = ""
+    while True:
+        loaded = (name for name in PACKAGES if name in sys.modules)
+        text = "\n".join([" ".join(sys.orig_argv), *loaded]) + "\n"
+        if text != written:
+            file.with_suffix(".part").write_text(text)
+            file.with_suffix(".part").replace(file)
+            written = text
+        time.sleep(0.1)
+
+
+def begin(folder: str) -> None:
+    """Watch this process, which has just started."""
+    file = Path(folder) / str(os.getpid())
+    threading.Thread(target=watch, args=(file,), daemon=True).start()
 
 
 if place := os.environ.get("ELSA_TEST_LOADED"):
     Path(place).mkdir(exist_ok=True)
-    threading.Thread(target=watch, args=(Path(place),), daemon=True).start()
+    begin(place)
+    os.register_at_fork(after_in_child=lambda: begin(place))

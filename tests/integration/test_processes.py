@@ -32,7 +32,7 @@ def processes(workspace: Workspace) -> list[tuple[str, set[str]]]:
     code, output = workspace.run("dvc", "repro", "report")
     assert code == 0, output[-5000:]
     found = []
-    for file in Path(workspace.env["ELSA_TEST_LOADED"]).iterdir():
+    for file in Path(workspace.env["ELSA_TEST_LOADED"]).glob("*[0-9]"):
         command, *packages = file.read_text().splitlines() or [""]
         found.append((command, set(packages)))
     return found

@@ -27,10 +27,13 @@ def test_environment_variables_that_we_set_are_read_by_ray() -> None:
         assert name in known or name in text or is_setting, f"Ray does not read {name} any more"
 
 
-def test_init_takes_the_argument_that_keeps_it_on_loopback() -> None:
+def test_init_takes_our_arguments() -> None:
     source = inspect.getsource(ray.init)
-    for name in local_ray.LOOPBACK:
+    for name in local_ray.LOOPBACK | local_ray.NO_PRESTART:
         assert name in source, f"ray.init does not take {name} any more"
+    settings = Path(ray._raylet.__file__).read_bytes()
+    for name in local_ray.NO_PRESTART["_system_config"]:
+        assert name.encode() in settings, f"Ray has no setting {name} any more"
 
 
 def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
