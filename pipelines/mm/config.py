@@ -125,7 +125,8 @@ def _start(job: Job) -> Config:
             f" there is no config {name} in {folder}",
             f"Choose a group with `elsa compose {job.stage}=...`",
         )
-    config = Config.fromfile(file, format_python_code=False)  # it takes longer than a step
+    # yapf takes seconds for what each checkpoint holds. `fromfile` does not take the argument on.
+    config = Config(Config.fromfile(file).to_dict(), format_python_code=False)
     if own:
         graft(config, read(section.config, job.stage))
         set_equal_weights(config.model, section.num_classes)
