@@ -5,7 +5,6 @@ training; a new worker after a failure, and each trial of a sweep, do it again. 
 start `forked_worker.py` for a worker, which asks this process for it.
 """
 
-import contextlib
 import gc
 import importlib
 import json
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,23 +71,24 @@ def serve(listening: socket.socket) -> dict[str, Any] | None:
         if sys.stdin in ready:
             return None
         connection, _ = listening.accept()
-        with connection, connection.makefile("rb") as stream:
+        # Who asks may be killed meanwhile, as Ray does where a worker is too slow to start.
+        with connection, connection.makefile("rb") as stream, suppress(OSError, ValueError):
             _, files, _, _ = socket.recv_fds(connection, 1, 3)
             request: dict[str, Any] = json.loads(stream.readline())
             if os.fork() == 0:
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.setpgid(0, 0)  # Ray kills the whole group of a worker that has ended
-                for number, file in enumerate(files):
-                    os.dup2(file, number)
-                    os.close(file)
-                return request
+                return {**request, "files": files}
+            for file in files:
+                os.close(file)
             connection.sendall(FORKED)
-        for file in files:
-            os.close(file)
 
 
 def become(request: dict[str, Any]) -> None:
     """Run the Python program of a request in this process, as if it had been started for it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setpgid(0, 0)  # Ray kills the whole group of a worker that has ended
+    for number, file in enumerate(request["files"]):
+        os.dup2(file, number)
+        os.close(file)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -103,7 +103,7 @@ def main(number: str, folder: str, *modules: str) -> None:
     request = None
     with socket.socket(fileno=int(number)) as listening:
         for module in (*modules, *OF_RAY_TRAIN):
-            with contextlib.suppress(Exception):  # the worker meets it, too, and tells
+            with suppress(Exception):  # the worker meets it, too, and tells
                 importlib.import_module(module)
         gc.collect()
         gc.freeze()  # a collection would copy all pages that the workers share

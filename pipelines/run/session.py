@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +76,11 @@ def ray_session(
     forks = bool(preload) and not address
     arguments = _to_cluster(address) if address else _to_own(trials, forks)
     importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
-    with forking(preload) if forks else nullcontext():
-        importing.start()
+    with ExitStack() as stack:
         try:
+            if forks:
+                stack.enter_context(forking(preload))
+            importing.start()
             if address:
                 _reach(address)
             with nullcontext() if address else local_ray.few_processes(trials, forks):

@@ -1,6 +1,7 @@
 """Forked workers of a local Ray: what they have, and what stays when something is killed."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -47,6 +48,8 @@ def test_a_worker_has_the_imports_and_the_drivers_environment() -> None:
     os.environ["OF_THE_DRIVER"] = "here"
     with ray_session(trains=False, preload=[MODULE, "no.such.module"]):
         server, folder = fork_server(), Path(os.environ[ADDRESS]).parent
+        with socket.socket(socket.AF_UNIX) as one_that_is_killed:
+            one_that_is_killed.connect(os.environ[ADDRESS])
         assert folder.stat().st_mode & 0o777 == 0o700, "whoever connects runs code"
         process, group, loaded, variable = ray.get(Worker.remote().look.remote())
         assert psutil.Process(process).parent() == server
