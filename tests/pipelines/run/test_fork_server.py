@@ -74,12 +74,14 @@ def test_without_the_fork_server_a_worker_starts_by_itself() -> None:
         assert (loaded, variable) == (False, "here")
 
 
-def test_a_worker_with_a_runtime_environment_gets_it() -> None:
+@pytest.mark.parametrize(("value", "forked"), [("other", True), ("${HOME}/x", False)])
+def test_a_worker_with_a_runtime_environment_gets_it(value: str, forked: bool) -> None:
+    """From Ray, where that is more than values."""
     os.environ["OF_THE_DRIVER"] = "here"
     with ray_session(trains=False, preload=[MODULE]):
-        worker = Worker.options(runtime_env={"env_vars": {"OF_THE_DRIVER": "other"}}).remote()
+        worker = Worker.options(runtime_env={"env_vars": {"OF_THE_DRIVER": value}}).remote()
         _, _, loaded, variable = ray.get(worker.look.remote())
-    assert (loaded, variable) == (False, "other")
+    assert (loaded, variable) == (forked, os.path.expandvars(value))
 
 
 def test_the_fork_server_ends_with_a_killed_driver() -> None:
