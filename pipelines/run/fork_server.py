@@ -39,26 +39,29 @@ def forking(modules: Sequence[str]) -> Iterator[None]:
     """
     # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
     folder = tempfile.mkdtemp(prefix="elsa-", dir="/tmp")
-    os.environ[ADDRESS] = str(Path(folder) / "socket")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(os.environ[ADDRESS])
-        listening.listen(128)
-        server = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(listening.fileno()), folder, *modules],
-            stdin=subprocess.PIPE,  # closed when this process ends
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,  # of warnings that imports print
-            pass_fds=[listening.fileno()],
-            # Threads do not survive a fork; a worker sets their number itself.
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # Ctrl-C is the driver's
-        )
+    address = str(Path(folder) / "socket")
     try:
-        yield
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(address)
+            listening.listen(128)
+            server = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(listening.fileno()), folder, *modules],
+                stdin=subprocess.PIPE,  # closed when this process ends
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # of warnings that imports print
+                pass_fds=[listening.fileno()],
+                # Threads do not survive a fork; a worker sets their number itself.
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C is the driver's
+            )
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            del os.environ[ADDRESS]
+            server.kill()
+            server.communicate()
     finally:
-        del os.environ[ADDRESS]
-        server.kill()
-        server.communicate()
         shutil.rmtree(folder, ignore_errors=True)
 
 
