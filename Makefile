@@ -40,10 +40,9 @@ smoke: setup
 	  && python -m pipelines compose recipe=smoke && dvc repro report && python -m pipelines results
 	@echo "All of it is in .smoke: .smoke/reports/index.html"
 
-# Two at a time, with a thread each, but what runs whole pipelines, which use all cores themselves.
+# Two at a time, with a thread each: while one waits for Ray, the other computes.
 test: setup
-	OMP_NUM_THREADS=1 $(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/integration
-	$(UV) run pytest tests/integration
+	OMP_NUM_THREADS=1 $(UV) run pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: setup
 	ELSA_TEST_CLUSTER=1 $(UV) run pytest tests/cluster tests/integration/test_cluster.py tests/integration/test_sweep.py

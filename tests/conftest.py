@@ -9,8 +9,11 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+INTEGRATION = "tests/integration/test_"
 
 # A shell script's background jobs ignore Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -19,7 +22,20 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first: begun last, one would run alone beside an idle process."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: (INTEGRATION not in item.nodeid, not item.get_closest_marker("slow")))
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one process, and so do those of the files that share a workspace."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByWorkspace(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            shares = file.removeprefix(INTEGRATION) in ("pipeline.py", "processes.py", "your_data.py")
+            return "workspace" if shares else file
+
+    return ByWorkspace(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -92,23 +92,23 @@ def test_the_operator_in_onnx_is_the_operator(
     assert {node.domain for node in proto.functions[0].node} == {""}
 
 
-@pytest.fixture(params=["center", "squash"])
-def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A classifier of three classes, with timm's two ways to make an image of a picture."""
+@pytest.fixture(scope="module", params=["center", "squash"])
+def classifier(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, compiled_library: Path
+) -> tuple[Predictor, Path]:
+    """Of three classes, with timm's two ways to make an image of a picture; and its ONNX file."""
     torch.manual_seed(0)
+    weights, file = (tmp_path_factory.mktemp(name) for name in ("weights", "exported"))
     model = timm.create_model("elsa_swin_micro", num_classes=3, depths=(1, 1, 1, 1))
     config = {"input_size": (3, 32, 32), "crop_pct": 0.9, "interpolation": "bicubic"}
     names = {"label_names": ["a", "b", "c"]}
     config |= {"crop_mode": request.param}
-    (tmp_path / "weights").mkdir()
-    save_config_for_hf(model, str(tmp_path / "weights/config.json"), names, data_config=config)
-    save_file(model.state_dict(), tmp_path / "weights/model.safetensors")
-    return tmp_path / "weights"
-
-
-def write_classifier(predictor: Predictor, file: Path) -> None:
+    save_config_for_hf(model, str(weights / "config.json"), names, data_config=config)
+    save_file(model.state_dict(), weights / "model.safetensors")
+    predictor = load_predictor(weights)
     (graph,), about = image_graph(predictor, None)
-    write_onnx(graph, about, file)
+    write_onnx(graph, about, file / "model.onnx")
+    return predictor, file / "model.onnx"
 
 
 def pictures() -> list[Image.Image]:
@@ -117,10 +117,9 @@ def pictures() -> list[Image.Image]:
     return [Image.fromarray(generator.integers(0, 256, (*s, 3), np.uint8)) for s in shapes]
 
 
-def test_a_classifier_says_the_same_of_pictures(folder: Path, tmp_path: Path) -> None:
-    predictor = load_predictor(folder)
-    write_classifier(predictor, tmp_path / "model.onnx")
-    exported = Exported(tmp_path / "model.onnx")
+def test_a_classifier_says_the_same_of_pictures(classifier: tuple[Predictor, Path]) -> None:
+    predictor, file = classifier
+    exported = Exported(file)
     assert (exported.task, exported.classes) == ("classify", ["a", "b", "c"])
     for picture in pictures():
         logits = exported(picture)
@@ -129,8 +128,11 @@ def test_a_classifier_says_the_same_of_pictures(folder: Path, tmp_path: Path) ->
         np.testing.assert_allclose(found[expected.labels], expected.probabilities, atol=1e-4)
 
 
-def test_a_file_runs_where_neither_torch_nor_this_project_is(folder: Path, tmp_path: Path) -> None:
-    write_classifier(load_predictor(folder), tmp_path / "model.onnx")
+def test_a_file_runs_where_neither_torch_nor_this_project_is(
+    classifier: tuple[Predictor, Path], tmp_path: Path
+) -> None:
+    predictor, file = classifier
+    shutil.copy(file, tmp_path / "model.onnx")
     shutil.copy(run_exported.__file__, tmp_path / "run.py")
     pictures()[1].save(tmp_path / "photo.png")
     refuse = (
@@ -142,7 +144,7 @@ def test_a_file_runs_where_neither_torch_nor_this_project_is(folder: Path, tmp_p
     command = [sys.executable, "-P", "-c", refuse]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    label = load_predictor(folder)(np.asarray(pictures()[1])).labels[0]
+    label = predictor(np.asarray(pictures()[1])).labels[0]
     assert done.stdout.startswith(f"photo.png: {'abc'[label]} ")
 
 

@@ -92,10 +92,10 @@ def loop(job: Job, device, reporter) -> None:
 
 @pytest.fixture(scope="module")
 def session():
-    """One local Ray for all tests of this file."""
+    """One local Ray for all tests of this file, whose workers start as those of a stage do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("RAY_ADDRESS", raising=False)
-        with ray_session() as connected:
+        with ray_session(preload=("pipelines.train.classify",)) as connected:
             yield connected
 
 

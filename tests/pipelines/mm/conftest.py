@@ -1,5 +1,7 @@
 """Fixtures of the full-size configs."""
 
+import gc
+import importlib
 import json
 
 import pytest
@@ -7,9 +9,21 @@ import torch
 
 from pipelines.data.store import Dataset
 from pipelines.params import compose, flatten, override
+from pipelines.tasks import TASKS
 from pipelines.train.job import Job
 
 from .full_size import DATASETS, MICRO, ON_CPU, small_config
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries():
+    """Loaded, and left out when Python looks for garbage: mmengine has it look for each data set
+    that it opens, which takes half a second where so much is loaded."""
+    for stage in DATASETS:
+        for module in TASKS[stage].loop.preload(compose().scaling):
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -44,9 +44,9 @@ def test_an_exported_segmentor_labels_pictures_as_mmseg_does(make_job, tmp_path,
     out.mkdir()
     with pytest.raises(PipelineError, match="exists and holds no export"):
         export(Weights(str(weights)), ["onnx"], None, out)
-    out.rmdir()
-    for _ in range(2):  # an earlier export is replaced
-        export(Weights(str(weights)), ["onnx"], None, out)
+    for name in ("export.json", "old.onnx"):
+        (out / name).touch()
+    export(Weights(str(weights)), ["onnx"], None, out)  # an earlier export is replaced
     assert "model.onnx" in capsys.readouterr().out
     assert {file.name for file in out.iterdir()} == {"model.onnx", "run.py", "export.json"}
 
