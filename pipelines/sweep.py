@@ -62,7 +62,7 @@ def run(stage: StageRun, plan: Plan | None) -> None:
     write_findings(stage, plan, trials, folder)
 
 
-STAGE = Stage("sweep", __doc__ or "", run, check, preload=preload, trials=True)
+STAGE = Stage("sweep", __doc__ or "", run, check, preload=preload, trains=True, trials=True)
 
 if __name__ == "__main__":
     os.environ.setdefault("MPLBACKEND", "Agg")

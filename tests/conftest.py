@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 INTEGRATION = "tests/integration/test_"
+SHARING = ("pipeline.py", "processes.py", "your_data.py")
+"""Those of `INTEGRATION` that share a workspace."""
 
 # A shell script's background jobs ignore Ctrl-C, and what tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -22,7 +24,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest modules first: begun last, one would run alone beside an idle process."""
-    items.sort(key=lambda item: (INTEGRATION not in item.nodeid, not item.get_closest_marker("slow")))
+
+    def short(item: pytest.Item) -> tuple[bool, bool]:
+        return INTEGRATION not in item.nodeid, item.get_closest_marker("slow") is None
+
+    items.sort(key=short)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
@@ -32,8 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByWorkspace(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            shares = file.removeprefix(INTEGRATION) in ("pipeline.py", "processes.py", "your_data.py")
-            return "workspace" if shares else file
+            return "workspace" if file.removeprefix(INTEGRATION) in SHARING else file
 
     return ByWorkspace(config, log)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from elsa.export import ExportError
 from pipelines.commands.predict import Weights, load
 from pipelines.errors import PipelineError
-from pipelines.results.export import RECORD, RUNNER, Measured, write_export
+from pipelines.results.export import RECORD, RUNNER, Measured, begin_export
 
 
 def export(given: Weights, formats: Sequence[str], size: tuple[int, int] | None, out: Path) -> None:
@@ -26,9 +26,11 @@ def export(given: Weights, formats: Sequence[str], size: tuple[int, int] | None,
         staged = Path(scratch) / out.name
         staged.mkdir()
         try:
-            rows = write_export(predictor, formats, size, given.place, staged)
+            exported = begin_export(predictor, size, staged)
+            exported.write(formats, given.place)
         except ExportError as error:
             raise PipelineError(f"{given.place}: {error}") from error
+        rows = exported.compare(formats)
         shutil.rmtree(out, ignore_errors=True)
         staged.replace(out)
     _tell(rows, out)

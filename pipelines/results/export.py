@@ -50,34 +50,64 @@ class Measured:
     """Largest of results, over the largest of them, in any of its files."""
 
 
-def write_export(
-    predictor: Predictor,
-    formats: Sequence[str],
-    size: tuple[int, int] | None,
-    source: str,
-    folder: Path,
-) -> list[Measured]:
-    """Write the model in each format, what runs it, and a record; how they compare.
+@dataclass(frozen=True)
+class Export:
+    """A model as graphs, in a folder of files."""
+
+    predictor: Predictor
+    graphs: Sequence[Graph]
+    described: dict[str, Any]
+    """What a reader of the files must know."""
+    folder: Path
+
+    def write(self, formats: Sequence[str], source: str) -> None:
+        """Write the model in each format (of `FORMATS`), what runs it, and a record.
+
+        Args:
+            source: what the record says that the weights are.
+
+        Raises:
+            ExportError: the model can't be exported.
+        """
+        for kind in formats:
+            _, write = FORMATS[kind]
+            for graph, file in zip(self.graphs, self._files(kind).values(), strict=True):
+                minutes = " (about a minute)" if kind.startswith("pt2") else ""
+                print(f"writing {file.name}{minutes}", flush=True)
+                write(graph, self.described, file)
+        shutil.copy(elsa.run_exported.__file__, self.folder / RUNNER)
+        write_json(self.folder / RECORD, {**self.described, "weights": source}, indent=1)
+
+    def compare(self, formats: Sequence[str]) -> list[Measured]:
+        """The model itself, then each format as it was written.
+
+        Raises:
+            PipelineError: a file computes something else than the model.
+        """
+        eager = _eager(self.predictor, self.graphs[0], self.described)
+        rows = [Measured("eager", None, None, _ms(eager), None)]
+        return rows + [_written(self._files(kind), self.graphs, self.described) for kind in formats]
+
+    def _files(self, kind: str) -> dict[str, Path]:
+        """By the graph's name."""
+        suffix, _ = FORMATS[kind]
+        return {graph.name: self.folder / f"{graph.name}.{suffix}" for graph in self.graphs}
+
+
+def begin_export(predictor: Predictor, size: tuple[int, int] | None, folder: Path) -> Export:
+    """The model as graphs, not yet written.
 
     Args:
-        formats: of `FORMATS`.
         size: (H, W) of the images; None takes that of the model's evaluation.
-        source: what the record says that the weights are.
 
     Raises:
         ExportError: the model can't be exported.
-        PipelineError: a file computes something else than it.
     """
     if isinstance(predictor, Detector):
         graphs, described = detector_graphs(predictor, size)
     else:
         graphs, described = image_graph(predictor, size)
-    eager = _eager(predictor, graphs[0], described)
-    rows = [Measured("eager", None, None, _ms(eager), None)]
-    rows += [_written(kind, graphs, described, folder) for kind in formats]
-    shutil.copy(elsa.run_exported.__file__, folder / RUNNER)
-    write_json(folder / RECORD, {**described, "weights": source}, indent=1)
-    return rows
+    return Export(predictor, graphs, described, folder)
 
 
 def _eager(predictor: Predictor, graph: Graph, described: dict[str, Any]) -> Callable[[], object]:
@@ -94,17 +124,11 @@ def _picture(described: dict[str, Any]) -> Any:
 
 
 def _written(
-    kind: str, graphs: Sequence[Graph], described: dict[str, Any], folder: Path
+    files: dict[str, Path], graphs: Sequence[Graph], described: dict[str, Any]
 ) -> Measured:
-    """Write the graphs in a format and compare each with the model."""
+    """A format's files, each compared with the model."""
     from PIL import Image
 
-    suffix, write = FORMATS[kind]
-    files = {graph.name: folder / f"{graph.name}.{suffix}" for graph in graphs}
-    for graph in graphs:
-        minutes = " (about a minute)" if kind.startswith("pt2") else ""
-        print(f"writing {files[graph.name].name}{minutes}", flush=True)
-        write(graph, described, files[graph.name])
     start = time.perf_counter()
     exported = Exported(files["model"])
     load_s = time.perf_counter() - start

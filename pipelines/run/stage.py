@@ -131,8 +131,10 @@ class Stage:
     """Whether the parameters ask for this stage (`tasks`)."""
     hand_on: Callable[[Params, Path], None] = lambda params, root: None
     """What a stage that is not asked for still writes for those after it, below a folder."""
-    preload: Callable[[Params], tuple[str, ...]] | None = None
-    """What local workers have imported when they start; None for a stage that never trains."""
+    preload: Callable[[Params], tuple[str, ...]] = lambda params: ()
+    """What local workers have imported when they start."""
+    trains: bool = False
+    """It runs Ray Train."""
     trials: bool = False
     """It runs trials of a sweep."""
 
@@ -229,8 +231,8 @@ def _compute(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
     from pipelines.run import session
 
     shutil.rmtree(run._staged, ignore_errors=True)
-    preload = stage.preload(run.params) if stage.preload else ()
-    with session.ray_session(bool(stage.preload), stage.trials, check, preload) as run._session:
+    preload = stage.preload(run.params)
+    with session.ray_session(stage.trains, stage.trials, check, preload) as run._session:
         mark("Ray started")
         checked = check.result()
         mark("inputs checked")

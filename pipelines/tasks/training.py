@@ -49,6 +49,7 @@ def training_stage(task: Task, about: str) -> Stage:
         included=lambda params: task.name in params.tasks,
         hand_on=task.hand_on,
         preload=lambda params: task.loop.preload(params.scaling),
+        trains=True,
     )
 
 
