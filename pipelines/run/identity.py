@@ -112,7 +112,7 @@ def stage_inputs(stage: str, params: Params, root: Path = ROOT) -> Inputs:
             if dep not in deps:
                 data[f"{stage}.config"] = _config_digest(root / dep)
         elif not dep.startswith(("ops/", "elsa/", "pipelines/")):
-            data[dep] = content_digest(root / dep)
+            data[dep.removesuffix("/manifest.json")] = content_digest(root / dep)
         elif not dep.endswith(".py"):  # the files that a module loads come with it
             sources |= source_digests(root / dep, root)
     return Inputs(
@@ -200,7 +200,7 @@ def content_digest(path: Path) -> str:
     """SHA-256 of a file, or of what counts in a folder of outputs.
 
     Of weights that is the tensors and the model, not which run made them; of a compiled operator
-    its sources and flags, not the machine; of a data set its manifest.
+    its sources and flags, not the machine.
 
     Raises:
         PipelineError: `path` does not exist.
@@ -208,8 +208,6 @@ def content_digest(path: Path) -> str:
     _require(path)
     if path.is_file():
         return sha256_file(path)
-    if (path / "manifest.json").is_file():
-        return sha256_file(path / "manifest.json")
     if (path / "model.json").is_file():
         model = json.loads((path / "model.json").read_text())["model"]
         parts: Any = [model, sha256_file(path / "model.safetensors")]
@@ -228,7 +226,7 @@ def _require(path: Path) -> None:
     if not path.exists():
         source = path.suffix in (".py", ".yaml", *CPP)
         raise PipelineError(
-            f"{path.name} is missing, and it is an input of this stage",
+            f"{path.parent.name}/{path.name} is missing, and it is an input of this stage",
             "Restore it, or fix its name" if source else "Run `dvc repro`, which makes it",
         )
 

@@ -30,7 +30,7 @@ stages:
   pretrain:
     meta: {code: [pipelines.train], code_of_models: {elsa_volo: elsa.volo}}
     params: [tasks, scaling.use_gpu, model, pretrain]
-    deps: [pipelines/train.py, pipelines/configs, data]
+    deps: [pipelines/train.py, pipelines/configs, data/manifest.json]
 """
 
 
@@ -145,7 +145,7 @@ def test_code_of_a_model_counts_for_that_model(root: Path) -> None:
 
 def test_missing_input_is_named(root: Path) -> None:
     shutil.rmtree(root / "data")
-    with pytest.raises(PipelineError, match=r"data is missing.*dvc repro"):
+    with pytest.raises(PipelineError, match=r"data/manifest\.json is missing.*dvc repro"):
         identity(root)
 
 
