@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pipelines.results.export import Export
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+LIBRARIES = {"detect": "mmdet.apis", "segment": "mmseg.apis"}
+"""What loads the weights of a task."""
 
 
 def check(params: Params) -> list[str]:
@@ -34,10 +36,11 @@ def check(params: Params) -> list[str]:
 
 
 def preload(params: Params) -> tuple[str, ...]:
-    loops = [
-        task.loop.preload(params.scaling) for task in TASKS.values() if task.name in params.tasks
-    ]
-    return ("pipelines.results.export", *PACKAGES, *(name for names in loops for name in names))
+    """Nothing where a GPU trains: that processes with one can be forked was never seen."""
+    if params.scaling.use_gpu:
+        return ()
+    libraries = [LIBRARIES[name] for name in params.tasks if name in LIBRARIES]
+    return ("pipelines.results.export", *PACKAGES, *libraries)
 
 
 def write(weights: str, formats: tuple[str, ...], folder: str) -> str | None:
