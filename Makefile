@@ -38,7 +38,7 @@ demo: setup
 smoke: setup
 	@rm -rf .smoke && git clone --quiet . .smoke
 	@cd .smoke && export PATH="$(CURDIR)/.venv/bin:$$PATH" && dvc config --local cache.dir "$(CURDIR)/.dvc/cache" \
-	  && rm dvc.lock && python -m pipelines compose recipe=smoke && dvc repro build_op \
+	  && rm -f dvc.lock && python -m pipelines compose recipe=smoke && dvc repro build_op \
 	  && dvc repro --no-run-cache report && python -m pipelines results
 	@echo "All of it is in .smoke: .smoke/reports/index.html"
 

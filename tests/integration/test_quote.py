@@ -14,7 +14,7 @@ from pipelines.data.demo.draw import prepare
 
 from .conftest import Workspace, copy_checkout
 
-RECIPE = ("recipe=smoke", "tasks=[classify]", "pretrain.epochs=15")
+RECIPE = ("recipe=smoke", "tasks=[classify]", "pretrain.epochs=30")
 ELSA = (sys.executable, "-m", "pipelines.cli")
 
 
@@ -47,8 +47,8 @@ def test_a_stage_has_what_was_quoted_beside_what_it_took(prepared: Workspace) ->
     metrics = json.loads((prepared.root / "metrics/pretrain.json").read_text())
     assert metrics["quoted_s"] == pytest.approx(3600 * hours, rel=0.02)
     assert metrics["quoted_low_s"] < metrics["quoted_s"] < metrics["quoted_high_s"]
-    # Not tight: other tests share the machine. How near it is, is measured elsewhere.
-    assert 0.2 < metrics["quoted_s"] / metrics["wall_time_s"] < 5
+    # Not tight: other work may share the machine. How near it is, is measured elsewhere.
+    assert 0.4 < metrics["quoted_s"] / metrics["wall_time_s"] < 2.5
     run_id = json.loads((prepared.root / "lineage/pretrain.json").read_text())["mlflow_run_id"]
     run = MlflowClient(f"sqlite:///{prepared.root / 'mlflow.db'}").get_run(run_id)
     assert run.data.metrics["final/quoted_s"] == metrics["quoted_s"]
