@@ -24,18 +24,20 @@ from typing import Any
 
 from pipelines.run.forked_worker import ADDRESS, FORKED
 
-OF_RAY_TRAIN = ("pandas", "pyarrow.fs")
-"""What every worker imports before its loop: of Ray Train's imports those that survive a fork."""
+SETTINGS = "RAY_"
+"""The start of the names of Ray's settings among a process's variables. Ray reads them when it is
+imported, and some are known when its raylet is: of which job a worker is, for example."""
 
 
 @contextmanager
-def forking(modules: Sequence[str]) -> Iterator[None]:
-    """Within it a fork server runs at `ADDRESS` that has imported `modules`, or is about to.
+def forking(modules: Sequence[str], of_ray: Sequence[str]) -> Iterator[None]:
+    """Within it a fork server runs at `ADDRESS` that has imported the modules, or is about to.
 
     It ends with this process, however that ends, and leaves alone what it has forked.
 
     Args:
-        modules: none of them may import Ray, whose connections do not survive a fork.
+        modules: none of them may import Ray.
+        of_ray: imported, as Ray itself is, when the first worker is asked for, with its settings.
     """
     # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
     folder = tempfile.mkdtemp(prefix="elsa-", dir="/tmp")
@@ -45,7 +47,10 @@ def forking(modules: Sequence[str]) -> Iterator[None]:
             listening.bind(address)
             listening.listen(128)
             server = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(listening.fileno()), folder, *modules],
+                [
+                    *(sys.executable, "-m", __name__, str(listening.fileno()), folder),
+                    *(",".join(modules), ",".join(of_ray)),
+                ],
                 stdin=subprocess.PIPE,  # closed when this process ends
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # of warnings that imports print
@@ -65,10 +70,22 @@ def forking(modules: Sequence[str]) -> Iterator[None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def serve(listening: socket.socket) -> dict[str, Any] | None:
+def load(modules: str) -> None:
+    """Import them for all processes that are forked from now on."""
+    gc.disable()  # imports make no garbage, and looking for some takes a sixth of their time
+    for module in filter(None, modules.split(",")):
+        with suppress(Exception):  # the worker meets it, too, and tells
+            importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection would copy all pages that the workers share
+    gc.enable()
+
+
+def serve(listening: socket.socket, of_ray: str) -> dict[str, Any] | None:
     """Fork for each request. Returns the request in the new process, and None in this one when
     whoever started it has ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that nobody has to wait for the children
+    settings: dict[str, str] = {}
     while True:
         ready, _, _ = select.select([listening, sys.stdin], [], [])
         if sys.stdin in ready:
@@ -78,11 +95,18 @@ def serve(listening: socket.socket) -> dict[str, Any] | None:
         with connection, connection.makefile("rb") as stream, suppress(OSError, ValueError):
             _, files, _, _ = socket.recv_fds(connection, 1, 3)
             request: dict[str, Any] = json.loads(stream.readline())
-            if os.fork() == 0:
-                return {**request, "files": files}
+            asked = {k: v for k, v in request["environment"].items() if k.startswith(SETTINGS)}
+            if not settings:
+                settings = asked
+                os.environ.update(settings)
+                importlib.import_module("pipelines.run.local_ray").spare_generator_of_ids()
+                load(of_ray)
+            if asked == settings:
+                if os.fork() == 0:
+                    return {**request, "files": files}
+                connection.sendall(FORKED)
             for file in files:
                 os.close(file)
-            connection.sendall(FORKED)
 
 
 def become(request: dict[str, Any]) -> None:
@@ -96,21 +120,19 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     os.nice(max(0, request["nice"] - os.nice(0)))
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()  # else all workers have the generator of the fork server
     sys.argv[:] = request["command"]
     sys.orig_argv[:] = [sys.executable, *sys.argv]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main(number: str, folder: str, *modules: str) -> None:
+def main(number: str, folder: str, modules: str, of_ray: str) -> None:
     request = None
     with socket.socket(fileno=int(number)) as listening:
-        for module in (*modules, *OF_RAY_TRAIN):
-            with suppress(Exception):  # the worker meets it, too, and tells
-                importlib.import_module(module)
-        gc.collect()
-        gc.freeze()  # a collection would copy all pages that the workers share
-        request = serve(listening)
+        load(modules)
+        request = serve(listening, of_ray)
     if request:
         become(request)
     else:

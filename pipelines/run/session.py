@@ -25,6 +25,8 @@ from pipelines.run.fork_server import forking
 
 ENVIRONMENT = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
 """Of all processes of Ray."""
+OF_TRAINING = ["ray.train.torch", "pipelines.run.fit"]
+"""What forked workers have imported beside what their stage names."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,14 @@ def ray_session(
     with ExitStack() as stack:
         try:
             if forks:
-                stack.enter_context(forking(preload))
+                stack.enter_context(forking(preload, OF_TRAINING if trains else []))
             importing.start()
             if address:
                 _reach(address)
             with nullcontext() if address else local_ray.few_processes(trials, forks):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
+            if forks:
+                _ask_for_worker()
         except Exception as error:  # Ray has no class for processes that are too slow to start
             ray.shutdown()
             raise _unusable(address, error) from error
@@ -118,6 +122,16 @@ def _to_own(trials: bool, forks: bool) -> dict[str, Any]:
         **local_ray.LOOPBACK,
         **(local_ray.NO_PRESTART if forks else {}),
     }
+
+
+def _ask_for_worker() -> None:
+    """Have the fork server make one, for which it imports Ray, while the driver still imports."""
+
+    @ray.remote(num_cpus=0)
+    def nothing() -> None:
+        pass
+
+    nothing.remote()
 
 
 def _reach(address: str) -> None:

@@ -10,7 +10,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+import ray
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -136,6 +138,19 @@ def test_a_worker_keeps_the_memory_of_a_step_for_the_next(fit, tmp_path: Path) -
     fit("nothing")
     taken = json.loads((tmp_path / "nothing/pages").read_text())
     assert min(taken[1:]) < 1000  # of 38,400
+
+
+def test_workers_make_ids_and_random_numbers_of_their_own(session) -> None:
+    """What they are forked from must not have begun to: two trials would have one place."""
+
+    @ray.remote(num_cpus=0)
+    class Worker:
+        def draw(self) -> tuple[str, float]:
+            return ray.PlacementGroupID.from_random().hex(), np.random.random()
+
+    first, second = ray.get([worker.draw.remote() for worker in [Worker.remote(), Worker.remote()]])
+    assert first[0] != second[0]
+    assert first[1] != second[1]
 
 
 def assert_small_is_kept(tmp_path: Path, fails: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import ray
 from ray._private.node import Node
 
-from pipelines.run import local_ray
+from pipelines.run import idle_agent, local_ray
 from pipelines.run.session import ray_session
 
 
@@ -42,7 +42,8 @@ def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         with ray_session(trains=False):
             commands = []
-            for process in psutil.Process().children(recursive=True):
+            processes = psutil.Process().children(recursive=True)
+            for process in processes:
                 with suppress(psutil.Error):  # it has ended meanwhile
                     commands.append(" ".join(process.cmdline()))
             assert local_ray.raylet_errors().split(":")[0].endswith("raylet.err")
@@ -55,3 +56,7 @@ def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "raylet" in told
     for name in ("monitor.py", "log_monitor.py", "dashboard.py"):
         assert f"/{name}" not in told
+    agents = [one for one in commands if "/agent.py" in one or "/agent/main.py" in one]
+    assert len(agents) == 2
+    assert all(idle_agent.__file__ in agent for agent in agents)
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
