@@ -131,8 +131,9 @@ def measure(way: str, job: Job, scratch: Path) -> list[float]:
     """Images/s of one way, percent of its time in reports, and processor time beside it in percent
     of one core; files go below `scratch`."""
     from pipelines.run import tracking
+    from pipelines.run.environment import worker_environment
     from pipelines.run.fit import fit
-    from pipelines.run.session import ray_session, worker_environment
+    from pipelines.run.session import ray_session
 
     target = str(scratch / "rate.json")
     os.environ.update(worker_environment())

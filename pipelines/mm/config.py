@@ -6,10 +6,10 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 from mmengine.config import config as config_module
 from mmengine.config import utils as config_utils
+from mmengine.utils import import_modules_from_strings
 
 from pipelines.data.layout import LAYOUTS
 from pipelines.errors import PipelineError
-from pipelines.mm.hooks import PREDICTIONS
 from pipelines.mm.model import STRIDES, set_channels, set_classes, set_equal_weights
 from pipelines.mm.options import change
 from pipelines.mm.own_config import graft, read
@@ -19,6 +19,7 @@ from pipelines.paths import ROOT
 from pipelines.train.job import Job
 from pipelines.train.schedule import micro_batch, scaled_lr
 
+PREDICTIONS = "predictions"
 POSITION_TABLE = "relative_position_bias_table"
 CONFIGS = Path(__file__).parent / "configs"
 # mmengine looks for the distribution `mmsegmentation`, which other distributions provide too;
@@ -74,14 +75,7 @@ def build_config(job: Job, folder: Path) -> Config:
         PipelineError: no config for this method and schedule, or one for other classes, or without
             a place for one of `cfg_options`.
     """
-    # They register what the config names.
-    import elsa.mm  # noqa: F401
-    import pipelines.mm.loading
-    import pipelines.mm.loop
-
     section = job.section
-    if job.stage == "segment":
-        import pipelines.mm.labels  # noqa: F401
     config = _start(job)
     change(config, section.cfg_options, job.stage)
     masks = job.stage == "detect" and learns_masks(section)
@@ -111,6 +105,14 @@ def build_config(job: Job, folder: Path) -> Config:
     return config
 
 
+def use(config: Config) -> None:
+    """Make what a config names known to mmengine, so that it can be built."""
+    from mmengine.registry import init_default_scope
+
+    import_modules_from_strings(**config.custom_imports)
+    init_default_scope(config.default_scope)
+
+
 def _start(job: Job) -> Config:
     """The config of the method and schedule, as it is in its file."""
     section = job.section
@@ -126,7 +128,8 @@ def _start(job: Job) -> Config:
             f"Choose a group with `elsa compose {job.stage}=...`",
         )
     # yapf takes seconds for what each checkpoint holds. `fromfile` does not take the argument on.
-    config = Config(Config.fromfile(file).to_dict(), format_python_code=False)
+    found = Config.fromfile(file, import_custom_modules=False)  # `use` does
+    config = Config(found.to_dict(), format_python_code=False)
     if own:
         graft(config, read(section.config, job.stage))
         set_equal_weights(config.model, section.num_classes)
@@ -211,12 +214,10 @@ def _set_model(model: ConfigDict, job: Job) -> None:
     backbone: dict[str, Any] = {"drop_path_rate": section.drop_path_rate}
     if params.name.startswith("elsa_swin_"):
         backbone |= {"type": "ELSASwin", "arch": {"name": params.name, **params.overrides()}}
-        stages = list(range(len(STRIDES)))
     else:
         backbone |= {"type": "TimmBackbone", "model_name": params.name, **params.overrides()}
-        stages = _pyramid(params)
+    stages, channels = _pyramid(params)
     backbone["out_indices"] = stages
-    channels = _channels(backbone)
     if section.with_cp:
         backbone["with_cp"] = True
     if job.weights:
@@ -235,14 +236,16 @@ def _set_model(model: ConfigDict, job: Job) -> None:
             part.type = "BN"  # synchronised, it has no CPU kernel
 
 
-def _pyramid(model: Model) -> list[int]:
-    """Which of a timm model's maps have the strides that necks and heads are made for.
+def _pyramid(model: Model) -> tuple[list[int], list[int]]:
+    """Those of a model's maps that have the strides of necks and heads, and their channels.
 
     Raises:
         PipelineError: it has no such maps, or timm has no such model.
     """
     import timm
     import torch
+
+    import elsa  # noqa: F401  registers its models
 
     try:
         with torch.device("meta"):
@@ -258,17 +261,8 @@ def _pyramid(model: Model) -> list[int]:
             f" detection and segmentation take {', '.join(map(str, STRIDES))}",
             "Choose a model whose maps get smaller from stage to stage",
         )
-    return [max(i for i, stride in enumerate(found) if stride == wanted) for wanted in STRIDES]
-
-
-def _channels(backbone: dict[str, Any]) -> list[int]:
-    import torch
-    from mmengine.registry import MODELS
-
-    import elsa.mm  # noqa: F401  registers the backbones
-
-    with torch.device("meta"):
-        return MODELS.build(dict(backbone)).out_channels
+    stages = [max(i for i, stride in enumerate(found) if stride == wanted) for wanted in STRIDES]
+    return stages, [made.feature_info.info[stage]["num_chs"] for stage in stages]
 
 
 def _set_data(config: Config, job: Job) -> None:

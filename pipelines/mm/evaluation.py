@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.errors import PipelineError
-from pipelines.mm.config import build_config, test_time_augmentation
-from pipelines.mm.hooks import PREDICTIONS, evaluate
+from pipelines.mm.config import PREDICTIONS, build_config, test_time_augmentation, use
+from pipelines.mm.hooks import evaluate
 from pipelines.mm.train import make_runner
 from pipelines.train.job import Job
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 def build_model(job: Job) -> Any:
     """The job's detector or segmentor, without weights."""
-    from mmengine.registry import MODELS, DefaultScope, init_default_scope
+    from mmengine.registry import MODELS, DefaultScope
 
     config = build_config(job, Path())
     DefaultScope._instance_dict.clear()  # another task's, in one process
-    init_default_scope(config.default_scope)
+    use(config)
     return MODELS.build(config.model)
 
 

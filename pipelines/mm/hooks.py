@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 CONFIG, MODEL_CONFIG = "config.py", "inference.py"
-PREDICTIONS = "predictions"
 
 
 class Stopped(Exception):  # noqa: N818  no error: the user's wish, after a checkpoint

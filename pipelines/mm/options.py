@@ -46,9 +46,9 @@ def check(job: Job) -> None:
             mmdet or mmseg does not take the config or them.
     """
     import torch
-    from mmengine.registry import MODELS, init_default_scope
+    from mmengine.registry import MODELS
 
-    from pipelines.mm.config import build_config
+    from pipelines.mm.config import build_config, use
 
     options = job.section.cfg_options
 
@@ -69,7 +69,7 @@ def check(job: Job) -> None:
                 f" parameters decide it",
                 "Take it out, or set the parameter that decides it",
             )
-    init_default_scope(config.default_scope)
+    use(config)
     try:
         with torch.device("meta"):
             MODELS.build(config.model)

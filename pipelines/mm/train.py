@@ -11,7 +11,9 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from pipelines.mm.config import build_config, test_time_augmentation
+import pipelines.mm.loading
+import pipelines.mm.loop  # noqa: F401  both register what `build_config` names
+from pipelines.mm.config import build_config, test_time_augmentation, use
 from pipelines.mm.hooks import ReportHook, Stopped
 from pipelines.mm.start import StartHook, find_start
 from pipelines.train.determinism import use_deterministic_kernels
@@ -70,6 +72,9 @@ def make_runner(config: Config, work: Path) -> Any:
     """mmengine's Runner below `work`, one of `torch.distributed`'s processes where it runs."""
     config.work_dir = str(work / "runner")
     config.experiment_name = work.name
+    use(config)
+    if config.default_scope == "mmseg":
+        import pipelines.mm.labels  # noqa: F401  which takes mmseg
     loaders = (config.get(f"{part}_dataloader") for part in ("train", "val", "test"))
     if any(loader.num_workers for loader in loaders if loader):
         begin_loader_processes(__name__, f"{config.default_scope}.datasets")

@@ -20,9 +20,9 @@ from pipelines.errors import PipelineError
 from pipelines.params import Scaling
 from pipelines.run import checkpoints, preflight, reporter, tracking
 from pipelines.run.display import showing
+from pipelines.run.environment import worker_environment
 from pipelines.run.local_ray import raylet_errors
 from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer
-from pipelines.run.session import worker_environment
 from pipelines.run.trace import mark
 from pipelines.train.reporter import Reporter
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipelines.run import environment
 from pipelines.run.forked_worker import ADDRESS, FORKED
 
 SETTINGS = "RAY_"
@@ -29,16 +30,21 @@ SETTINGS = "RAY_"
 imported, and some are known when its raylet is: of which job a worker is, for example."""
 
 
+OF_TRAINING = ("ray.train.torch", "pipelines.run.fit")
+"""What workers import of Ray Train, and to report to it."""
+
+
 @contextmanager
-def forking(modules: Sequence[str], of_ray: Sequence[str]) -> Iterator[None]:
+def forking(modules: Sequence[str], trains: bool) -> Iterator[None]:
     """Within it a fork server runs at `ADDRESS` that has imported the modules, or is about to.
 
     It ends with this process, however that ends, and leaves alone what it has forked.
 
     Args:
-        modules: none of them may import Ray.
-        of_ray: imported, as Ray itself is, when the first worker is asked for, with its settings.
+        modules: none of them may import Ray, which waits for the first worker and its settings.
+        trains: its workers run Ray Train.
     """
+    environment.set_local()
     # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
     folder = tempfile.mkdtemp(prefix="elsa-", dir="/tmp")
     address = str(Path(folder) / "socket")
@@ -49,7 +55,7 @@ def forking(modules: Sequence[str], of_ray: Sequence[str]) -> Iterator[None]:
             server = subprocess.Popen(
                 [
                     *(sys.executable, "-m", __name__, str(listening.fileno()), folder),
-                    *(",".join(modules), ",".join(of_ray)),
+                    *(",".join(modules), ",".join(OF_TRAINING if trains else ())),
                 ],
                 stdin=subprocess.PIPE,  # closed when this process ends
                 stdout=subprocess.DEVNULL,

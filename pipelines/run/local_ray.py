@@ -19,28 +19,11 @@ from ray._private.node import Node
 
 from pipelines.run import forked_worker, idle_agent
 
-ENVIRONMENT = {
-    # Its process takes seconds of a small machine's start, and no cloud preempts this one.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # A worker's report waits for the controller's next look at it, every 2 s otherwise.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-    # The node's agent collects what the dashboard would show, every 5 s otherwise.
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    # The controller waits for Ray within a coroutine, of which Ray warns; Ray Train sets it, too.
-    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-}
-"""Variables, without a promise of Ray, that a Ray of this driver's own reads."""
 LOOPBACK = {"_node_ip_address": "127.0.0.1"}
 """Argument of `ray.init` that keeps a local Ray off the network."""
 NO_PRESTART = {"_system_config": {"prestart_worker_first_driver": False}}
 """Argument of `ray.init` that does not have it wait for as many workers as there are processors:
 the fork server makes one sooner than it has imported all."""
-
-
-def prepare_environment() -> None:
-    """Set `ENVIRONMENT`, where the user has not."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import importlib
 import logging
 import os
-import platform
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.errors import PipelineError
 from pipelines.params import Params
-from pipelines.paths import ROOT, SHARED
-from pipelines.run import local_ray, preflight
+from pipelines.paths import SHARED
+from pipelines.run import environment, local_ray, preflight
 from pipelines.run.display import track
 from pipelines.run.fork_server import forking
-
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "MLFLOW_DISABLE_TELEMETRY": "true"}
-"""Of all processes of Ray."""
-OF_TRAINING = ["ray.train.torch", "pipelines.run.fit"]
-"""What forked workers have imported beside what their stage names."""
+from pipelines.run.forked_worker import ADDRESS
 
 
 @dataclass(frozen=True)
@@ -35,21 +30,6 @@ class Session:
 
     local: bool
     """It is this driver's own, listens on loopback only, and ends with the driver."""
-
-
-def worker_environment() -> dict[str, str]:
-    """What makes glibc keep a step's memory for the next; the user's own `GLIBC_TUNABLES` win.
-
-    It gives large tensors back when they are freed, the sooner in threads like that of a worker:
-    each step pays for all of its pages anew, a sixth of its time on a CPU.
-    """
-    name, version = platform.libc_ver()
-    # Before 2.35 it rejects so large a threshold, and stops adapting its own.
-    if name != "glibc" or tuple(map(int, version.split("."))) < (2, 35):
-        return {}
-    settings = {"mmap_threshold": 2**30, "trim_threshold": 2**32, "arena_max": 1, "hugetlb": 1}
-    wish = ":".join(f"glibc.malloc.{name}={value}" for name, value in settings.items())
-    return {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", wish)}
 
 
 @contextmanager
@@ -68,7 +48,8 @@ def ray_session(
         trains: `fit` is to run in it.
         trials: `fit` is to run trials of a sweep in it.
         check: runs in another thread, and may import what the driver needs, too.
-        preload: modules that the workers of a Ray of our own have imported when they start.
+        preload: modules that the workers of a Ray of our own have imported when they start. They
+            are of the fork server that runs already, if one does.
 
     Raises:
         PipelineError: too little memory for a local Ray, one that does not start, or no cluster at
@@ -80,8 +61,8 @@ def ray_session(
     importing = threading.Thread(target=_import_for_driver, args=(trains, check), daemon=True)
     with ExitStack() as stack:
         try:
-            if forks:
-                stack.enter_context(forking(preload, OF_TRAINING if trains else []))
+            if forks and ADDRESS not in os.environ:
+                stack.enter_context(forking(preload, trains))
             importing.start()
             if address:
                 _reach(address)
@@ -103,16 +84,13 @@ def ray_session(
 
 def _to_cluster(address: str) -> dict[str, Any]:
     """Arguments of `ray.init`."""
-    return {"address": address, "runtime_env": {"env_vars": ENVIRONMENT}}
+    return {"address": address, "runtime_env": {"env_vars": environment.OF_ALL}}
 
 
 def _to_own(trials: bool, forks: bool) -> dict[str, Any]:
-    """Arguments of `ray.init`, and the environment, which all of its processes inherit: as their
-    runtime environment each would start twice."""
+    """Arguments of `ray.init`, and the environment."""
     preflight.check_memory()
-    os.environ |= ENVIRONMENT | worker_environment()
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    local_ray.prepare_environment()
+    environment.set_local()
     return {
         "address": "local",
         # Ray Train asks it whether the controller of a trial still lives.

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from pipelines.errors import PipelineError
 from pipelines.params import Params, load_params
 from pipelines.paths import ROOT, SHARED
 from pipelines.run import dvc
+from pipelines.run.fork_server import forking
 from pipelines.run.identity import (
     Inputs,
     RunState,
@@ -198,17 +199,19 @@ def _run(stage: Stage, params: Params, forced: bool) -> None:
 
 
 def _begin_check(stage: Stage, params: Params) -> "Future[Any]":
-    """Start `stage.check`, which may import torch and mm beside the start of Ray.
-
-    Raises:
-        PipelineError: of the check, if it finds something wrong at once.
-    """
+    """Start `stage.check`, which may import torch and mm beside the start of Ray."""
     pool = ThreadPoolExecutor(1)
     check = pool.submit(stage.check, params)
     pool.shutdown(wait=False)
-    with suppress(TimeoutError):
-        check.result(timeout=QUICK_S)
     return check
+
+
+def _begin_workers(stage: Stage, params: Params) -> AbstractContextManager[None]:
+    """Have workers of a local Ray forked from a process that begins to import what they need."""
+    preload = stage.preload(params)
+    if not preload or os.environ.get("RAY_ADDRESS"):
+        return nullcontext()
+    return forking(preload, stage.trains)
 
 
 def _restore(stage: Stage, state: RunState) -> bool:
@@ -227,10 +230,17 @@ def _export(stage: Stage, run: StageRun, checked: Any) -> bool:
 
 
 def _compute(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
+    shutil.rmtree(run._staged, ignore_errors=True)
+    with _begin_workers(stage, run.params):
+        with suppress(TimeoutError):
+            check.result(timeout=QUICK_S)
+        _compute_in_ray(stage, run, check)
+
+
+def _compute_in_ray(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
     # Imported late: they take seconds, and bad parameters should be told at once.
     from pipelines.run import session
 
-    shutil.rmtree(run._staged, ignore_errors=True)
     preload = stage.preload(run.params)
     with session.ray_session(stage.trains, stage.trials, check, preload) as run._session:
         mark("Ray started")

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def dense_loop(package: str) -> Loop:
     """`pipelines.mm.train`, with what it imports of mmdet or mmseg."""
-    ours = ("pipelines.mm.loading", "pipelines.mm.loop", "elsa.mm")
+    ours = ("pipelines.mm.labels",) if package == "mmseg" else ()
     parts = ("models", "datasets", "engine", "evaluation", "visualization")
     return Loop("pipelines.mm.train", (*ours, *(f"{package}.{part}" for part in parts)))
 
@@ -205,15 +205,15 @@ class DenseTask(Task):
 
     def build(self, params: Params) -> "nn.Module":
         """The whole model that the parameters name, for a count of its cost."""
-        from mmengine.registry import MODELS, init_default_scope
+        from mmengine.registry import MODELS
 
         from pipelines.data.store import Dataset
-        from pipelines.mm.config import build_config
+        from pipelines.mm.config import build_config, use
 
         classes = tuple(str(i) for i in range(self.section(params).num_classes))
         job = Job(self.stage, params, Dataset(self.dataset, "", classes, {}, ""))
         config = build_config(job, Path("unused"))
-        init_default_scope(config.default_scope)
+        use(config)
         model: nn.Module = MODELS.build(config.model)
         return model
 
@@ -291,7 +291,7 @@ def _check_backbone(backbone: Any, given: str) -> None:
     """
     from mmengine.registry import MODELS
 
-    import elsa
+    import elsa.mm
 
     try:
         MODELS.build(backbone).init_weights()

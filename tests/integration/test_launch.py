@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import compose
 from pipelines.run import checkpoints, preflight, tracking
+from pipelines.run.environment import worker_environment
 from pipelines.run.finding import Finding
 from pipelines.run.fit import RunSpec
 from pipelines.run.fit import fit as run_fit
-from pipelines.run.session import ray_session, storage_path, worker_environment
+from pipelines.run.session import ray_session, storage_path
 
 
 class Numbers(Dataset):

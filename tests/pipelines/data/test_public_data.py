@@ -21,6 +21,7 @@ from pipelines.data.public.take import take_one
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.config import build_config
+from pipelines.mm.train import make_runner  # noqa: F401  registers what configs name
 from pipelines.params import Params, compose
 from pipelines.tasks import TASKS
 from pipelines.train.job import Job

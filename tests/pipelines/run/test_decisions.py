@@ -38,8 +38,12 @@ def built(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> W
     stage.write_text(
         text.replace("from pipelines.run import dvc", "from pipelines.run import dvc, stub")
     )
-    with (root / "pipelines/run/session.py").open("a") as session:
-        session.write("\n\n@contextmanager\ndef ray_session(*_):\n    yield Session(local=True)\n")
+    for module, function, value in (
+        ("session", "ray_session", "Session(local=True)"),
+        ("fork_server", "forking", ""),
+    ):
+        with (root / f"pipelines/run/{module}.py").open("a") as file:
+            file.write(f"\n\n@contextmanager\ndef {function}(*_):\n    yield {value}\n")
     commit_all(root)
     workspace = Workspace(root)
     workspace.env["ELSA_TEST_LIBRARY"] = str(compiled_library)

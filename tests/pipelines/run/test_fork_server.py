@@ -94,7 +94,7 @@ def test_the_fork_server_ends_with_a_killed_driver() -> None:
     code = (
         "import os, time\n"
         "from pipelines.run.fork_server import forking\n"
-        f"with forking(['{MODULE}'], []):\n"
+        f"with forking(['{MODULE}'], trains=False):\n"
         f"    print(os.environ['{ADDRESS}'], flush=True)\n"
         "    time.sleep(600)"
     )

@@ -11,7 +11,7 @@ import pytest
 import ray
 from ray._private.node import Node
 
-from pipelines.run import idle_agent, local_ray
+from pipelines.run import environment, idle_agent, local_ray
 from pipelines.run.session import ray_session
 
 
@@ -23,7 +23,7 @@ def test_environment_variables_that_we_set_are_read_by_ray() -> None:
     known |= set(vars(reporter_consts))
     text = inspect.getsource(reporter_consts) + inspect.getsource(constants)
     settings = Path(ray._raylet.__file__).read_bytes()  # each is a variable RAY_<name>
-    for name in local_ray.ENVIRONMENT:
+    for name in environment.OF_LOCAL:
         is_setting = name.removeprefix("RAY_").encode() in settings
         assert name in known or name in text or is_setting, f"Ray does not read {name} any more"
 
