@@ -10,6 +10,7 @@ from pipelines.results.comparison import Scored, compare, markdown, write_compar
 from pipelines.results.sequential import Design
 from pipelines.run import tracking
 from pipelines.run.tracking import RunRecord
+from pipelines.run.tracking_uri import tracking_uri
 from pipelines.tasks import TASKS
 
 UI = "http://127.0.0.1:5000"
@@ -26,7 +27,7 @@ def compare_runs(runs: Sequence[str], sweep: str | None, metric: str | None, out
     Raises:
         PipelineError: there are no such runs, or they have no metric in common.
     """
-    tracking.ping(tracking.tracking_uri())
+    tracking.ping(tracking_uri())
     comparison = of_sweep(sweep, metric) if sweep else _of_runs(runs, metric)
     write_comparison(comparison, out)
     print(markdown(comparison))
@@ -42,7 +43,7 @@ def of_sweep(name: str | None, metric: str | None = None) -> dict[str, Any]:
     sweep = tracking.find_sweep(name)
     if sweep is None:
         raise PipelineError(
-            f"no sweep{f' of space {name}' if name else ''} at {tracking.tracking_uri()}",
+            f"no sweep{f' of space {name}' if name else ''} at {tracking_uri()}",
             f"Run `dvc repro sweep`, or `dvc exp run sweep -S sweep.space={name or '...'}`",
         )
     judged = {f"final/{task.metric}" for task in TASKS.values()}
@@ -62,7 +63,7 @@ def _of_runs(ids: Sequence[str], metric: str | None) -> dict[str, Any]:
     missing = [run_id for run_id, run in found.items() if run is None]
     if missing:
         raise PipelineError(
-            f"no run {', '.join(missing)} at {tracking.tracking_uri()}",
+            f"no run {', '.join(missing)} at {tracking_uri()}",
             "Ids of MLflow runs are in lineage/*.json (`dvc pull`) and in MLflow's table of runs",
         )
     return _compare([run for run in found.values() if run], metric)
@@ -93,7 +94,7 @@ def _scored(run: RunRecord) -> Scored:
 
 def pages() -> str:
     """What to open of MLflow's interface: all runs, and the trials of the last sweep."""
-    tracking.ping(tracking.tracking_uri())
+    tracking.ping(tracking_uri())
     sweep = tracking.find_sweep()
     lines = [f"All runs: {UI}"]
     trials = tracking.sweep_trials(sweep.run_id) if sweep else []

@@ -11,6 +11,7 @@ from pipelines.params import Params, load_params
 from pipelines.paths import ROOT
 from pipelines.run.finding import Finding
 from pipelines.run.preflight import Needs
+from pipelines.run.tracking_uri import tracking_uri
 from pipelines.tasks import TASKS
 
 HERE = "this machine"
@@ -43,7 +44,7 @@ def check_params() -> tuple[Params | None, Finding]:
 def check_training(params: Params) -> list[Finding]:
     """The preflight of the training stages, of what is made already."""
     from pipelines.data.dataset import locate
-    from pipelines.run import preflight, session, tracking
+    from pipelines.run import preflight, session
 
     data, later = {}, []
     for name in (TASKS[task].dataset for task in params.tasks):
@@ -57,9 +58,7 @@ def check_training(params: Params) -> list[Finding]:
     op = (ROOT / "build/op").is_dir()
     if not op:
         later.append(Finding("operator", HERE, f"{LATER}`dvc repro build_op` makes it"))
-    needs = Needs(
-        session.storage_path(params), tracking.tracking_uri(), data, params.scaling.use_gpu, op
-    )
+    needs = Needs(session.storage_path(params), tracking_uri(), data, params.scaling.use_gpu, op)
     if os.environ.get("RAY_ADDRESS"):
         with session.ray_session(trains=False):
             workers = preflight.check_workers(params.scaling, preflight.alive_nodes())

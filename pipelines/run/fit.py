@@ -24,6 +24,7 @@ from pipelines.run.environment import worker_environment
 from pipelines.run.local_ray import raylet_errors
 from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer
 from pipelines.run.trace import mark
+from pipelines.run.tracking_uri import tracking_uri
 from pipelines.train.reporter import Reporter
 
 if TYPE_CHECKING:
@@ -93,9 +94,7 @@ def fit(
     """
     if not spec.trial:  # a sweep looks once, for all its trials
         fewest = spec.scaling.model_copy(update={"num_workers": spec.fewest_workers})
-        needs = preflight.Needs(
-            spec.storage, tracking.tracking_uri(), spec.data, spec.scaling.use_gpu
-        )
+        needs = preflight.Needs(spec.storage, tracking_uri(), spec.data, spec.scaling.use_gpu)
         preflight.require(spec.stage, fewest, needs)
     mark("nodes checked")
     with showing(spec.stage, quiet=spec.trial) as shown:
@@ -132,7 +131,7 @@ def fit(
 
 def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequence[Any]) -> Trainer:
     scaling, workers, least = spec.scaling, spec.scaling.num_workers, spec.fewest_workers
-    uri = tracking.tracking_uri()
+    uri = tracking_uri()
     told = reporter.Reporting(spec.mlflow_run_id, uri, shown, spec.path, scaling.hang_s)
     # A trial that is stopped early ends with its process, which a controller in it holds up.
     make = LocalTrainer if spec.local and not callbacks else Trainer

@@ -22,6 +22,7 @@ from pipelines.paths import ROOT
 from pipelines.run.display import Progress
 from pipelines.run.finding import Finding, short
 from pipelines.run.shared_storage import Mark
+from pipelines.run.tracking_uri import without_password
 
 OBJECT_STORE = 512 * 2**20
 NEEDED_MEMORY = 2 * 2**30
@@ -283,9 +284,7 @@ def _operator(node: str, use_gpu: bool) -> Finding:
 
 
 def _tracking(uri: str, node: str, driver: bool) -> Finding:
-    from pipelines.run import tracking
-
-    shown = tracking.without_password(uri)
+    shown = without_password(uri)
     if uri.startswith("sqlite:"):
         if driver:
             return Finding("tracking", node, "a sqlite file of this machine")
@@ -294,6 +293,8 @@ def _tracking(uri: str, node: str, driver: bool) -> Finding:
             " MLFLOW_TRACKING_URI to it"
         )
         return Finding("tracking", node, f"{shown} is a file of the driver's machine", fix)
+    from pipelines.run import tracking
+
     try:
         tracking.ping(uri)
     except PipelineError as error:

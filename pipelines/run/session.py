@@ -22,6 +22,7 @@ from pipelines.run import environment, local_ray, preflight
 from pipelines.run.display import track
 from pipelines.run.fork_server import forking
 from pipelines.run.forked_worker import ADDRESS
+from pipelines.run.tracking_uri import tracking_uri
 
 
 @dataclass(frozen=True)
@@ -175,10 +176,8 @@ def at_once(stage: str, params: Params, data: Mapping[str, str]) -> int:
     Raises:
         PipelineError: a node lacks something, or there is no room for one.
     """
-    from pipelines.run import tracking
-
     scaling = params.scaling
-    needs = preflight.Needs(storage_path(params), tracking.tracking_uri(), data, scaling.use_gpu)
+    needs = preflight.Needs(storage_path(params), tracking_uri(), data, scaling.use_gpu)
     preflight.require(stage, scaling, needs)
     places = (preflight.places_on(node["Resources"], scaling) for node in preflight.alive_nodes())
     return sum(places) // scaling.num_workers

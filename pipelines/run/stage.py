@@ -31,6 +31,7 @@ from pipelines.run.identity import (
     unfinished_runs,
 )
 from pipelines.run.trace import mark
+from pipelines.run.tracking_uri import without_password
 
 if TYPE_CHECKING:
     from pipelines.run.session import Session
@@ -264,7 +265,7 @@ def _compute_in_ray(stage: Stage, run: StageRun, check: "Future[Any]") -> None:
             tracker.fail(error)
             if isinstance(error, tracking.TrackingError):
                 raise PipelineError(
-                    f"MLflow does not answer: {tracking.without_password(str(error))}. What is"
+                    f"MLflow does not answer: {without_password(str(error))}. What is"
                     " trained is kept",
                     "Start the stage again when it answers",
                 ) from error

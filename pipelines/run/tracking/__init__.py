@@ -19,8 +19,6 @@ from pipelines.run.tracking.store import (
     TrackingError,
     download_model,
     ping,
-    tracking_uri,
-    without_password,
 )
 from pipelines.run.tracking.sweeps import comparison_path, find_sweep, register, sweep_trials
 
@@ -41,6 +39,4 @@ __all__ = [
     "start_run",
     "sweep_trials",
     "system_metrics",
-    "tracking_uri",
-    "without_password",
 ]

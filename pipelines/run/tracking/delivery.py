@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pipelines.run.tracking.runs import Tracker
-from pipelines.run.tracking.store import TrackingError, without_password
+from pipelines.run.tracking.store import TrackingError
+from pipelines.run.tracking_uri import without_password
 
 
 class Delivery:

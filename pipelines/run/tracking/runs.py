@@ -36,9 +36,8 @@ from pipelines.run.tracking.store import (
     TrackingError,
     experiment_of,
     run_exists,
-    tracking_uri,
-    without_password,
 )
+from pipelines.run.tracking_uri import tracking_uri, without_password
 
 
 class Tracker:

@@ -1,7 +1,6 @@
 """The MLflow store: where it is, whether it answers, and the experiment in it."""
 
 import os
-import re
 from pathlib import Path
 
 os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -11,15 +10,11 @@ from mlflow.tracking import MlflowClient
 
 from pipelines.errors import PipelineError
 from pipelines.paths import SHARED
+from pipelines.run.tracking_uri import tracking_uri, without_password
 
 EXPERIMENT = "elsa"
 """Where MLFLOW_EXPERIMENT_NAME names no other."""
 TrackingError = mlflow.exceptions.MlflowException
-
-
-def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or a sqlite store at the root of the repository."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{SHARED / 'mlflow.db'}"
 
 
 def ping(uri: str) -> None:
@@ -79,8 +74,3 @@ def run_exists(client: MlflowClient, run_id: str) -> bool:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return False  # the store was deleted or is another one: a new run takes over
         raise
-
-
-def without_password(text: str) -> str:
-    """A tracking URI, or a message that has one in it, without user and password."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "...@", text)

@@ -9,7 +9,8 @@ from typing import Any
 from mlflow.tracking import MlflowClient
 
 from pipelines.run.tracking.runs import RunRecord, Tracker, record_of
-from pipelines.run.tracking.store import TrackingError, experiment_of, tracking_uri
+from pipelines.run.tracking.store import TrackingError, experiment_of
+from pipelines.run.tracking_uri import tracking_uri
 
 
 def find_sweep(name: str | None = None) -> RunRecord | None:
