@@ -69,7 +69,7 @@ def ray_session(
                 _reach(address)
             with nullcontext() if address else local_ray.few_processes(trials, forks):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
-            if forks:
+            if forks and trains:
                 _ask_for_worker()
         except Exception as error:  # Ray has no class for processes that are too slow to start
             ray.shutdown()
@@ -104,7 +104,11 @@ def _to_own(trials: bool, forks: bool) -> dict[str, Any]:
 
 
 def _ask_for_worker() -> None:
-    """Have the fork server make one, for which it imports Ray, while the driver still imports."""
+    """Have the fork server make one, for which it imports Ray, while the driver still imports.
+
+    What shows a training's progress takes it. One too many Ray would end when it is idle, and the
+    end of a process with such libraries keeps a processor busy for seconds.
+    """
 
     @ray.remote(num_cpus=0)
     def nothing() -> None:
