@@ -21,9 +21,16 @@ from pipelines.run import forked_worker, idle_agent
 
 LOOPBACK = {"_node_ip_address": "127.0.0.1"}
 """Argument of `ray.init` that keeps a local Ray off the network."""
-NO_PRESTART = {"_system_config": {"prestart_worker_first_driver": False}}
-"""Argument of `ray.init` that does not have it wait for as many workers as there are processors:
-the fork server makes one sooner than it has imported all."""
+FORKED_WORKERS = {
+    "_system_config": {
+        # It would wait for as many as there are processors, which come when all is imported.
+        "prestart_worker_first_driver": False,
+        # The end of a process with such libraries keeps a processor busy for seconds, while
+        # another may measure.
+        "idle_worker_killing_time_threshold_ms": 24 * 3600 * 1000,
+    }
+}
+"""Argument of `ray.init` for a Ray whose workers are forked."""
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def ray_session(
                 _reach(address)
             with nullcontext() if address else local_ray.few_processes(trials, forks):
                 ray.init(**arguments, log_to_driver=False, logging_level=logging.ERROR)
-            if forks and trains:
+            if forks:
                 _ask_for_worker()
         except Exception as error:  # Ray has no class for processes that are too slow to start
             ray.shutdown()
@@ -99,16 +99,12 @@ def _to_own(trials: bool, forks: bool) -> dict[str, Any]:
         "dashboard_host": "127.0.0.1",
         "object_store_memory": preflight.OBJECT_STORE,
         **local_ray.LOOPBACK,
-        **(local_ray.NO_PRESTART if forks else {}),
+        **(local_ray.FORKED_WORKERS if forks else {}),
     }
 
 
 def _ask_for_worker() -> None:
-    """Have the fork server make one, for which it imports Ray, while the driver still imports.
-
-    What shows a training's progress takes it. One too many Ray would end when it is idle, and the
-    end of a process with such libraries keeps a processor busy for seconds.
-    """
+    """Have the fork server make one, for which it imports Ray, while the driver still imports."""
 
     @ray.remote(num_cpus=0)
     def nothing() -> None:

@@ -30,10 +30,10 @@ def test_environment_variables_that_we_set_are_read_by_ray() -> None:
 
 def test_init_takes_our_arguments() -> None:
     source = inspect.getsource(ray.init)
-    for name in local_ray.LOOPBACK | local_ray.NO_PRESTART:
+    for name in local_ray.LOOPBACK | local_ray.FORKED_WORKERS:
         assert name in source, f"ray.init does not take {name} any more"
     settings = Path(ray._raylet.__file__).read_bytes()
-    for name in local_ray.NO_PRESTART["_system_config"]:
+    for name in local_ray.FORKED_WORKERS["_system_config"]:
         assert name.encode() in settings, f"Ray has no setting {name} any more"
 
 
