@@ -224,7 +224,7 @@ ASHA = """about: a test
 fixed:
   scaling.num_workers: 1
   scaling.max_failures: 0
-  pretrain.epochs: 2
+  pretrain.epochs: 8
   pretrain.img_size: 28
 search:
   method: random
@@ -272,7 +272,8 @@ def test_asha_stops_what_falls_behind_and_the_sweep_goes_on(sweep: Workspace) ->
         epochs = len(client(sweep).get_metric_history(run.info.run_id, "holdout_top1"))
         if row["state"] == "stopped":
             assert row["reason"] == "stopped by ASHA after epoch 1"
-        assert epochs == (1 if row["state"] == "stopped" else 2)
+        # One that is stopped is in its next epoch already, and may end that before it hears of it.
+        assert (epochs < 8) == (row["state"] == "stopped")
     assert not sweep.left_running()
 
 
