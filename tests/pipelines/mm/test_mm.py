@@ -18,8 +18,8 @@ from pipelines.data.files import sha256_file
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import BEGUN, HISTORY, STATE
-from pipelines.mm.config import build_config
-from pipelines.mm.hooks import PREDICTIONS, WEIGHTS, percentages
+from pipelines.mm.config import PREDICTIONS, build_config
+from pipelines.mm.hooks import WEIGHTS, percentages
 from pipelines.mm.train import train
 from pipelines.params import compose
 from pipelines.tasks import TASKS
