@@ -142,12 +142,13 @@ def test_a_worker_keeps_the_memory_of_a_step_for_the_next(fit, tmp_path: Path) -
 
 
 def test_workers_make_ids_and_random_numbers_of_their_own(session) -> None:
-    """What they are forked from must not have begun to: two trials would have one place."""
+    """What they are forked from must not have begun to: two trials would have one placement group,
+    whose ids are of the generator in C++ that this kind of id is of."""
 
     @ray.remote(num_cpus=0)
     class Worker:
         def draw(self) -> tuple[str, float]:
-            return ray.PlacementGroupID.from_random().hex(), np.random.random()
+            return ray.NodeID.from_random().hex(), np.random.random()
 
     first, second = ray.get([worker.draw.remote() for worker in [Worker.remote(), Worker.remote()]])
     assert first[0] != second[0]
