@@ -40,10 +40,11 @@ def test_init_takes_our_arguments() -> None:
 def test_a_local_ray_is_few_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     before, methods = dict(os.environ), dict(vars(Node))
+    of_other_tests = set(psutil.Process().children(recursive=True))  # such as multiprocessing's
     try:
         with ray_session(trains=False):
             commands = []
-            processes = psutil.Process().children(recursive=True)
+            processes = set(psutil.Process().children(recursive=True)) - of_other_tests
             for process in processes:
                 with suppress(psutil.Error):  # it has ended meanwhile
                     commands.append(" ".join(process.cmdline()))
