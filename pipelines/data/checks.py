@@ -1,9 +1,4 @@
-"""Is a data set whole and right? Checked at the start of every training stage.
-
-The order of the checks puts the precise message first: what is missing, then what the
-content says (a COCO annotation of a missing image, an ADE20K label out of range), and only
-then that files differ from the manifest.
-"""
+"""What images, COCO's annotations and ADE20K's label maps must be, for any data set."""
 
 from __future__ import annotations
 
@@ -13,18 +8,15 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from pipelines.data.errors import DataError
-from pipelines.data.layout import DATASETS, IMAGES, LAYOUTS
-from pipelines.data.manifest import MANIFEST, data_digest, file_entry
+from pipelines.data.layout import LAYOUTS
 
-FIX = "run `dvc repro prepare`"
-FULL_CHECK_LIMIT = 20_000  # above this many files only their presence and sizes are checked
 BOX_SLACK = 1.0  # pixels: the boxes of COCO are rounded, so they may end just outside the image
 
 
@@ -38,118 +30,11 @@ def folders(dataset: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*found, *layout.images.values()]))
 
 
-def check_dataset(
-    root: Path | str, kind: str, num_classes: int, image_size: int | None = None
-) -> dict[str, Any]:
-    """Check the data set in folder `root`; raises DataError with one message at the first fault.
-
-    Args:
-        root: the folder of the data set itself, such as `data/coco`.
-        kind: its layout, one of DATASETS.
-        num_classes: how many classes the parameters ask for.
-        image_size: side in pixels that every image must have, if they are all alike.
-
-    Returns:
-        `dataset`, `classes`, `counts` (images per split), `digest`, and `checked`: "content",
-        or "sizes" for a data set too large to read through.
-    """
-    root = Path(root)
-    if kind not in DATASETS:
-        raise ValueError(f"unknown kind of data set {kind!r}; allowed: {', '.join(DATASETS)}")
-    manifest = _read_manifest(root, kind)
-    classes, files = manifest["classes"], manifest["files"]
-    if len(classes) != num_classes:
-        raise DataError(
-            f"{root} has {len(classes)} classes, but num_classes is {num_classes} in the "
-            f"parameters; set num_classes to {len(classes)}, or {FIX} with other parameters"
-        )
-    _check_presence(root, kind, files)
-    full = len(files) <= FULL_CHECK_LIMIT
-    if full:
-        sizes = _check_images(root, files, image_size)
-        if kind == "imagenet":
-            _check_imagenet(root, classes)
-        elif kind == "coco":
-            for name in LAYOUTS["coco"].images.values():
-                _check_coco(root, name, classes, sizes)
-        else:
-            _check_ade20k(root, num_classes, sizes)
-    changed = [name for name, entry in files.items() if _differs(root / name, entry, full)]
-    if changed:
-        _fail(root, f"differs from its {MANIFEST}", changed)
-    if manifest["digest"] != data_digest(files, classes):
-        raise DataError(f"{root / MANIFEST} does not match its own digest; {FIX}")
-    return {
-        "dataset": kind,
-        "classes": list(classes),
-        "counts": dict(manifest["counts"]),
-        "digest": manifest["digest"],
-        "checked": "content" if full else "sizes",
-    }
-
-
-def _fail(where: Path, what: str, names: Sequence[str], fix: str = FIX) -> NoReturn:
-    first = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    raise DataError(f"{where}: {len(names)} file(s) {what}: {first}; {fix}")
-
-
-def _differs(path: Path, entry: Sequence[Any], full: bool) -> bool:
-    if full:
-        return file_entry(path) != (entry[0], entry[1])
-    return bool(path.stat().st_size != entry[0])
-
-
-def _read_manifest(root: Path, kind: str) -> dict[str, Any]:
-    if not root.is_dir():
-        raise DataError(f"there is no data set folder {root}; {FIX}")
-    path = root / MANIFEST
-    if not path.is_file():
-        raise DataError(
-            f"{root} has no {MANIFEST}: the data set is only half prepared, or was not made "
-            f"by this pipeline; {FIX}"
-        )
-    manifest = _read_json(path)
-    wanted = {"dataset": str, "classes": list, "counts": dict, "files": dict, "digest": str}
-    for key, kept in wanted.items():
-        if not isinstance(manifest, dict) or not isinstance(manifest.get(key), kept):
-            raise DataError(f"{path}: key {key!r} is missing or not a {kept.__name__}; {FIX}")
-    if not all(isinstance(name, str) for name in manifest["classes"]):
-        raise DataError(f"{path}: its classes are not all names; {FIX}")
-    if manifest["dataset"] != kind:
-        raise DataError(f"{root} holds a {manifest['dataset']!r} data set, not {kind!r}")
-    for name, entry in manifest["files"].items():
-        if not isinstance(entry, list) or [type(value) for value in entry] != [int, str]:
-            raise DataError(f"{path}: files[{name!r}] is not [bytes, sha256]; {FIX}")
-    return dict(manifest)
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}); {FIX}") from None
-
-
-def _check_presence(root: Path, kind: str, files: dict[str, Any]) -> None:
-    for folder in folders(kind):
-        if not (root / folder).is_dir():
-            raise DataError(f"{root} has no folder {folder}/, which the {kind} layout needs; {FIX}")
-    present = {
-        (folder / name).relative_to(root).as_posix()
-        for folder, _, names in root.walk()
-        for name in names
-    }
-    missing = sorted(files.keys() - present)
-    if missing:
-        _fail(root, "are missing", missing)
-    unknown = sorted(
-        name
-        for name in present - files.keys()
-        if name.startswith(tuple(f"{folder}/" for folder in folders(kind)))
-        and name.lower().endswith(IMAGES)
-    )
-    if unknown:
-        _fail(root, f"are not in {MANIFEST}", unknown, f"remove them, or {FIX}")
+        raise DataError(f"{path} is not valid JSON ({error})") from None
 
 
 def decode(source: Path | BinaryIO) -> tuple[int, int]:
@@ -167,56 +52,8 @@ def decode(source: Path | BinaryIO) -> tuple[int, int]:
         raise ValueError(str(error)) from None
 
 
-def _check_images(
-    root: Path, files: dict[str, Any], image_size: int | None
-) -> dict[str, tuple[int, int]]:
-    """Decode every image; returns (width, height) by name."""
-    sizes = {}
-    for name, entry in files.items():
-        if not name.lower().endswith(IMAGES):
-            continue
-        path = root / name
-        try:
-            sizes[name] = decode(path)
-        except ValueError as error:
-            raise DataError(
-                f"{path} cannot be decoded ({error}): {path.stat().st_size} bytes, "
-                f"{entry[0]} when it was made; {FIX}"
-            ) from None
-        if image_size is not None and sizes[name] != (image_size, image_size):
-            raise DataError(
-                f"{path} is {by(sizes[name])}, but the parameters say "
-                f"{image_size}x{image_size}; {FIX}"
-            )
-    return sizes
-
-
-def _check_imagenet(root: Path, classes: Sequence[str]) -> None:
-    for split in folders("imagenet"):
-        found = sorted(path.name for path in (root / split).iterdir() if path.is_dir())
-        if found != sorted(classes):
-            odd = sorted(set(found) ^ set(classes))
-            raise DataError(
-                f"{root / split} has {len(found)} class folders, {MANIFEST} names "
-                f"{len(classes)} classes; they differ in {', '.join(odd[:3])}; {FIX}"
-            )
-        for name in found:
-            if not any((root / split / name).iterdir()):
-                raise DataError(f"{root / split / name} has no images; {FIX}")
-
-
 def _duplicates(values: Iterable[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def _check_coco(
-    root: Path, folder: str, classes: Sequence[str], sizes: dict[str, tuple[int, int]]
-) -> None:
-    found = check_coco(root, folder, classes, sizes)
-    for number, fault in (found.empty | found.without_mask).items():
-        raise DataError(
-            f"{root}/annotations/instances_{folder}.json: annotation {number} {fault}; {FIX}"
-        )
 
 
 @dataclass(frozen=True)
@@ -249,32 +86,32 @@ def check_coco(
     """
     path = root / f"annotations/instances_{folder}.json"
     if not path.is_file():
-        raise DataError(f"{root} has no annotations/{path.name}; {FIX}")
+        raise DataError(f"{root} has no annotations/{path.name}")
     content = _read_json(path)
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
-            raise DataError(f"{path}: key {key!r} is missing or not a list; {FIX}")
+            raise DataError(f"{path}: key {key!r} is missing or not a list")
         for item in content[key]:
             if not isinstance(item, dict) or type(item.get("id")) is not int:
-                raise DataError(f"{path}: {key} has an entry without a whole number as id; {FIX}")
+                raise DataError(f"{path}: {key} has an entry without a whole number as id")
         if ids := _duplicates(item["id"] for item in content[key]):
-            raise DataError(f"{path}: {key} has id {ids[0]} more than once; {FIX}")
+            raise DataError(f"{path}: {key} has id {ids[0]} more than once")
     names = [category.get("name") for category in content["categories"]]
     if names != list(classes):
         raise DataError(
-            f"{path}: its {len(names)} categories are not the {len(classes)} classes of "
-            f"{MANIFEST}; {FIX}"
+            f"{path}: its {len(names)} categories are not the {len(classes)} of the training"
+            " annotations"
         )
     images = {image["id"]: image for image in content["images"]}
     _check_coco_images(path, folder, list(images.values()), sizes, left_out)
     if not content["annotations"]:
-        raise DataError(f"{path} has no annotations: there is nothing to learn or score; {FIX}")
+        raise DataError(f"{path} has no annotations: there is nothing to learn or score")
     categories = {category["id"] for category in content["categories"]}
     found = CocoFindings(len(content["annotations"]))
     for annotation in content["annotations"]:
         fault = _annotation_fault(annotation, images, categories)
         if fault:
-            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}; {FIX}")
+            raise DataError(f"{path}: annotation {annotation.get('id')} {fault}")
         name = images[annotation["image_id"]]["file_name"]
         if min(annotation["bbox"][2:]) == 0:
             found.empty[annotation["id"]] = f"of {name} has an empty bbox {annotation['bbox']}"
@@ -295,19 +132,20 @@ def _check_coco_images(
         if name in left_out:
             continue
         if name not in sizes:
-            raise DataError(
-                f"{path}: image {image['id']} refers to {name}, which does not exist; {FIX}"
-            )
+            raise DataError(f"{path}: image {image['id']} refers to {name}, which does not exist")
         given = (image.get("width"), image.get("height"))
         if sizes[name] != given:
             raise DataError(
                 f"{path}: image {image['id']} is given as {by(given)}, but {name} is "
-                f"{by(sizes[name])}; {FIX}"
+                f"{by(sizes[name])}"
             )
     listed = {f"{folder}/{image['file_name']}" for image in images}
     unlisted = sorted(n for n in sizes if n.startswith(f"{folder}/") and n not in listed)
     if unlisted:
-        _fail(path, "have no entry under `images`", unlisted)
+        raise DataError(
+            f"{path}: {len(unlisted)} image(s) have no entry under `images`:"
+            f" {', '.join(unlisted[:3])}{', ...' if len(unlisted) > 3 else ''}"
+        )
 
 
 def _annotation_fault(
@@ -345,29 +183,6 @@ def _annotation_fault(
     elif not isinstance(code, list):
         return f"has a segmentation of type {type(code).__name__}, not polygons or RLE"
     return None
-
-
-def _check_ade20k(root: Path, num_classes: int, sizes: dict[str, tuple[int, int]]) -> None:
-    for split in ("training", "validation"):
-        stems = {
-            part: {Path(n).stem: n for n in sizes if n.startswith(f"{part}/{split}/")}
-            for part in ("images", "annotations")
-        }
-        images, labels = stems["images"], stems["annotations"]
-        if lonely := sorted(images.keys() - labels.keys()):
-            _fail(root, f"in images/{split} have no label map in annotations/{split}", lonely)
-        if lonely := sorted(labels.keys() - images.keys()):
-            _fail(root, f"in annotations/{split} have no image in images/{split}", lonely)
-        for stem, name in labels.items():
-            if sizes[name] != sizes[images[stem]]:
-                raise DataError(
-                    f"{root / name} is {by(sizes[name])}, its image {images[stem]} is "
-                    f"{by(sizes[images[stem]])}; {FIX}"
-                )
-            try:
-                read_label_map(root / name, num_classes)
-            except ValueError as error:
-                raise DataError(f"{root / name} {error}; {FIX}") from None
 
 
 def read_label_map(source: Path | BinaryIO, num_classes: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Where a data set is, and whether it is the one that `prepare` verified.
+"""Where a data set is, and whether it is the one that `prepare` drew or verified.
 
 The images of a public data set stay where they are; DVC and the run identity hold only
 `data/<name>/manifest.json`. So the same data in another place is the same run.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipelines.data.checks import check_dataset
 from pipelines.data.errors import DataError
 from pipelines.data.manifest import MANIFEST, read_manifest
 from pipelines.data.public import archives, verify
@@ -64,13 +63,9 @@ def find_dataset(params: Params, name: str, num_classes: int) -> Dataset:
     Raises:
         DataError: it is not there, was changed, or has another number of classes.
     """
-    root = ROOT / "data" / name
-    if params.prepare.source == "demo":
-        found = check_dataset(root, name, num_classes)
-        return Dataset(name, str(root), tuple(found["classes"]), found["counts"], found["digest"])
     place = locate(params, name)
-    manifest = read_manifest(root / MANIFEST)
-    if manifest is None or "chunks" not in manifest or manifest["dataset"] != name:
+    manifest = read_manifest(ROOT / "data" / name / MANIFEST)
+    if manifest is None or manifest["dataset"] != name:
         raise DataError(
             f"data/{name} has no manifest of the data set in {public_url(place)}",
             "Run `dvc repro prepare`",
@@ -83,9 +78,13 @@ def find_dataset(params: Params, name: str, num_classes: int) -> Dataset:
             f"Set num_classes to {len(classes)}",
         )
     if fault := verify.difference(place, manifest):
+        drawn = params.prepare.source == "demo"
         raise DataError(
-            f"{name} in {public_url(place)} is not what was verified: {fault}",
-            "Restore it, or verify it again with `dvc repro --force prepare`",
+            f"{name} in {public_url(place)} is not what was {'drawn' if drawn else 'verified'}:"
+            f" {fault}",
+            "Draw it again with `dvc repro prepare`"
+            if drawn
+            else "Restore it, or verify it again with `dvc repro --force prepare`",
         )
     counts, skipped = dict(manifest["counts"]), tuple(manifest["skipped"])
     boxes_only = manifest.get("without_mask", 0)

@@ -1,4 +1,4 @@
-"""`manifest.json` of a data set folder: its classes, counts, files and one digest."""
+"""`manifest.json` of a data set: its classes, counts, files in chunks, and one digest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipelines.data.files import write_json
-
 MANIFEST = "manifest.json"
 
 FileEntry = tuple[int, str]  # bytes, sha256
@@ -24,49 +22,16 @@ def file_entry(path: Path) -> FileEntry:
     return len(data), hashlib.sha256(data).hexdigest()
 
 
-def data_digest(files: Mapping[str, Sequence[Any]], classes: Sequence[str]) -> str:
-    """The digest of a data set: of its sorted file entries and its classes."""
-    entries = [[name, *files[name]] for name in sorted(files)]
-    text = json.dumps({"classes": list(classes), "files": entries}, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_manifest(
-    root: Path,
-    dataset: str,
-    classes: Sequence[str],
-    counts: Mapping[str, int],
-    files: Mapping[str, FileEntry],
-) -> dict[str, Any]:
-    """Write the manifest of the data set in `root`, last of all its files; returns it."""
-    manifest = {
-        "dataset": dataset,
-        "classes": list(classes),
-        "counts": dict(counts),
-        "files": {name: list(entry) for name, entry in sorted(files.items())},
-        "digest": data_digest(files, classes),
-    }
-    write_json(root / MANIFEST, manifest, indent=1)
-    return manifest
-
-
 class _Counts(BaseModel, extra="allow", strict=True):
     train: int
     val: int
 
 
 class _Manifest(BaseModel, extra="allow", strict=True):
-    """What every manifest has."""
-
     dataset: str
     classes: list[str]
     counts: _Counts
     digest: str
-
-
-class _Verified(_Manifest):
-    """What that of a verified public data set has."""
-
     chunks: dict[str, str]
     skipped: dict[str, str]
 
@@ -109,14 +74,14 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def chunk_manifest(
+def make_manifest(
     dataset: str,
     classes: Sequence[str],
     counts: Mapping[str, int],
     chunks: Mapping[str, str],
     skipped: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The manifest of a data set too large to list each file.
+    """The manifest of a data set.
 
     Args:
         chunks: a `ChunkEntry` as a line, by name.
@@ -146,8 +111,7 @@ def parse_manifest(data: bytes) -> dict[str, Any] | None:
     """Like `read_manifest`, of the file's content."""
     try:
         manifest = json.loads(data)
-        shape = _Verified if "chunks" in manifest else _Manifest
-        for line in getattr(shape.model_validate(manifest), "chunks", {}).values():
+        for line in _Manifest.model_validate(manifest).chunks.values():
             ChunkEntry.parse(line)
     except (ValueError, TypeError, RecursionError):
         return None

@@ -25,7 +25,7 @@ from PIL import Image
 
 from pipelines.data.errors import DataError
 from pipelines.data.images import Folder
-from pipelines.data.manifest import MANIFEST, chunk_manifest
+from pipelines.data.manifest import MANIFEST, make_manifest
 from pipelines.data.public import verify
 from pipelines.data.public.shards import index_chunks
 from pipelines.data.store import INDEX, ShardSet, Store, is_url, public_url
@@ -91,7 +91,7 @@ def pack(
         }
     writer.write(INDEX, json.dumps(index, indent=1).encode())
     chunks = index_chunks(ShardSet(target))
-    packed = chunk_manifest(
+    packed = make_manifest(
         "imagenet", manifest["classes"], manifest["counts"], chunks, manifest["skipped"]
     )
     if not resize and packed != manifest:

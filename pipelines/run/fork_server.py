@@ -24,12 +24,11 @@ from typing import Any
 
 from pipelines.run import environment
 from pipelines.run.forked_worker import ADDRESS, FORKED
+from pipelines.run.tracking_uri import modules_of_store
 
 SETTINGS = "RAY_"
 """The start of the names of Ray's settings among a process's variables. Ray reads them when it is
 imported, and some are known when its raylet is: of which job a worker is, for example."""
-
-
 OF_TRAINING = ("ray.train.torch", "pipelines.run.fit")
 """What workers import of Ray Train, and to report to it."""
 
@@ -48,6 +47,7 @@ def forking(modules: Sequence[str], trains: bool) -> Iterator[None]:
     # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
     folder = tempfile.mkdtemp(prefix="elsa-", dir="/tmp")
     address = str(Path(folder) / "socket")
+    of_ray = (*OF_TRAINING, *modules_of_store()) if trains else ()
     try:
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)
@@ -55,7 +55,7 @@ def forking(modules: Sequence[str], trains: bool) -> Iterator[None]:
             server = subprocess.Popen(
                 [
                     *(sys.executable, "-m", __name__, str(listening.fileno()), folder),
-                    *(",".join(modules), ",".join(OF_TRAINING if trains else ())),
+                    *(",".join(modules), ",".join(of_ray)),
                 ],
                 stdin=subprocess.PIPE,  # closed when this process ends
                 stdout=subprocess.DEVNULL,

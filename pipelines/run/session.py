@@ -22,7 +22,7 @@ from pipelines.run import environment, local_ray, preflight
 from pipelines.run.display import track
 from pipelines.run.fork_server import forking
 from pipelines.run.forked_worker import ADDRESS
-from pipelines.run.tracking_uri import tracking_uri
+from pipelines.run.tracking_uri import modules_of_store, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def _import_for_driver(trains: bool, check: "Future[Any] | None") -> None:
     if check and check.exception():  # which it waits for
         return
     fit = ["torch", "pipelines.run.fit"] if trains else []
-    for module in (*fit, "mlflow.store.tracking.sqlalchemy_store"):
+    for module in (*fit, *modules_of_store()):
         importlib.import_module(module)
 
 

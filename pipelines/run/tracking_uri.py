@@ -14,3 +14,9 @@ def tracking_uri() -> str:
 def without_password(text: str) -> str:
     """A tracking URI, or a message that has one in it, without user and password."""
     return re.sub(r"(?<=://)[^/@\s]*@", "...@", text)
+
+
+def modules_of_store() -> tuple[str, ...]:
+    """What MLflow imports, for most of a second, only when it opens the tracking store."""
+    is_database = not tracking_uri().startswith(("http:", "https:"))
+    return ("mlflow.store.tracking.sqlalchemy_store",) if is_database else ()

@@ -30,7 +30,8 @@ from pipelines.data.demo.scenes import Mask, Scene, draw_scene, draw_single, tig
 from pipelines.data.demo.sources import NUM_DIGITS, digit_pool, photos
 from pipelines.data.files import write_json
 from pipelines.data.layout import DATASETS, LAYOUTS
-from pipelines.data.manifest import FileEntry, file_entry, write_manifest
+from pipelines.data.manifest import MANIFEST, ChunkEntry, FileEntry, file_entry, make_manifest
+from pipelines.data.public.chunks import chunks, files_of
 
 SPLITS = ("train", "val")
 DIGIT_CLASSES = tuple(f"digit_{digit}" for digit in range(NUM_DIGITS))
@@ -158,18 +159,20 @@ def finish(
         mine = [record for record in ordered if record.dataset == dataset]
         folder = root / dataset
         files = {name: entry for record in mine for name, entry in record.files.items()}
-        extra = []
         if dataset == "coco":
             for split in SPLITS:
                 name = LAYOUTS["coco"].annotations[split]
                 write_json(folder / name, _coco_annotations(mine, split))
-                extra.append(name)
+                files[name] = file_entry(folder / name)
         write_json(folder / "sources.json", _sources(mine))
-        extra.append("sources.json")
-        files |= {name: file_entry(folder / name) for name in extra}
-        counts = {split: sum(record.split == split for record in mine) for split in SPLITS}
         card.write_card(root, dataset, CLASSES[dataset], mine)
-        manifests[dataset] = write_manifest(folder, dataset, CLASSES[dataset], counts, files)
+        counts = {split: sum(record.split == split for record in mine) for split in SPLITS}
+        entries = {
+            part.name: str(ChunkEntry.of({name: files[name] for name in files_of(folder, part)}))
+            for part in chunks(folder, dataset, CLASSES[dataset])
+        }
+        manifests[dataset] = make_manifest(dataset, CLASSES[dataset], counts, entries, {})
+        write_json(folder / MANIFEST, manifests[dataset], indent=1)
     return manifests
 
 

@@ -130,9 +130,7 @@ def _class_folders(place: Path, split: str) -> list[str]:
             f"{place / split} needs a folder for each class with the images of that class in it,"
             f" but has {len(loose)} images outside of any ({', '.join(sorted(loose)[:2])})"
         )
-    from timm.utils.misc import natural_key  # with torch, which a driver has no need of
-
-    return sorted(folders, key=natural_key)
+    return sorted(folders)
 
 
 def class_names(place: Path, kind: str, splits: Sequence[str] = ("train", "val")) -> list[str]:
@@ -142,7 +140,9 @@ def class_names(place: Path, kind: str, splits: Sequence[str] = ("train", "val")
     150 names that mmseg has if there is the public `objectInfo150.txt` instead.
     """
     if kind == "imagenet":
-        found = {split: _class_folders(place, split) for split in splits}
+        from timm.utils.misc import natural_key  # with torch, which a driver has no need of
+
+        found = {s: sorted(_class_folders(place, s), key=natural_key) for s in splits}
         first, last = found[splits[0]], found[splits[-1]]
         if odd := sorted(set(first) ^ set(last)):
             raise DataError(

@@ -21,7 +21,7 @@ from pipelines.data.layout import LAYOUTS
 from pipelines.data.manifest import (
     MANIFEST,
     ChunkEntry,
-    chunk_manifest,
+    make_manifest,
     parse_manifest,
     read_manifest,
     sizes_digest,
@@ -120,7 +120,7 @@ def _verify_folder(
 ) -> dict[str, Any]:
     root = Path(place)
     carried = read_manifest(root / MANIFEST)
-    if carried and "chunks" in carried and carried["dataset"] == kind and settings.check == "sizes":
+    if carried and carried["dataset"] == kind and settings.check == "sizes":
         if fault := difference(place, carried):
             raise DataError(
                 f"{place} is not as the {MANIFEST} in it says: {fault}. Copy it again, or remove"
@@ -201,7 +201,7 @@ def conclude(
     for split in counts:
         if not counts[split] or (kind == "ade20k" and not labelled[split]):
             raise DataError(f"{place} has no {split} images with ground truth")
-    manifest = chunk_manifest(kind, classes, counts, {f.name: f.entry for f in found}, corrupt)
+    manifest = make_manifest(kind, classes, counts, {f.name: f.entry for f in found}, corrupt)
     return manifest | ({"without_mask": boxes_only} if boxes_only else {})
 
 

@@ -48,11 +48,11 @@ def copy_demo(demo_data: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="module")
 def public_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three data sets as a colleague would have them: no manifest of ours."""
+    """The three data sets as a colleague would have them: the manifests of ours lie beside."""
     root = tmp_path_factory.mktemp("public")
     demo.prepare(SIZES, root)
     for kind in demo.DATASETS:
-        (root / kind / "manifest.json").unlink()
+        (root / kind / "manifest.json").rename(root / f"{kind}.json")
         (root / kind / "sources.json").unlink()
     (root / "ade20k/classes.txt").write_text("\n".join(demo.CLASSES["ade20k"]))
     return root

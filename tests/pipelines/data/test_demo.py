@@ -13,11 +13,8 @@ from pycocotools.coco import COCO
 
 from pipelines.data.demo import draw as demo
 from pipelines.data.demo import sources
-from pipelines.data.manifest import data_digest
 
 from .conftest import PARAMS
-
-NUM_CLASSES = {"imagenet": 10, "coco": 10, "ade20k": 11}
 
 
 def read(path: Path) -> Any:
@@ -90,11 +87,6 @@ def test_manifest_and_cards(demo_data: Path) -> None:
     for kind in demo.DATASETS:
         manifest = read(demo_data / kind / "manifest.json")
         assert manifest["dataset"] == kind
-        assert manifest["digest"] == data_digest(manifest["files"], manifest["classes"])
-        on_disk = {
-            p.relative_to(demo_data / kind).as_posix() for p in (demo_data / kind).rglob("*.*")
-        }
-        assert on_disk == {*manifest["files"], "manifest.json"}
         facts = read(demo_data / "cards" / f"{kind}.json")
         assert facts["splits"]["train"]["images"] == manifest["counts"]["train"]
         assert (demo_data / "cards" / f"{kind}.md").read_text().startswith("# ")

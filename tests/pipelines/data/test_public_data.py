@@ -20,8 +20,8 @@ from pipelines.data.public import verify
 from pipelines.data.public.take import take_one
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
+from pipelines.mm import labels, loading  # noqa: F401  which register what configs name
 from pipelines.mm.config import build_config
-from pipelines.mm.train import make_runner  # noqa: F401  registers what configs name
 from pipelines.params import Params, compose
 from pipelines.tasks import TASKS
 from pipelines.train.job import Job
@@ -89,6 +89,8 @@ def test_a_colleagues_folder_is_verified_where_it_is(
     assert manifest["counts"] == {k: v for k, v in COUNTS[kind].items() if k != "classes"}
     assert str(tmp_path) not in json.dumps(manifest)
     assert str(public_data) not in json.dumps(manifest)
+    # Whoever drew these data described them alike.
+    assert manifest == json.loads((public_data / f"{kind}.json").read_text())
 
     # The same data elsewhere has the same manifest, and so the same run identity.
     elsewhere = copy_public(kind)
@@ -242,25 +244,59 @@ def edit_coco(root: Path, edit: Callable[[Any], Any]) -> None:
     write_json(path, content)
 
 
-@pytest.mark.parametrize(
-    ("edit", "words"),
-    [
-        (lambda c: c["annotations"][1].update(bbox=[90, 5, 20, 10]), ["is outside", "96x96"]),
-        (lambda c: c["annotations"][1].update(category_id=99), ["category_id 99"]),
-        (lambda c: c["annotations"][1].pop("area"), ["has area None, not the object's number"]),
-        (lambda c: c["annotations"][1].update(segmentation="x"), ["type str, not polygons"]),
-        (lambda c: c["images"][1].update(id=c["images"][0]["id"]), ["id 1 more than once"]),
-        (lambda c: c.update(annotations=[]), ["has no annotations"]),
-        (lambda c: c["images"].pop(), ["no entry"]),
-    ],
-    ids=["outside", "category", "area", "mask", "duplicate", "empty", "unlisted"],
-)
+def change(part: str, **values: Any) -> Callable[[Any], None]:
+    """Of the second entry of a part of the annotations."""
+    return lambda content: content[part][1].update(values)
+
+
+FAULTS: list[tuple[str, Callable[[Any], Any], list[str]]] = [
+    ("image id", change("annotations", image_id=777), ["annotation 102", "image_id 777"]),
+    ("category", change("annotations", category_id=99), ["annotation 102", "category_id 99"]),
+    ("outside", change("annotations", bbox=[90, 5, 20, 10]), ["[90, 5, 20, 10]", "96x96"]),
+    ("negative", change("annotations", bbox=[-3, 5, 20, 10]), ["[-3, 5, 20, 10]", "is outside"]),
+    ("no box", change("annotations", bbox=None), ["annotation 102", "no bbox"]),
+    ("text box", change("annotations", bbox=["3", 5, 6, 10]), ["annotation 102", "no bbox"]),
+    ("crowd flag", change("annotations", iscrowd=2), ["annotation 102", "iscrowd 2"]),
+    ("area", change("annotations", area=None), ["has area None, not the object's number"]),
+    ("mask", change("annotations", segmentation="x"), ["type str, not polygons"]),
+    (
+        "mask size",
+        change("annotations", segmentation={"size": [9, 9], "counts": "x"}),
+        ["mask of size [9, 9]"],
+    ),
+    ("same annotation", change("annotations", id=101), ["annotations has id 101 more than once"]),
+    ("same image", change("images", id=1), ["images has id 1 more than once"]),
+    ("no id", change("annotations", id=None), ["annotations", "a whole number as id"]),
+    ("no file", change("images", file_name="009.jpg"), ["image 2", "train2017/009.jpg"]),
+    ("wrong size", change("images", width=40), ["image 2", "40x96", "96x96"]),
+    ("no images", lambda content: content.pop("images"), ["'images' is missing"]),
+    ("empty", lambda content: content.update(annotations=[]), ["has no annotations"]),
+    ("unlisted", lambda content: content["images"].pop(), ["000000000009.jpg", "no entry"]),
+]
+
+
+@pytest.mark.parametrize(("edit", "words"), [pytest.param(*f[1:], id=f[0]) for f in FAULTS])
 def test_faulty_coco_annotations(
     copy_public: Callable[[str], Path], tmp_path: Path, edit: Callable[[Any], Any], words: list[str]
 ) -> None:
     root = copy_public("coco")
     edit_coco(root, edit)
     rejected(tmp_path, "coco", root, "instances_train2017.json", *words)
+
+
+def test_annotations_of_other_categories_or_cut_short(
+    copy_public: Callable[[str], Path], tmp_path: Path
+) -> None:
+    root = copy_public("coco")
+    path = root / "annotations/instances_val2017.json"
+    whole = path.read_text()
+    path.write_text(whole.replace('"name":"digit_4"', '"name":"cat"', 1))
+    assert path.read_text() != whole
+    rejected(tmp_path, "coco", root, path.name, "not the 10 of the training annotations")
+    path.write_text(whole[:1000])
+    rejected(tmp_path, "coco", root, path.name, "not valid JSON")
+    path.unlink()
+    rejected(tmp_path, "coco", root, f"has no annotations/{path.name}")
 
 
 def test_boxes_without_masks_are_told_and_only_for_methods_without_them(
