@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,7 +131,11 @@ def test_counters_of_kernels() -> None:
     assert row["bound"] == "issue"
 
 
-def test_the_training_part_on_a_cpu(compiled_library: Path) -> None:
+def test_the_training_part_on_a_cpu(
+    compiled_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(gpu_training.ROOT / "params.yaml", tmp_path)
+    monkeypatch.setattr(gpu_training, "ROOT", tmp_path)  # without the demo's data: minutes of them
     figures = {}
     assert gpu_training.measure(torch.device("cpu"), 0, figures.__setitem__), figures
     assert figures["demo, one epoch"]["images_per_second"] > 0

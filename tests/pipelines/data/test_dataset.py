@@ -38,7 +38,8 @@ def test_what_was_drawn_is_found(find: Any, tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", demo.DATASETS)
 def test_a_file_cut_short_missing_or_added(find: Any, tmp_path: Path, kind: str) -> None:
     root = tmp_path / "data" / kind
-    for path in sorted(p for p in root.rglob("*.*") if p.suffix != ".json")[::7]:
+    paths = sorted(p for p in root.rglob("*.*") if p.suffix != ".json")
+    for path in paths[:: len(paths) // 5]:
         whole = path.read_bytes()
         path.write_bytes(whole[:-1])
         with pytest.raises(DataError, match=r"is not what was drawn: .* `dvc repro prepare`"):
