@@ -91,7 +91,7 @@ def _datasets(params: Params) -> dict[str, Dataset]:
     for name in (task.dataset for task in TASKS.values()):
         manifest = read_manifest(ROOT / "data" / name / MANIFEST)
         if manifest:
-            classes, skipped = tuple(manifest["classes"]), tuple(manifest.get("skipped", ()))
+            classes, skipped = tuple(manifest["classes"]), tuple(manifest["skipped"])
             place = locate(params, name)
             found[name] = Dataset(
                 name, place, classes, manifest["counts"], manifest["digest"], skipped
