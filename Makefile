@@ -15,19 +15,23 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
-# The compiled mmcv is kept for the next checkout, by torch, Python and kind of device. An earlier
-# uv.lock would hide a wheel that came since; it holds nothing that pyproject.toml does not decide.
+# The compiled mmcv is kept for the next checkout, by torch, Python and kind of device.
 TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd -)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/elsa/wheels/$(TORCH)-$(shell cat .python-version)-$(or $(GPU),cpu)
 # A compiler process takes up to 2 GB.
 export MAX_JOBS ?= $(shell awk -v n=$$(nproc) '/MemAvailable/ {m = int($$2 / 2e6); print m < 1 ? 1 : m < n ? m : n}' /proc/meminfo)
 
-setup: | $(UV)
-	@mkdir -p "$(WHEELS)"
-	@rm -f uv.lock
+setup: uv.lock | $(UV)
 	@UV_FIND_LINKS="$(WHEELS)" $(UV) sync --compile-bytecode || { echo "error: setup failed. It needs a C++ compiler (Debian: apt-get install g++), Python 3.12 with its headers, and 7 GB of disk" >&2; exit 1; }
 	@.venv/bin/python pipelines/cluster/keep_wheel.py onedl-mmcv "$(WHEELS)"
+
+# It holds nothing that pyproject.toml does not decide, and would hide a wheel that came since.
+uv.lock: pyproject.toml .python-version $(WHEELS)
+	@rm -f $@
+
+$(WHEELS):
+	@mkdir -p "$@"
 
 demo: setup
 	$(UV) run dvc repro report
