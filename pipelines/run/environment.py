@@ -17,6 +17,8 @@ OF_LOCAL = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     # The node's agent collects what the dashboard would show, every 5 s otherwise.
     "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    # When its GCS is gone it does not come back; its processes look for it for a minute otherwise.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
     # The controller waits for Ray within a coroutine, of which Ray warns; Ray Train sets it, too.
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
 }

@@ -345,7 +345,7 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
+def test_nothing_is_lost_when_a_worker_then_the_pipeline_then_ray_is_killed(
     workspace: Workspace,
 ) -> None:
     undisturbed = weights(workspace)
@@ -385,6 +385,16 @@ def test_nothing_is_lost_when_a_worker_then_the_whole_pipeline_is_killed(
     assert not workspace.left_running()
     assert f"{newest.name} can't be used: state.pt is not what was written" in output
     assert "interrupted; start it again to resume" in output
+
+    # Ray's process that knows all others is killed: all of them end, not the storage.
+    with workspace.start(sys.executable, "-m", "pipelines.pretrain") as process:
+        wait_until(process, lambda: len(train_workers(process, wanted=None)) == 2)
+        [gcs] = [one for one in descendants(process) if one.name() == "gcs_server"]
+        gcs.kill()
+        output, _ = process.communicate(timeout=50)
+    assert process.returncode == 1, output
+    assert "GCS may have been killed" in output
+    assert not workspace.left_running()
 
     code, output = workspace.run(*command)
     assert code == 0, output[-5000:]
