@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,21 @@ def test_a_worker_with_a_runtime_environment_gets_it() -> None:
             worker = Worker.options(runtime_env={"env_vars": variables}).remote()
             _, _, loaded, variable = ray.get(worker.look.remote())
             assert (loaded, variable) == (forked, expected)
+
+
+@ray.remote(num_cpus=0)
+def busy() -> int:
+    time.sleep(2)
+    return os.getpid()
+
+
+def test_idle_workers_are_kept() -> None:
+    """The end of one keeps a processor busy, while another may measure."""
+    with ray_session(trains=False, preload=[MODULE]):
+        processes = set(ray.get([busy.remote() for _ in range(6)]))
+        assert len(processes) > len(os.sched_getaffinity(0)), "Ray keeps as many in any case"
+        time.sleep(5)
+        assert all(map(psutil.pid_exists, processes))
 
 
 def test_the_fork_server_ends_with_a_killed_driver() -> None:
