@@ -1,12 +1,14 @@
-"""A workspace: this checkout's files in a folder of its own, on the smoke recipe."""
+"""A workspace: this checkout's files in a folder of its own, on the smoke recipe; its processes."""
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -82,6 +84,28 @@ class Workspace:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
                     self.listening.add((connection.laddr.ip, process.name()))
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 600
+    while not condition():
+        if time.monotonic() > deadline:
+            kill_all(process)
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+
+
+def descendants(process: subprocess.Popen) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """DVC first: were its command to die before it, it would be killed while it writes its lock,
+    and DVC does not write that whole or not at all (README, "When something is wrong")."""
+    for victim in [psutil.Process(process.pid), *descendants(process)]:
+        with suppress(ProcessLookupError):
+            os.kill(victim.pid, signal.SIGKILL)
+    process.wait()
 
 
 def free_port() -> int:

@@ -8,12 +8,9 @@ import base64
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,7 +28,7 @@ from pipelines.results import scores
 from pipelines.run.checkpoints import fault
 
 from . import models
-from .conftest import Workspace, needs_chromium, rendered
+from .conftest import Workspace, descendants, kill_all, needs_chromium, rendered, wait_until
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "export", "report")
 
@@ -313,19 +310,6 @@ def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None
     wait_until(process, lambda: bool(checkpoints(workspace) - old))
 
 
-def wait_until(process: subprocess.Popen, condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 600
-    while not condition():
-        if time.monotonic() > deadline:
-            kill_all(process)
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-
-
-def descendants(process: subprocess.Popen) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
-
-
 def train_workers(process: subprocess.Popen, wanted: int | None = 2) -> list[psutil.Process]:
     found = []
     for child in descendants(process):
@@ -334,15 +318,6 @@ def train_workers(process: subprocess.Popen, wanted: int | None = 2) -> list[psu
                 found.append(child)
     assert wanted in (None, len(found))
     return found
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """DVC first: were its command to die before it, it would be killed while it writes its lock,
-    and DVC does not write that whole or not at all (README, "When something is wrong")."""
-    for victim in [psutil.Process(process.pid), *descendants(process)]:
-        with suppress(ProcessLookupError):
-            os.kill(victim.pid, signal.SIGKILL)
-    process.wait()
 
 
 def test_nothing_is_lost_when_a_worker_then_the_pipeline_then_ray_is_killed(
