@@ -88,7 +88,7 @@ gpu:
 
 ui: setup
 	@$(UV) run elsa compare --url
-	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(UV) run mlflow ui --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
+	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(UV) run mlflow ui --workers 2 --backend-store-uri sqlite:///mlflow.db --host 127.0.0.1 --port 5000
 
 .tools/bin/uv:
 	@{ python3 -m venv .tools && .tools/bin/python -m pip install --quiet "uv>=0.13,<0.14"; } >/dev/null 2>&1 \
