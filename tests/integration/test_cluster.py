@@ -251,11 +251,11 @@ needs_minutes = pytest.mark.skipif(
 @needs_minutes
 def test_training_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: Path) -> None:
     """As a spot instance is; the second node joined in a test above, and another follows it."""
-    process = train_until_a_checkpoint(cluster, "pretrain", tmp_path)
-    output = tmp_path / "output"
     address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     code, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
     assert code == 0, node
+    process = train_until_a_checkpoint(cluster, "pretrain", tmp_path)
+    output = tmp_path / "output"
     code, told = cluster.run(
         *("ray", "drain-node", "--address", address["RAY_ADDRESS"], "--node-id", node.strip()),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"),
@@ -279,9 +279,9 @@ def test_training_continues_when_a_node_is_lost(
     stage: str, cluster: RayCluster, tmp_path: Path
 ) -> None:
     """On the worker that is left."""
-    process, output = train_until_a_checkpoint(cluster, stage, tmp_path), tmp_path / "output"
     address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     _, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
+    process, output = train_until_a_checkpoint(cluster, stage, tmp_path), tmp_path / "output"
     os.killpg(cluster.nodes[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
     assert "training resumes from the last checkpoint" in output.read_text()
