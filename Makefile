@@ -75,7 +75,7 @@ constraints: | $(UV)
 	  --output-file constraints.txt.part
 	@{ echo "# Exact versions and hashes of what \`make setup\` installs; written by \`make constraints\`."; \
 	  sed "s/ ; python_full_version == [^\\]*/ /" constraints.txt.part; } > constraints.txt
-	@rm constraints.txt.part
+	@rm constraints.txt.part uv.lock
 
 lint: setup
 	$(UV) run ruff check
