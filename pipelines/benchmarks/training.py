@@ -42,6 +42,7 @@ class Timed:
 
     def __init__(self, reporter: Any = None) -> None:
         self.reporter = reporter
+        self.scratch = Path(reporter.scratch if reporter else tempfile.gettempdir())
         self.ends: list[tuple[float, float, float]] = []
         """Clock, seconds in reports and processor seconds beside the loop, at each epoch's end."""
         self._reporting = 0.0

@@ -38,7 +38,7 @@ def predict(
         weights: state dict of the whole model.
         ms_flip: predict with the config's test-time augmentation (scales and flips).
     """
-    work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
+    work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-", dir=reporter.scratch))
     try:
         config = build_config(job, work)
         runner = make_runner(config, work)

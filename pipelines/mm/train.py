@@ -34,7 +34,7 @@ def train(job: Job, device: torch.device, reporter: "Reporter") -> None:
     """
     if job.section.deterministic:
         use_deterministic_kernels()
-    work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-"))
+    work = Path(tempfile.mkdtemp(prefix=f"{job.stage}-", dir=reporter.scratch))
     try:
         with reporter.checkpoint() as found:
             folder = work / "checkpoint"

@@ -127,7 +127,9 @@ def showing(name: str, quiet: bool = False) -> Iterator[Any]:
     `quiet`."""
     # Here: with the driver's node all is lost anyway, with another it would not be.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = Display.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    # Ray ends it with the workers where memory runs low; a new one knows of no failure before.
+    restarts = {"max_restarts": -1, "max_task_retries": -1}
+    actor = Display.options(scheduling_strategy=here, **restarts).remote()  # type: ignore[attr-defined]
     if quiet:
         yield actor
         return

@@ -14,7 +14,6 @@ import ray
 import ray.train
 from ray.exceptions import ActorDiedError, ActorUnschedulableError
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig
 
 from pipelines.errors import PipelineError
 from pipelines.params import Scaling
@@ -22,7 +21,13 @@ from pipelines.run import checkpoints, preflight, reporter, tracking
 from pipelines.run.display import showing
 from pipelines.run.environment import worker_environment
 from pipelines.run.local_ray import raylet_errors
-from pipelines.run.ray_internals import LocalTrainer, LoopbackTorchConfig, Trainer
+from pipelines.run.ray_internals import (
+    LocalTrainer,
+    LoopbackTorchConfig,
+    ResumingTorchConfig,
+    Trainer,
+)
+from pipelines.run.scratch import scratch_folder
 from pipelines.run.trace import mark
 from pipelines.run.tracking_uri import tracking_uri
 from pipelines.train.reporter import Reporter
@@ -112,8 +117,9 @@ def fit(
                 "Start the stage again: it resumes from its last checkpoint",
             ) from error
         except ray.train.TrainingFailedError as error:
-            message = ray.get(shown.failure.remote()) or f"training failed: {_cause(error)}"
-            raise PipelineError(message) from error
+            if message := ray.get(shown.failure.remote()):
+                raise PipelineError(message) from error
+            raise _failed(error) from error
         mark("workers ended")
         if message := ray.get(shown.failure.remote()):
             raise PipelineError(message)
@@ -154,7 +160,7 @@ def _trainer(loop: Loop, job: Any, spec: RunSpec, shown: Any, callbacks: Sequenc
             # A local Ray's processes have it from the driver.
             worker_runtime_env=None if spec.local else {"env_vars": worker_environment()},  # type: ignore[call-arg]
         ),
-        torch_config=(LoopbackTorchConfig if spec.local else TorchConfig)(
+        torch_config=(LoopbackTorchConfig if spec.local else ResumingTorchConfig)(
             backend="nccl" if scaling.use_gpu else "gloo"
         ),
     )
@@ -175,24 +181,25 @@ def _on_worker(loop: Loop, planned: int) -> Callable[[dict[str, Any]], None]:
             torch.set_num_threads(int(threads))
         # Denormal numbers, of which training makes many, cost a third of the speed of a CPU.
         torch.set_flush_denormal(True)
-        told = reporter.RayReporter(config["reporting"])
-        if told.world_size < planned:
-            told.tell(
-                f"training on {told.world_size} of scaling.num_workers={planned} workers; with more"
-                " as soon as there are nodes for them"
-            )
-        mark("reporter made")
-        try:
-            loop(config["job"], get_device(), told)
-        except torch.OutOfMemoryError as error:
-            ray.get(display.fail.remote(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"))
-            raise
-        except PipelineError as error:
-            ray.get(display.fail.remote(str(error)))
-            raise
-        finally:
-            told.close()
-            mark("loop ended")
+        with scratch_folder() as scratch:
+            told = reporter.RayReporter(config["reporting"], scratch)
+            if told.world_size < planned:
+                told.tell(
+                    f"training on {told.world_size} of scaling.num_workers={planned} workers; with"
+                    " more as soon as there are nodes for them"
+                )
+            mark("reporter made")
+            try:
+                loop(config["job"], get_device(), told)
+            except torch.OutOfMemoryError as error:
+                ray.get(display.fail.remote(f"{OUT_OF_MEMORY} ({str(error).splitlines()[0]})"))
+                raise
+            except PipelineError as error:
+                ray.get(display.fail.remote(str(error)))
+                raise
+            finally:
+                told.close()
+                mark("loop ended")
 
     return run
 
@@ -244,9 +251,11 @@ def last_checkpoint(name: str, storage: str) -> "ray.train.Checkpoint | None":
     return checkpoints.newest_complete(f"{storage}/{name}")
 
 
-def _cause(error: "ray.train.TrainingFailedError") -> str:
+def _failed(error: "ray.train.TrainingFailedError") -> PipelineError:
     """The workers' own errors, which Ray wraps."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        return "; ".join(f"worker {rank}: {failure}" for rank, failure in failures.items())
-    return str(error)
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", None) or {}
+    for one in (error, *failures.values()):
+        if line := reporter.memory_shortage(one):
+            return PipelineError(f"training failed: {line}", reporter.MORE_MEMORY)
+    causes = [f"worker {rank}: {failure}" for rank, failure in failures.items()]
+    return PipelineError(f"training failed: {'; '.join(causes) or error}")

@@ -16,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 from pipelines.run import environment
 from pipelines.run.forked_worker import ADDRESS, FORKED
+from pipelines.run.scratch import scratch_folder
 from pipelines.run.tracking_uri import modules_of_store
 
 SETTINGS = "RAY_"
@@ -44,17 +44,16 @@ def forking(modules: Sequence[str], trains: bool) -> Iterator[None]:
         trains: its workers run Ray Train.
     """
     environment.set_local()
-    # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
-    folder = tempfile.mkdtemp(prefix="elsa-", dir="/tmp")
-    address = str(Path(folder) / "socket")
     of_ray = (*OF_TRAINING, *modules_of_store()) if trains else ()
-    try:
+    # Of this user only, as whoever connects runs code. Not in TMPDIR: a socket's path is short.
+    with scratch_folder("/tmp") as folder:  # noqa: S108
+        address = str(folder / "socket")
         with socket.socket(socket.AF_UNIX) as listening:
             listening.bind(address)
             listening.listen(128)
             server = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", __name__, str(listening.fileno()), folder),
+                    *(sys.executable, "-m", __name__, str(listening.fileno())),
                     *(",".join(modules), ",".join(of_ray)),
                 ],
                 stdin=subprocess.PIPE,  # closed when this process ends
@@ -72,8 +71,6 @@ def forking(modules: Sequence[str], trains: bool) -> Iterator[None]:
             del os.environ[ADDRESS]
             server.kill()
             server.communicate()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(modules: str) -> None:
@@ -134,15 +131,15 @@ def become(request: dict[str, Any]) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def main(number: str, folder: str, modules: str, of_ray: str) -> None:
+def main(number: str, modules: str, of_ray: str) -> None:
     request = None
     with socket.socket(fileno=int(number)) as listening:
         load(modules)
         request = serve(listening, of_ray)
+        if request is None:
+            shutil.rmtree(Path(listening.getsockname()).parent, ignore_errors=True)
     if request:
         become(request)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ class Probing:
     def __init__(self, reporter: "Reporter", seconds: float) -> None:
         self.reporter, self.seconds = reporter, seconds
         self.rank, self.world_size = reporter.rank, reporter.world_size
+        self.scratch = reporter.scratch
         self.steps: list[tuple[float, int]] = []
         self.evaluated: list[tuple[float, float]] = []
         self.total = 0

@@ -11,9 +11,11 @@ import importlib
 import json
 import re
 import socket
+from contextlib import suppress
 from typing import Any
 
 import ray.train
+from ray.exceptions import OutOfMemoryError
 from ray.runtime_context import RuntimeContext
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -129,11 +131,28 @@ class LocalTrainer(Trainer):
         return controller.get_result()
 
 
-class LoopbackTorchConfig(TorchConfig):
-    """Ray's, but the store through which the workers find each other listens on loopback only.
+class ResumingTorchConfig(TorchConfig):
+    """Ray's, but training also resumes where Ray has ended workers for lack of memory.
 
-    Torch would bind it on every interface. Touches `TorchConfig.backend_cls` and the `on_start` of
-    its class.
+    The end of the other workers meets an error then that Ray's controller does not expect. Touches
+    `TorchConfig.backend_cls` and the `on_shutdown` of its class.
+    """
+
+    @property
+    def backend_cls(self) -> Any:
+        return _ResumingBackend
+
+
+class _ResumingBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        with suppress(OutOfMemoryError):
+            super().on_shutdown(worker_group, backend_config)
+
+
+class LoopbackTorchConfig(ResumingTorchConfig):
+    """The store through which the workers find each other listens on loopback only.
+
+    Torch would bind it on every interface. Touches the `on_start` of the backend's class.
     """
 
     @property
@@ -141,7 +160,7 @@ class LoopbackTorchConfig(TorchConfig):
         return _LoopbackBackend
 
 
-class _LoopbackBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+class _LoopbackBackend(_ResumingBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         worker_group.execute(bind_store_to_its_address)
         super().on_start(worker_group, backend_config)

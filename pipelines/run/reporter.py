@@ -5,6 +5,7 @@ Imports stay light: Ray Train's controller loads this module too.
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -46,7 +47,8 @@ class Reporting:
 class RayReporter:
     """Reports from inside a Ray Train worker."""
 
-    def __init__(self, reporting: Reporting) -> None:
+    def __init__(self, reporting: Reporting, scratch: Path) -> None:
+        self.scratch = scratch
         context = self._context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self._display, self._storage = reporting.display, reporting.storage
@@ -138,7 +140,7 @@ class RayReporter:
         if folder:
             if self._delivery and (waiting := self._delivery.undelivered()):
                 (folder / UNDELIVERED).write_text(json.dumps(waiting))
-            moved = Path(tempfile.mkdtemp(prefix="checkpoint-"))
+            moved = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch))
             for file in folder.iterdir():
                 shutil.move(file, moved)
             checkpoint = ray.train.Checkpoint.from_directory(str(moved))
@@ -193,6 +195,21 @@ def read_undelivered(folder: Path) -> list[dict[str, Any]]:
     return json.loads(file.read_text()) if file.is_file() else []
 
 
+MORE_MEMORY = (
+    "If memory was short, end other programs, or lower loader.data_workers, loader.prefetch_factor"
+    " or scaling.num_workers"
+)
+
+
+def memory_shortage(error: Exception) -> str:
+    """The line that tells of a process that Ray, or else the system, has killed where memory was
+    short; empty if there is none."""
+    for line in str(error).splitlines():
+        if "running low on memory" in line or "DataLoader worker (pid" in line:
+            return re.sub(r" \(IP: [^)]*\)", "", line)[:200].rstrip(".")
+    return ""
+
+
 class Failures(UserCallback):
     """Tells of each failure of workers: Ray then waits for resources without a word.
 
@@ -207,10 +224,8 @@ class Failures(UserCallback):
             return  # told as the run's end
         for rank, error in sorted(worker_exceptions.items()):
             cause = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-            if "DataLoader worker" in cause:
-                cause += (
-                    "; if memory was short, lower loader.data_workers or loader.prefetch_factor"
-                )
+            if line := memory_shortage(error):
+                cause = f"{line}. {MORE_MEMORY}"
             self.display.line.remote(f"worker {rank} failed: {cause}")
         self.display.line.remote(
             "training resumes from the last checkpoint as soon as there is room for the workers"

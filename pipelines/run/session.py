@@ -18,10 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipelines.errors import PipelineError
 from pipelines.params import Params
 from pipelines.paths import SHARED
-from pipelines.run import environment, local_ray, preflight
+from pipelines.run import environment, fork_server, local_ray, preflight
 from pipelines.run.display import track
-from pipelines.run.fork_server import forking
 from pipelines.run.forked_worker import ADDRESS
+from pipelines.run.scratch import remove_abandoned
 from pipelines.run.tracking_uri import modules_of_store, tracking_uri
 
 
@@ -63,7 +63,7 @@ def ray_session(
     with ExitStack() as stack:
         try:
             if forks and ADDRESS not in os.environ:
-                stack.enter_context(forking(preload, trains))
+                stack.enter_context(fork_server.forking(preload, trains))
             importing.start()
             if address:
                 _reach(address)
@@ -78,9 +78,10 @@ def ray_session(
             importing.join()
             yield Session(local=not address)
         finally:
-            workers = [] if address else _workers()
+            workers = set() if address else _workers()
             ray.shutdown()
-            _end(workers)
+            _end(workers if address else workers | _workers())
+            remove_abandoned()
 
 
 def _to_cluster(address: str) -> dict[str, Any]:
@@ -107,10 +108,10 @@ def _ask_for_worker() -> None:
     """Have the fork server make one, for which it imports Ray, while the driver still imports."""
 
     @ray.remote(num_cpus=0)
-    def nothing() -> None:
+    def first_worker() -> None:
         pass
 
-    nothing.remote()
+    first_worker.remote()
 
 
 def _reach(address: str) -> None:
@@ -125,23 +126,27 @@ def _reach(address: str) -> None:
             pass
 
 
-def _workers() -> list[psutil.Process]:
-    """The processes of this driver's own Ray that run Python code of its tasks and actors."""
-    found = []
+def _workers() -> set[psutil.Process]:
+    """The processes of this driver's own Ray that run Python code of its tasks and actors, or that
+    were forked to do so and are not known to Ray yet."""
+    found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if "".join(process.cmdline()[:1]).startswith("ray::"):
-                found.append(process)
+            command = process.cmdline()
+            forked = fork_server.__name__ in command and process.ppid() != os.getpid()
+            if forked or "".join(command[:1]).startswith("ray::"):
+                found.add(process)
     return found
 
 
-def _end(workers: list[psutil.Process]) -> None:
-    """Kill those that outlive Ray, as one does whose end meets a lock of Ray's own that nobody
-    opens: it would stay with all of its memory."""
+def _end(workers: set[psutil.Process]) -> None:
+    """Kill those that outlive Ray: one whose end meets a lock of Ray's own that nobody opens, or
+    that begins when Ray ends. They would stay with all of their memory."""
     _, alive = psutil.wait_procs(workers, timeout=2)
     for process in alive:
         with suppress(psutil.Error):
             process.kill()
+    psutil.wait_procs(alive, timeout=2)
 
 
 def _import_for_driver(trains: bool, check: "Future[Any] | None") -> None:

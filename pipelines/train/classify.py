@@ -338,9 +338,8 @@ class Classifier:
         begun: dict[str, Any] | None = None,
     ) -> None:
         """A checkpoint after `epoch`, or within it after the steps that `begun` tells."""
-        writes = self.reporter.rank == 0
-        with tempfile.TemporaryDirectory() if writes else nullcontext() as scratch:
-            folder = Path(scratch) if scratch else None
+        with tempfile.TemporaryDirectory(dir=self.reporter.scratch) as place:
+            folder = Path(place) if self.reporter.rank == 0 else None
             if folder:
                 state = {
                     "epoch": epoch - 1 if begun else epoch,

@@ -13,6 +13,8 @@ class Reporter(Protocol):
 
     rank: int
     world_size: int
+    scratch: Path
+    """A folder on this machine for what is not to outlive the run."""
 
     def checkpoint(self) -> AbstractContextManager[Path | None]:
         """The folder of the last checkpoint, to resume from; None at a fresh start."""
@@ -48,6 +50,7 @@ class LocalReporter:
 
     def __init__(self, folder: Path, quiet: bool = False) -> None:
         self.folder, self.quiet = folder, quiet
+        self.scratch = folder.parent
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path | None]:

@@ -11,12 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 from ruamel.yaml import YAML
 
+from pipelines.data.demo.draw import prepare
 from pipelines.params import compose
+from pipelines.run.checkpoints import fault
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -108,6 +111,31 @@ def kill_all(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def checkpoints(workspace: Workspace) -> set[Path]:
+    """The whole ones: a folder is there from the first of its files on."""
+    whole = set()
+    for folder in workspace.root.glob("storage/pretrain-*/checkpoint_2*"):
+        with suppress(FileNotFoundError):  # deleted meanwhile, as an old one
+            if fault(folder) is None:
+                whole.add(folder)
+    return whole
+
+
+def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None:
+    old = checkpoints(workspace)
+    wait_until(process, lambda: bool(checkpoints(workspace) - old))
+
+
+def train_workers(process: subprocess.Popen, wanted: int | None = 2) -> list[psutil.Process]:
+    found = []
+    for child in descendants(process):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    assert wanted in (None, len(found))
+    return found
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
@@ -158,3 +186,15 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     workspace.env["PYTHONPATH"] = str(root)
     workspace.env["ELSA_TEST_LOADED"] = str(tmp_path_factory.mktemp("loaded"))
     return workspace
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> Workspace:
+    """A workspace with the operator and few data, as `build_op` and `prepare` leave them."""
+    root = tmp_path_factory.mktemp("prepared")
+    copy_checkout(root)
+    shutil.copytree(compiled_library, root / "build/op")
+    counts = {"digits_per_class": 20, "train_scenes": 4, "val_scenes": 4, "max_digits": 3}
+    sizes = {"image_size": 28, "train_variants": 1, "scene_size": 96}
+    prepare(SimpleNamespace(seed=0, **sizes, **counts), root / "data")
+    return Workspace(root)

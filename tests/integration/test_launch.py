@@ -178,7 +178,7 @@ def test_a_run_resumes_after_a_loader_process_was_killed(fit, tmp_path: Path, ca
     assert (tmp_path / "loader/starts").read_text() == "started\nstarted\n"
     told = capsys.readouterr().err
     assert "worker 0 failed: DataLoader worker" in told
-    assert "lower loader.data_workers or loader.prefetch_factor" in told
+    assert "lower loader.data_workers, loader.prefetch_factor or" in told
     assert "training resumes from the last checkpoint" in told
 
 

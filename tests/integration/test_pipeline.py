@@ -8,15 +8,12 @@ import base64
 import csv
 import io
 import json
-import signal
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import mlflow
 import numpy as np
-import psutil
 import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -25,10 +22,17 @@ from PIL import Image
 from elsa.predict import load_predictor
 from ops import library
 from pipelines.results import scores
-from pipelines.run.checkpoints import fault
 
 from . import models
-from .conftest import Workspace, descendants, kill_all, needs_chromium, rendered, wait_until
+from .conftest import (
+    Workspace,
+    checkpoints,
+    kill_all,
+    needs_chromium,
+    rendered,
+    train_workers,
+    wait_for_checkpoint,
+)
 
 STAGES = ("prepare", "build_op", "pretrain", "detect", "segment", "export", "report")
 
@@ -295,32 +299,7 @@ def test_a_clone_pulls_the_results_from_the_remote_and_has_nothing_to_run(
     assert code == 0, output
 
 
-def checkpoints(workspace: Workspace) -> set[Path]:
-    """The whole ones: a folder is there from the first of its files on."""
-    whole = set()
-    for folder in workspace.root.glob("storage/pretrain-*/checkpoint_2*"):
-        with suppress(FileNotFoundError):  # deleted meanwhile, as an old one
-            if fault(folder) is None:
-                whole.add(folder)
-    return whole
-
-
-def wait_for_checkpoint(workspace: Workspace, process: subprocess.Popen) -> None:
-    old = checkpoints(workspace)
-    wait_until(process, lambda: bool(checkpoints(workspace) - old))
-
-
-def train_workers(process: subprocess.Popen, wanted: int | None = 2) -> list[psutil.Process]:
-    found = []
-    for child in descendants(process):
-        with suppress(psutil.NoSuchProcess):
-            if "RayTrainWorker" in " ".join(child.cmdline()):
-                found.append(child)
-    assert wanted in (None, len(found))
-    return found
-
-
-def test_nothing_is_lost_when_a_worker_then_the_pipeline_then_ray_is_killed(
+def test_nothing_is_lost_when_a_worker_then_the_pipeline_is_killed(
     workspace: Workspace,
 ) -> None:
     undisturbed = weights(workspace)
@@ -351,28 +330,9 @@ def test_nothing_is_lost_when_a_worker_then_the_pipeline_then_ray_is_killed(
     with (newest / "state.pt").open("r+b") as file:
         file.truncate(1000)
 
-    # It resumes from the one before, and is asked to stop: after the checkpoint of a whole step.
-    with workspace.start(sys.executable, "-m", "pipelines.pretrain") as process:
-        wait_until(process, lambda: len(train_workers(process, wanted=None)) == 2)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=300)
-    assert process.returncode == 130, output
-    assert not workspace.left_running()
-    assert f"{newest.name} can't be used: state.pt is not what was written" in output
-    assert "interrupted; start it again to resume" in output
-
-    # Ray's process that knows all others is killed: all of them end, not the storage.
-    with workspace.start(sys.executable, "-m", "pipelines.pretrain") as process:
-        wait_until(process, lambda: len(train_workers(process, wanted=None)) == 2)
-        [gcs] = [one for one in descendants(process) if one.name() == "gcs_server"]
-        gcs.kill()
-        output, _ = process.communicate(timeout=50)
-    assert process.returncode == 1, output
-    assert "GCS may have been killed" in output
-    assert not workspace.left_running()
-
     code, output = workspace.run(*command)
     assert code == 0, output[-5000:]
+    assert f"{newest.name} can't be used: state.pt is not what was written" in output
     assert weights(workspace)["identity"] == undisturbed["identity"]
     assert weights(workspace)["sha256"] == undisturbed["sha256"]
     assert lineage(workspace, "pretrain")["mlflow_run_id"] == state["mlflow_run_id"]

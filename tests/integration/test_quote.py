@@ -4,29 +4,14 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from mlflow.tracking import MlflowClient
 
-from pipelines.data.demo.draw import prepare
-
-from .conftest import Workspace, copy_checkout
+from .conftest import Workspace
 
 RECIPE = ("recipe=smoke", "tasks=[classify]", "pretrain.epochs=30")
 ELSA = (sys.executable, "-m", "pipelines.cli")
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> Workspace:
-    root = tmp_path_factory.mktemp("quote")
-    copy_checkout(root)
-    shutil.copytree(compiled_library, root / "build/op")
-    counts = {"digits_per_class": 20, "train_scenes": 4, "val_scenes": 4, "max_digits": 3}
-    sizes = {"image_size": 32, "train_variants": 1, "scene_size": 96}
-    prepare(SimpleNamespace(seed=0, **sizes, **counts), root / "data")
-    return Workspace(root)
 
 
 def test_a_stage_has_what_was_quoted_beside_what_it_took(prepared: Workspace) -> None:

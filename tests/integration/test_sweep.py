@@ -7,7 +7,6 @@ import csv
 import json
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -15,20 +14,18 @@ import urllib.request
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from pipelines.data.demo.draw import prepare
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.params import compose, flatten, override, read_yaml
 from pipelines.train.loading import split_holdout
 from pipelines.train.models import build_model
 
-from .conftest import Workspace, copy_checkout, free_port, needs_chromium, rendered
+from .conftest import Workspace, free_port, needs_chromium, rendered
 
 SPACE = """about: a test
 fixed:
@@ -46,19 +43,11 @@ COMMAND = (sys.executable, "-u", "-m", "pipelines.sweep")
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory: pytest.TempPathFactory, compiled_library: Path) -> Workspace:
-    root = tmp_path_factory.mktemp("sweep")
-    copy_checkout(root)
-    edit(root, "space: none", "space: test")
-    edit(root, "seeds: 3", "seeds: 1")
-    (root / "pipelines/recipes/sweeps/test.yaml").write_text(SPACE)
-    shutil.copytree(compiled_library, root / "build/op")
-    counts = {"digits_per_class": 10, "train_scenes": 4, "val_scenes": 4, "max_digits": 3}
-    sizes = {"image_size": 28, "train_variants": 1, "scene_size": 96}
-    prepare(SimpleNamespace(seed=0, **sizes, **counts), root / "data")
-    workspace = Workspace(root)
-    workspace.env["PYTHONPATH"] = str(root)
-    return workspace
+def sweep(prepared: Workspace) -> Workspace:
+    edit(prepared.root, "space: none", "space: test")
+    edit(prepared.root, "seeds: 3", "seeds: 1")
+    (prepared.root / "pipelines/recipes/sweeps/test.yaml").write_text(SPACE)
+    return prepared
 
 
 def edit(root: Path, old: str, new: str) -> None:

@@ -29,11 +29,11 @@ def test_callbacks_that_we_leave_out_are_still_among_rays_default_ones() -> None
 
 
 def test_the_torch_backend_can_be_replaced() -> None:
-    backend = internals.LoopbackTorchConfig(backend="gloo").backend_cls
-    assert issubclass(backend, TorchConfig().backend_cls)
-    assert parameters(TorchConfig().backend_cls.on_start) == {
-        *("self", "worker_group", "backend_config")
-    }
+    rays = TorchConfig().backend_cls
+    for config in (internals.LoopbackTorchConfig, internals.ResumingTorchConfig):
+        assert issubclass(config(backend="gloo").backend_cls, rays)
+    for method in (rays.on_start, rays.on_shutdown):
+        assert parameters(method) == {"self", "worker_group", "backend_config"}
 
 
 def test_torchs_store_still_takes_a_listening_socket(monkeypatch: pytest.MonkeyPatch) -> None:
