@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLORS = [plt.get_cmap("tab10")(i)[:3] for i in range(10)] + [
     plt.get_cmap("Set2")(i)[:3] for i in range(8)
@@ -43,7 +44,8 @@ def read_curves(path: Path) -> dict[str, list[float]]:
 
 def curves(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Loss above, scores below, one column per stage, over epochs."""
-    figure, axes = plt.subplots(2, len(stages), figsize=(3.6 * len(stages), 5), squeeze=False)
+    size = (3.6 * len(stages), 5)
+    figure, axes = plt.subplots(2, len(stages), figsize=size, squeeze=False, sharex="col")
     for column, (stage, values) in enumerate(stages.items()):
         epochs = values["epoch"]
         losses = [k for k in values if k.endswith("loss") and "/" not in k]
@@ -55,10 +57,12 @@ def curves(stages: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
             for key in keys:
                 known = [(x, y) for x, y in zip(epochs, values[key], strict=True) if y == y]
                 axis.plot(*zip(*known, strict=True), marker=".", label=key)
-            axis.set(xlabel="epoch", ylabel=label)
+            axis.set(ylabel=label)
             if keys:
                 axis.legend(fontsize=7, frameon=False)
         axes[0][column].set_title(stage)
+        axes[1][column].set_xlabel("epoch")
+        axes[1][column].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.tight_layout()
     return figure
 

@@ -204,11 +204,30 @@ print(*(n["NodeID"] for n in alive if "node:__internal_head__" not in n["Resourc
 """
 
 
-def train_until_a_checkpoint(cluster: RayCluster, stage: str, folder: Path) -> subprocess.Popen:
-    """On two workers or, where there is one node, on one; its output is `folder / output`."""
-    output = folder / "output"
-    with output.open("w") as file:
-        process = subprocess.Popen(
+def train_until_a_checkpoint(
+    cluster: RayCluster, stage: str, folder: Path
+) -> tuple[subprocess.Popen, Path]:
+    """On two workers; its output is in the file. Ray Train knows of a node that has joined up to
+    20 s later, and begins with the other one until then."""
+    for number in range(4):
+        scratch = folder / str(number)
+        scratch.mkdir()
+        process, output = train(cluster, stage, scratch), scratch / "output"
+        deadline = time.monotonic() + 240
+        while not list(scratch.glob("storage/*/checkpoint_2*/digests.json")):
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.1)
+        if "num_workers=2 workers" not in output.read_text():
+            return process, output
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=240)
+    raise AssertionError(output.read_text())
+
+
+def train(cluster: RayCluster, stage: str, folder: Path) -> subprocess.Popen:
+    with (folder / "output").open("w") as file:
+        return subprocess.Popen(
             [sys.executable, "-c", ELASTIC, str(folder), stage],
             cwd=ROOT,
             env=cluster.env
@@ -221,13 +240,6 @@ def train_until_a_checkpoint(cluster: RayCluster, stage: str, folder: Path) -> s
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    deadline = time.monotonic() + 240
-    while not list(folder.glob("storage/*/checkpoint_2*/digests.json")):
-        assert process.poll() is None, output.read_text()
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.1)
-    assert "num_workers=2 workers" not in output.read_text()
-    return process
 
 
 def join_another(cluster: RayCluster, gone: str) -> None:
@@ -254,8 +266,7 @@ def test_training_leaves_a_node_that_is_drained(cluster: RayCluster, tmp_path: P
     address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     code, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
     assert code == 0, node
-    process = train_until_a_checkpoint(cluster, "pretrain", tmp_path)
-    output = tmp_path / "output"
+    process, output = train_until_a_checkpoint(cluster, "pretrain", tmp_path)
     code, told = cluster.run(
         *("ray", "drain-node", "--address", address["RAY_ADDRESS"], "--node-id", node.strip()),
         *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a spot notice"),
@@ -281,7 +292,7 @@ def test_training_continues_when_a_node_is_lost(
     """On the worker that is left."""
     address = {"RAY_ADDRESS": f"127.0.0.1:{cluster.port}"}
     _, node = cluster.run(sys.executable, "-c", WORKER_NODES, **address)
-    process, output = train_until_a_checkpoint(cluster, stage, tmp_path), tmp_path / "output"
+    process, output = train_until_a_checkpoint(cluster, stage, tmp_path)
     os.killpg(cluster.nodes[-1].pid, signal.SIGKILL)
     assert process.wait(timeout=240) == 0, output.read_text()
     assert "training resumes from the last checkpoint" in output.read_text()
