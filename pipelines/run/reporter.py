@@ -206,7 +206,7 @@ def memory_shortage(error: Exception) -> str:
     short; empty if there is none."""
     for line in str(error).splitlines():
         if "running low on memory" in line or "DataLoader worker (pid" in line:
-            return re.sub(r" \(IP: [^)]*\)", "", line)[:200].rstrip(".")
+            return re.sub(r"\(IP: ([^,]*), ID: [^)]*\)", r"\1", line)[:200].rstrip(".")
     return ""
 
 

@@ -78,9 +78,9 @@ def ray_session(
             importing.join()
             yield Session(local=not address)
         finally:
-            workers = set() if address else _workers()
+            workers = _workers()
             ray.shutdown()
-            _end(workers if address else workers | _workers())
+            _end(workers | _workers())
             remove_abandoned()
 
 
@@ -128,7 +128,7 @@ def _reach(address: str) -> None:
 
 def _workers() -> set[psutil.Process]:
     """The processes of this driver's own Ray that run Python code of its tasks and actors, or that
-    were forked to do so and are not known to Ray yet."""
+    were forked to do so and are not known to Ray yet. Of a cluster, none."""
     found = set()
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

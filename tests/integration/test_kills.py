@@ -186,12 +186,13 @@ def test_a_killed_dvc_leaves_the_stage_to_finish(checkout: Workspace) -> None:
 
 def test_workers_that_ray_ends_for_lack_of_memory_resume(checkout: Workspace) -> None:
     memory, expected = psutil.virtual_memory(), weights(checkout)
-    checkout.env["RAY_memory_usage_threshold"] = str(memory.percent / 100 + 3e9 / memory.total)
+    limit = min(memory.percent / 100 + 6e9 / memory.total, 0.95)  # other tests take some, too
+    checkout.env["RAY_memory_usage_threshold"] = str(limit)
     with training(checkout, *STAGE, "--force") as process:
         hog, first = [], train_workers(process)
         while any(worker.is_running() for worker in first):
             hog.append(np.ones(2**25))  # 256 MiB
-            assert len(hog) < 40
+            assert len(hog) < 60
             time.sleep(0.5)  # Ray looks every 250 ms
         hog.clear()
         code, output = end(process)

@@ -8,8 +8,7 @@ from pipelines.paths import ROOT
 from pipelines.run.scratch import remove_abandoned, scratch_folder
 
 KILLED = """
-import os, sys
-from pathlib import Path
+import sys
 from pipelines.run.scratch import scratch_folder
 with scratch_folder(sys.argv[1]) as folder:
     (folder / "part").mkdir()
