@@ -110,8 +110,9 @@ def end(process: subprocess.Popen) -> tuple[int, str]:
 def told_by_dvc(output: str) -> signal.Signals:
     """The signal that ended the stage: of SIGKILL, DVC reads -9 or 137, as its shell is
     Bash, which the stage replaces, or dash, which waits for it."""
-    (code,) = re.findall(r"exited with (-?\d+)", output)
-    return signal.Signals(abs(int(code)) % 128)
+    (found,) = re.findall(r"exited with (-?\d+)", output)
+    code = int(found)
+    return signal.Signals(-code if code < 0 else code - 128)  # else an ordinary exit code
 
 
 def weights(checkout: Workspace) -> str:

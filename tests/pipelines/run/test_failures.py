@@ -13,6 +13,7 @@ SHORT = (
 TOLD = (
     "training failed: 5 worker(s) were killed due to the node running low on memory. Memory on the"
     " node 10.0.0.1 was 23.1GB used / 23.5GB limit (0.98). If memory was short, end other programs,"
+    " or lower loader.data_workers"
 )
 
 
