@@ -15,7 +15,7 @@ from timm.layers import DropPath, Mlp, trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ops import elsa_attention
+from ops import elsa_attention, window_softmax
 
 __all__ = ["ELSA", "ELSABlock", "refuse_scripting"]
 
@@ -185,8 +185,7 @@ class ELSA(nn.Module):
             product = F.avg_pool2d(product, self.stride)
         h_attn = self.attn(product)  # (B, G*k*k, H, W), heads outermost
         h_attn = h_attn.unflatten(1, (self.num_heads, self.kernel_size**2))
-        # The dtype is named, as autocast on a GPU would else make a float32 map of k*k planes.
-        h_attn = self.attn_drop(h_attn.softmax(dim=2, dtype=h_attn.dtype))
+        h_attn = self.attn_drop(window_softmax(h_attn))
         ghost_mul, ghost_add = self.ghosts()
         out = elsa_attention(
             v,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from ops.neighborhood import na2d_av, na2d_qk
     from ops.reference import elsa_attention_reference
+    from ops.softmax import window_softmax
 
 __all__ = [
     "StaleLibraryError",
@@ -31,13 +32,14 @@ __all__ = [
     "na2d_qk",
     "set_backend",
     "use_backend",
+    "window_softmax",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """A name of `__all__`, from the module that defines it (PEP 562)."""
     if name in __all__:
-        for module in ("functional", "neighborhood", "reference", "library"):
+        for module in ("functional", "softmax", "neighborhood", "reference", "library"):
             found = import_module(f"ops.{module}")
             if hasattr(found, name):
                 globals()[name] = getattr(found, name)  # the next access, and dynamo, find it there

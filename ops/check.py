@@ -9,12 +9,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops import library
 from ops.reference import elsa_attention_reference
+from ops.softmax import window_softmax
 
 # float32 sums of up to k*k or B*H*W terms; halves are compared on their own rounded inputs.
 TOLERANCES = {
@@ -43,6 +45,7 @@ class Case:
     wide_ghosts: bool = False
     """The ghost heads are float32 beside halves."""
     channels_last: bool = False
+    """The channels of v lie side by side, among others."""
     not_finite: bool = False
     """Some values are NaN or infinite."""
 
@@ -105,8 +108,8 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if library.state.cuda and torch.cuda.is_available() else ["cpu"]
 
 
-def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The case's tensors on the CPU, in their own dtypes."""
+def _inputs(case: Case, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """The case's tensors, in their own dtypes; the same on every device."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*size: int) -> Tensor:
@@ -131,8 +134,10 @@ def _inputs(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
         flat = tensors["v"].view(-1)
         flat[flat.numel() // 3] = float("nan")
         flat[flat.numel() // 2] = float("inf")
-    if case.channels_last:
-        tensors["v"] = tensors["v"].contiguous(memory_format=torch.channels_last)
+    tensors = {name: t.to(device) for name, t in tensors.items()}
+    if case.channels_last:  # as of a layer that makes v beside other channels
+        wide = torch.zeros(case.B, case.H, case.W, case.C + 16, dtype=dtype, device=device)
+        tensors["v"] = wide[..., 8 : 8 + case.C].permute(0, 3, 1, 2).copy_(tensors["v"])
     return tensors
 
 
@@ -165,7 +170,7 @@ def errors_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     as infinity where other elements than the reference's are not finite. Where a second call gives
     other bits, "<tensor> of a second call" is there too, as infinity.
     """
-    tensors = {name: t.to(device) for name, t in _inputs(case, dtype).items()}
+    tensors = _inputs(case, dtype, device)
     generator = torch.Generator().manual_seed(1)
     size = case.B, case.C, case.H // case.stride, case.W // case.stride
     upstream = torch.randn(size, generator=generator).to(device, dtype)
@@ -193,6 +198,36 @@ def errors_of(case: Case, dtype: torch.dtype, device: str) -> dict[str, float]:
     return found
 
 
+# (B, G, k*k, H, W) of the maps that `window_softmax` is checked with.
+SOFTMAX_SIZES = ((2, 3, 49, 56, 56), (1, 12, 49, 14, 14), (2, 1, 9, 5, 7), (1, 2, 289, 19, 3))
+
+
+def softmax_errors(
+    size: tuple[int, ...], side_by_side: bool, dtype: torch.dtype, device: str
+) -> dict[str, float]:
+    """The largest errors of `window_softmax` and its gradient, as shares of the largest value.
+
+    With `side_by_side` the map is what a convolution with channels_last leaves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits, upstream = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
+        for _ in range(2)
+    )
+    if side_by_side:
+        logits = logits.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    exact = logits.double().requires_grad_()
+    ours = logits.requires_grad_()
+    weights, expected = window_softmax(ours), exact.softmax(2)
+    (grad,) = torch.autograd.grad(weights, ours, upstream)
+    (exact_grad,) = torch.autograd.grad(expected, exact, upstream.double())
+    pairs = {"weights": (weights, expected), "grad_logits": (grad, exact_grad)}
+    return {
+        name: float(((mine.double() - theirs).abs().max() / theirs.abs().max()).detach())
+        for name, (mine, theirs) in pairs.items()
+    }
+
+
 @dataclass
 class Findings:
     """What cases gave."""
@@ -203,22 +238,33 @@ class Findings:
     off: list[str] = field(default_factory=list)
     """A line per tensor beyond the tolerance of its dtype."""
 
-
-def compare(device: str, cases: Iterable[Case]) -> Iterator[Findings]:
-    """The findings so far, after each case and dtype."""
-    found = Findings()
-    for case, (dtype, tolerance) in itertools.product(cases, TOLERANCES.items()):
-        found.count += 1
-        for tensor, error in errors_of(case, dtype, device).items():
+    def add(self, case: Any, dtype: torch.dtype, errors: dict[str, float]) -> None:
+        """Count a case."""
+        self.count += 1
+        tolerance = TOLERANCES[dtype]
+        for tensor, error in errors.items():
             key = f"{str(dtype).removeprefix('torch.')} {tensor}"
-            found.worst[key] = max(found.worst.get(key, 0.0), error)
+            self.worst[key] = max(self.worst.get(key, 0.0), error)
             if not error <= tolerance:
                 what = (
                     f"differs from the float64 reference by {error:.3g} (allowed {tolerance:.3g})"
                 )
                 if tensor.endswith("second call"):
                     what = "has other bits than the first"
-                found.off.append(f"{key} {what} at {case}")
+                self.off.append(f"{key} {what} at {case}")
+
+
+def compare(device: str, cases: Iterable[Case]) -> Iterator[Findings]:
+    """The findings so far, after each case and dtype."""
+    found = Findings()
+    for case, dtype in itertools.product(cases, TOLERANCES):
+        found.add(case, dtype, errors_of(case, dtype, device))
+        yield found
+    if device == "cpu":  # there it is torch's softmax
+        return
+    for size, together, dtype in itertools.product(SOFTMAX_SIZES, (False, True), TOLERANCES):
+        what = f"the softmax of {size}" + ", a pixel's taps side by side" * together
+        found.add(what, dtype, softmax_errors(size, together, dtype, device))
         yield found
 
 

@@ -55,7 +55,8 @@ def elsa_attention(
         border: "zeros" or "shift"; the latter needs H and W of at least k * dilation.
 
     Returns:
-        (B, C, H // stride, W // stride), contiguous, dtype of `v`. Halves accumulate in float32.
+        (B, C, H // stride, W // stride), dtype of `v`. Halves accumulate in float32. Contiguous; on
+        a GPU channels_last where the channels of `v` lie side by side.
 
     Under autocast `v` and `h_attn` are cast to its dtype together, the ghosts stay as they are.
     Differentiable once in all four tensors (the reference backend: any number of times).
@@ -178,17 +179,27 @@ def _check(
 
 def _fake(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation=1, stride=1, border="zeros"):
     batch, channels, height, width = v.shape
-    return v.new_empty((batch, channels, height // stride, width // stride))
+    return _empty_like(v, (batch, channels, height // stride, width // stride))
+
+
+def _empty_like(v: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """An image in the layout that results have: format_of of csrc/cuda/tensors.h on a GPU."""
+    last = v.device.type == "cuda" and v.shape[1] > 1 and v.stride(1) == 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=v.dtype, device=v.device, memory_format=layout)
 
 
 def _fake_backward(
     grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, border, output_mask
 ):
     inputs = (v, h_attn, ghost_mul, ghost_add)
-    return tuple(
+    grads = [
         t.new_empty(t.shape) if wanted and t is not None else v.new_empty((0,))
         for t, wanted in zip(inputs, output_mask, strict=True)
-    )
+    ]
+    if output_mask[0]:
+        grads[0] = _empty_like(v, v.shape)
+    return tuple(grads)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

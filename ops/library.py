@@ -129,9 +129,10 @@ def load_library(directory: str | os.PathLike[str]) -> dict[str, Any]:
                 f"start a new process to load {path}"
             )
         torch.ops.load_library(str(path / LIBRARY_NAME))
-        from ops.functional import register
+        from ops import functional, softmax
 
-        register()
+        functional.register()
+        softmax.register()
         state.loaded, state.cuda = path, bool(record["cuda"])
         return record
 

@@ -210,11 +210,15 @@ def _run_once(args: argparse.Namespace) -> None:
     for name in args.shapes:
         batch, channels, heads, height, width, k = shapes(args.batch)[name]
         like = {"device": args.device, "dtype": getattr(torch, args.dtype)}
-        v = torch.randn(batch, channels, height, width, **like).requires_grad_()
-        h = torch.rand(batch, heads, k * k, height, width, **like).requires_grad_()
+        planes = torch.randn(batch, channels, height, width, **like)
+        logits = torch.rand(batch, height, width, heads, k * k, **like).permute(0, 3, 4, 1, 2)
         add = torch.randn(channels, k, k, **like).requires_grad_()
-        ops.elsa_attention(v, h, None, add, kernel_size=k).sum().backward()
-        print(f"{name}: forward and backward, once")
+        for layout in (torch.contiguous_format, torch.channels_last):
+            v = planes.contiguous(memory_format=layout).requires_grad_()
+            h = ops.window_softmax(logits.requires_grad_())
+            out = ops.elsa_attention(v, h, None, add, kernel_size=k)
+            out.backward(torch.ones_like(out))
+        print(f"{name}: forward and backward, once in either layout")
 
 
 def _rows(name: str, shape: Shape, found: Measured, columns: tuple[str, ...]) -> list[str]:

@@ -14,5 +14,9 @@ STABLE_TORCH_LIBRARY(elsa, m) {
       "elsa_attention_backward(Tensor grad_out, Tensor v, Tensor h_attn, Tensor? ghost_mul, "
       "Tensor? ghost_add, int kernel_size, int dilation, int stride, str border, "
       "bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  // CUDA only, see ops/functional.py. `side_by_side`: the gradient has a pixel's taps side by side.
+  m.def("window_softmax(Tensor logits) -> Tensor");
+  m.def(
+      "window_softmax_backward(Tensor grad, Tensor weights, bool side_by_side) -> Tensor");
   m.def("cpu_instruction_set() -> str");
 }

@@ -12,7 +12,6 @@ Exit codes: 0 all parts that could run are done, 1 some failed, 2 torch sees no 
 """
 
 import argparse
-import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -29,20 +28,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines.benchmarks.gpu_counters import COUNTERS, table_of
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "timm", "safetensors", "ninja", "pytest", "pydantic", "natten")
 GPU_TESTS = ("tests/ops/test_cuda.py", "tests/elsa/test_layers.py")
 TOOLS = ("nvcc", "ninja", "c++", "ncu", "compute-sanitizer")
 ERRORS = ".stderr.log"
 STAGES = ["tiny, small stage 1", "tiny, small stage 2", "tiny, small stage 3"]
-COUNTERS = {
-    "gpu__time_duration.sum": "us",
-    "sm__inst_issued.avg.pct_of_peak_sustained_elapsed": "issue, %",
-    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor cores, %",
-    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory, %",
-    "l1tex__data_bank_conflicts_pipe_lsu.sum": "bank conflicts",
-    "smsp__inst_executed.sum": "warp instructions",
-}
 
 
 @dataclass(frozen=True)
@@ -88,11 +81,13 @@ def parts_of(device: str) -> list[Part]:
         models += ["--img-size", "32", "--repetitions", "1"]
     operator = ["-m", "ops.benchmarks.elsa_attention", *on, *figures, "--batch", "{batch}"]
     training = ["-m", "pipelines.benchmarks.gpu_training", *on]
+    softmax = ["-m", "ops.benchmarks.window_softmax", *on, *figures, "--batch", "{batch}"]
     images, batch = (128, 64) if cuda else (1, 1)
     every = [
         Part("values", "Values, gradients, repeatability", 90, ["-m", "ops.check", *on, *figures]),
         Part("operator", "The operator beside its peers", 110, operator, batch),
         Part("training", "The training loop", 110, [*training, *figures]),
+        Part("softmax", "The softmax of a window beside torch's", 30, softmax, batch),
         Part("models", "Models, bfloat16", 50, [*models, "--amp", "bfloat16"], images),
         Part("profile", "A training step by kernel", 40, ["-m", "elsa.benchmarks.profile", *on]),
     ]
@@ -106,7 +101,12 @@ def parts_of(device: str) -> list[Part]:
         tests += ["-n", "4"]
     every.insert(1, Part("tests", "pytest -m gpu", 120, tests))
     counters = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none"]
-    counters += ["--metrics", ",".join(COUNTERS), "-k", "regex:product_kernel|gradient_kernel"]
+    counters += [
+        "--metrics",
+        ",".join(COUNTERS),
+        "-k",
+        "regex:product_kernel|gradient_kernel|window_softmax",
+    ]
     counters += [sys.executable, *operator[:2], *on, "--once", "--shapes", *STAGES]
     sanitizer = ["compute-sanitizer", "--error-exitcode", "9"]
     check = [sys.executable, "-m", "ops.check", *on]
@@ -246,41 +246,6 @@ def build(folder: Path, env: dict[str, str], device: str, seconds: float) -> Out
     return run(part, folder, min(part.limit, seconds), env)
 
 
-def counters(log: str) -> list[dict[str, str]]:
-    """Rows of ncu's CSV in base units: a kernel each, with the counters under short names, and what
-    bounds it. A counter that this GPU has not stays as ncu prints it."""
-    lines = [line for line in log.splitlines() if line.startswith('"')]
-    rows: dict[str, dict[str, str]] = {}
-    for line in csv.DictReader(lines):
-        name = line["Kernel Name"].replace("(anonymous namespace)::", "").partition("(")[0]
-        row = rows.setdefault(line["ID"], {"kernel": name})
-        if short := COUNTERS.get(line["Metric Name"]):
-            value = _number(line["Metric Value"])
-            if value is not None and short == "us":
-                value /= 1e3  # from nanoseconds
-            row[short] = line["Metric Value"] if value is None else f"{value:.4g}"
-    for row in rows.values():
-        shares = {name: _number(row[name]) or 0.0 for name in row if name.endswith("%")}
-        row["bound"] = max(shares, key=shares.__getitem__).partition(",")[0] if shares else ""
-    return list(rows.values())
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", ""))
-    except ValueError:
-        return None
-
-
-def _table(rows: list[dict[str, str]]) -> str:
-    if not rows:
-        return ""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [" | ".join(names), "|".join(["---"] * len(names))]
-    lines += [" | ".join(row.get(name, "") for name in names) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
-
-
 def report(found: dict[str, Any], outcomes: list[Outcome], folder: Path, device: str) -> str:
     """The page as Markdown."""
     gpu = found["gpu"] if device == "cuda" else "a CPU: a rehearsal, no figure counts"
@@ -298,7 +263,7 @@ def report(found: dict[str, Any], outcomes: list[Outcome], folder: Path, device:
         lines += [f"{note}\n" for note in outcome.notes]
         printed = _printed(folder, outcome.name).splitlines()
         if outcome.name == "counters" and not outcome.failed:
-            lines += [_table(counters("\n".join(printed)))]
+            lines += [table_of("\n".join(printed))]
         elif printed and outcome.name != "build":
             tail = printed[-60:]
             fence = [] if any(line.startswith("|") for line in tail) else ["```"]

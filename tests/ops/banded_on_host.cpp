@@ -16,7 +16,22 @@ struct Tensors {
 
 struct Setting {
   int64_t vector, segments, rows, parts, splits, reversed;
+  int64_t column;  // from pixel to pixel of v and grad where they are Pixels, 0 where Planes
 };
+
+template <class T>
+Images<T> images(const Problem& p, int64_t column, T* data) {
+  if (!column) return {data, p.C * p.H * p.W, p.H * p.W, p.W, 1};
+  return {data, p.H * p.W * column, 1, p.W * column, column};
+}
+
+template <class F>
+void with_layout(const Setting& s, const F& f) {
+  if (s.column)
+    f(Pixels{});
+  else
+    f(Planes{});
+}
 
 int fixed_tiles = 0;  // kernels of a call whose tile the compiler knew
 
@@ -69,20 +84,23 @@ void product(const Problem& p, const Setting& s, const Tensors& x, const void* s
   const auto bytes = [&](const Tile& t) { return product_bytes(t, K, x.add != nullptr); };
   const Tile chosen = tile_for(p, s, bytes);
   Shared shared(bytes(chosen));
-  with_tile<K>(chosen, [&](const auto& t) {
-    fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
-    for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
-      unsigned char* memory = shared.fresh();
-      HostBlock::get().run(
-          [&] {
-            banded_product<T, K, TURNED>(p, t, block, memory, static_cast<const T*>(source),
-                                         static_cast<const T*>(x.h),
-                                         x.add ? words.data() : nullptr, parts, x.add,
-                                         static_cast<T*>(result));
-          },
-          s.reversed);
-      shared.check();
-    }
+  const auto from = images(p, s.column, static_cast<const T*>(source));
+  const auto to = images(p, s.column ? p.C : 0, static_cast<T*>(result));
+  with_layout(s, [&](auto layout) {
+    with_tile<K>(chosen, [&](const auto& t) {
+      fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
+      for (int64_t block = 0; block < p.B * p.G * t.across * t.down; ++block) {
+        unsigned char* memory = shared.fresh();
+        HostBlock::get().run(
+            [&] {
+              banded_product<T, K, TURNED>(layout, p, t, block, memory, from,
+                                           static_cast<const T*>(x.h),
+                                           x.add ? words.data() : nullptr, parts, x.add, to);
+            },
+            s.reversed);
+        shared.check();
+      }
+    });
   });
 }
 
@@ -95,19 +113,22 @@ void all(const Problem& p, const Setting& s, const Tensors& x) {
   Shared shared(bytes(chosen));
   const int64_t tiles = chosen.across * chosen.down, sums = p.C * K * K;
   std::vector<float> part(s.splits * tiles * sums, NAN);
-  with_tile<K>(chosen, [&](const auto& t) {
-    fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
-    for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
-      unsigned char* memory = shared.fresh();
-      HostBlock::get().run(
-          [&] {
-            banded_gradient<T, K>(p, t, block, s.splits, memory, static_cast<const T*>(x.grad),
-                                  static_cast<const T*>(x.v), static_cast<T*>(x.grad_h),
-                                  x.add ? part.data() : nullptr);
-          },
-          s.reversed);
-      shared.check();
-    }
+  const auto grad = images(p, s.column, static_cast<const T*>(x.grad));
+  const auto v = images(p, s.column, static_cast<const T*>(x.v));
+  with_layout(s, [&](auto layout) {
+    with_tile<K>(chosen, [&](const auto& t) {
+      fixed_tiles += !std::is_same_v<std::decay_t<decltype(t)>, Tile>;
+      for (int64_t block = 0; block < s.splits * p.G * tiles; ++block) {
+        unsigned char* memory = shared.fresh();
+        HostBlock::get().run(
+            [&] {
+              banded_gradient<T, K>(layout, p, t, block, s.splits, memory, grad, v,
+                                    static_cast<T*>(x.grad_h), x.add ? part.data() : nullptr);
+            },
+            s.reversed);
+        shared.check();
+      }
+    });
   });
   if (!x.add) return;
   for (int64_t i = 0; i < sums; ++i) {
@@ -133,7 +154,9 @@ extern "C" int run_banded(bool bfloat16, const int64_t* sizes, const int64_t* se
   const Problem p{sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
                   sizes[3], sizes[4], sizes[5], 1,        1};
   HostBlock::require(has_banded(p), "no banded kernel for these sizes");
-  const Setting s{setting[0], setting[1], setting[2], setting[3], setting[4], setting[5]};
+  const Setting s{setting[0], setting[1], setting[2], setting[3],
+                  setting[4], setting[5], setting[6]};
+  HostBlock::require(!s.column || has_pixels(p, p.W * s.column, s.column), "no such pixels");
   const Tensors x{pointers[0], pointers[1], pointers[2], static_cast<const float*>(pointers[3]),
                   pointers[4], pointers[5], pointers[6], static_cast<float*>(pointers[7])};
   fixed_tiles = 0;

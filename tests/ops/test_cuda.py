@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ops import elsa_attention
+from ops import elsa_attention, window_softmax
 from tests.ops.oracle import make_inputs, oracle
 from tests.ops.test_values import BOTH, TOLERANCE, close
 
@@ -104,6 +104,66 @@ def test_views_that_start_at_odd_elements():
     assert torch.equal(elsa_attention(*shifted, None, add, kernel_size=7), expected)
 
 
+def side_by_side(t):
+    """The same values as a part of the channels of a channels_last tensor."""
+    batch, channels, height, width = t.shape
+    wide = torch.zeros(batch, height, width, channels + 16, dtype=t.dtype, device=t.device)
+    part = wide[..., 8 : 8 + channels].permute(0, 3, 1, 2)
+    return part.copy_(t.detach()).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "stride"),
+    [
+        ((2, 96, 3, 56, 56, 7), 1),  # heads of 32 channels: read and written where they lie
+        ((2, 64, 2, 29, 37, 5), 1),
+        ((2, 48, 3, 14, 14, 7), 1),  # heads of 16: copied
+        ((2, 64, 2, 17, 20, 3), 2),  # the plain kernels
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_channels_that_lie_side_by_side(sizes, stride, dtype):
+    v, h, _, add = on_gpu(make_inputs(*sizes, stride), dtype)
+    last = side_by_side(v)
+    gradient = torch.randn(2, sizes[1], sizes[3] // stride, sizes[4] // stride, device="cuda")
+    results = []
+    for values in (v, last):
+        out = elsa_attention(values, h, None, add, kernel_size=sizes[-1], stride=stride)
+        upstream = torch.empty_like(out).copy_(gradient)
+        results.append((out, *torch.autograd.grad(out, (values, h, add), upstream)))
+    for ours, planes in zip(results[1], results[0], strict=True):
+        assert torch.equal(ours, planes)
+    for image in results[1][:2]:
+        assert image.is_contiguous(memory_format=torch.channels_last)
+    fakes = "test_schema", "test_faketensor"
+    arguments = (last, h, None, add, sizes[-1], 1, stride)
+    torch.library.opcheck(torch.ops.elsa.elsa_attention, arguments, test_utils=fakes)
+
+
+@pytest.mark.parametrize("layout", ["planes", "side by side", "strided"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("sizes", [(2, 3, 49, 28, 30), (1, 2, 9, 1, 1), (1, 1, 961, 9, 9)])
+def test_window_softmax(sizes, dtype, layout):
+    logits = torch.randn(sizes, device="cuda").to(dtype)
+    if layout == "side by side":
+        logits = logits.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+    elif layout == "strided":
+        logits = torch.stack([logits, logits], -1)[..., :-1, 0] if sizes[4] > 1 else logits
+    logits.requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    weights, expected = window_softmax(logits), exact.softmax(2)
+    assert weights.is_contiguous()
+    close(weights, expected, TOLERANCE[dtype])
+    upstream = torch.randn_like(weights)
+    weights.backward(upstream)
+    expected.backward(upstream.double())
+    close(logits.grad, exact.grad, TOLERANCE[dtype])
+    if layout == "side by side" and sizes[2] > 1:
+        assert logits.grad.stride(2) == 1
+    fakes = "test_schema", "test_faketensor"
+    torch.library.opcheck(torch.ops.elsa.window_softmax, (logits,), test_utils=fakes)
+
+
 @pytest.mark.parametrize("mul", [False, True])
 def test_same_bits_every_time(mul):
     v, h, ghost_mul, add = on_gpu(make_inputs(4, 96, 3, 56, 56, 7), torch.bfloat16)
@@ -135,13 +195,17 @@ def test_torch_features():
         assert call(*inputs).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extra_memory_is_small(dtype):
+def test_extra_memory_is_small(dtype, channels_last):
     before = torch.cuda.memory_allocated()
     v, h, mul, add = on_gpu(make_inputs(8, 96, 3, 56, 56, 7, 1), dtype)
+    if channels_last:
+        v = v.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     mul = mul if dtype == torch.float32 else None  # with halves: banded.h
     inputs = [t for t in (v, h, mul, add) if t is not None]
     needed = 2 * sum(t.nbytes for t in inputs) + 2 * v.nbytes
     torch.cuda.reset_peak_memory_stats()
-    elsa_attention(v, h, mul, add, kernel_size=7).sum().backward()
+    out = elsa_attention(v, h, mul, add, kernel_size=7)
+    out.backward(torch.empty_like(out))
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * needed

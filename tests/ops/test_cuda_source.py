@@ -46,6 +46,7 @@ def pointer(t):
     return ctypes.c_void_p(t.data_ptr() if t is not None else None)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("ghosts", ["", "mul", "add", "mul add"])
 @pytest.mark.parametrize(
     ("batch", "channels", "heads", "height", "width", "k", "dilation", "stride", "border"),
@@ -63,7 +64,7 @@ def pointer(t):
     ],
 )
 def test_every_thread_function_matches_the_reference(
-    run, batch, channels, heads, height, width, k, dilation, stride, border, ghosts
+    run, batch, channels, heads, height, width, k, dilation, stride, border, ghosts, channels_last
 ):
     torch.manual_seed(0)
     out_h, out_w = height // stride, width // stride
@@ -86,9 +87,14 @@ def test_every_thread_function_matches_the_reference(
     out, grad_v, grad_h = (torch.full(t.shape, nan).double() for t in (expected, v, h))
     grad_mul, grad_add = (torch.zeros(channels, k, k, dtype=torch.float64) for _ in range(2))
 
+    images = [upstream, v.detach(), out, grad_v]
+    if channels_last:
+        images = [t.contiguous(memory_format=torch.channels_last) for t in images]
+    upstream, values, out, grad_v = images
     run(
         (ctypes.c_int64 * 11)(*sizes, shift),
-        *map(pointer, (upstream, v, h, mul, add, out, grad_v, grad_h, grad_mul, grad_add)),
+        (ctypes.c_int64 * 16)(*(step for t in images for step in t.stride())),
+        *map(pointer, (upstream, values, h, mul, add, out, grad_v, grad_h, grad_mul, grad_add)),
     )
     torch.testing.assert_close(out, expected.detach())
     torch.testing.assert_close(grad_v, v.grad)
@@ -96,6 +102,15 @@ def test_every_thread_function_matches_the_reference(
     for ours, ghost in ((grad_mul, mul), (grad_add, add)):
         if ghost is not None:
             torch.testing.assert_close(ours, ghost.grad)
+
+
+def among_other_channels(t, count):
+    """The same values as the middle of a channels_last tensor of so many channels."""
+    batch, channels, height, width = t.shape
+    wide = torch.full((batch, height, width, count), float("nan"), dtype=t.dtype)
+    first = (count - channels) // 16 * 8
+    part = wide[..., first : first + channels].permute(0, 3, 1, 2)
+    return part.copy_(t)
 
 
 class Banded:
@@ -122,20 +137,25 @@ class Banded:
         grads = torch.autograd.grad(out, inputs, self.grad.double())
         self.expected = [out.detach(), *grads]
 
-    def run(self, banded, segments=0, rows=0, splits=1, reverse=False, only_add=False):
+    def run(self, banded, segments=0, rows=0, splits=1, reverse=False, only_add=False, column=0):
+        """With `column` the images have their channels side by side, so many elements apart."""
         vector = next(n for n in (4, 2, 1) if self.sizes[4] % n == 0)
-        setting = (vector, segments, rows, self.parts, splits, reverse)
+        setting = (vector, segments, rows, self.parts, splits, reverse, column)
         nan = float("nan")
+        inputs = [self.grad, self.v]
         results = [torch.full_like(t, nan) for t in (self.v, self.v, self.h)]
+        if column:
+            inputs = [among_other_channels(t, column) for t in inputs]
+            results[:2] = [t.to(memory_format=torch.channels_last) for t in results[:2]]
         if self.add is not None:
             results.append(torch.full_like(self.add, nan))
         if only_add:
             results[2] = None
-        tensors = [self.grad, self.v, self.h, self.add, *results, None]
+        tensors = [*inputs, self.h, self.add, *results, None]
         self.fixed_tiles = banded.run_banded(
             self.dtype == torch.bfloat16,
             (ctypes.c_int64 * 6)(*self.sizes),
-            (ctypes.c_int64 * 6)(*setting),
+            (ctypes.c_int64 * 7)(*setting),
             (ctypes.c_void_p * 8)(*(pointer(t) for t in tensors[:8])),
         )
         return results
@@ -189,14 +209,27 @@ def test_banded_kernels_with_any_tile_and_order_of_warps(banded, segments, rows,
 
 
 @pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("k", "segments", "rows"),
+    [(3, 0, 0), (7, 0, 0), (9, 0, 0), (5, 8, 2), (5, 4, 4), (5, 2, 2), (5, 1, 6)],
+)
+def test_banded_kernels_with_the_channels_of_a_pixel_side_by_side(
+    banded, k, segments, rows, reverse
+):
+    case = Banded((2, 64, 2, 11, 21, k), torch.bfloat16, "float")
+    case.compare(case.run(banded, segments, rows, reverse=reverse, column=104))
+
+
+@pytest.mark.parametrize("column", [0, 64])
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize(("dtype", "add"), [(torch.bfloat16, "half"), (torch.float16, "float")])
 @pytest.mark.parametrize(("segments", "rows", "width"), [(8, 8, 76), (4, 8, 28), (2, 4, 14)])
 def test_banded_kernels_whose_tile_the_compiler_knows(
-    banded, segments, rows, width, dtype, add, reverse
+    banded, segments, rows, width, dtype, add, reverse, column
 ):
     """Those of ELSA-Swin's stages."""
     case = Banded((1, 64, 2, 11, width, 7), dtype, add)
-    case.compare(case.run(banded, segments, rows, reverse=reverse))
+    case.compare(case.run(banded, segments, rows, reverse=reverse, column=column))
     assert case.fixed_tiles == 3
     assert banded.turns_per_matrix() == 1  # no bank of shared memory is asked twice at a time
 
@@ -208,16 +241,17 @@ def test_the_ghost_gradient_alone(banded, reverse):
     torch.testing.assert_close(grad_add.double(), case.expected[3], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("column", [0, 40])
 @pytest.mark.parametrize("add", ["", "float"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_banded_kernels_keep_a_nan_to_its_window(banded, value, dtype, add):
+def test_banded_kernels_keep_a_nan_to_its_window(banded, value, dtype, add, column):
     def spoil(v, h, grad):
         v[0, 3, 4, 9] = v[0, 20, 11, 30] = value
         grad[0, 9, 6, 17] = value
 
-    case = Banded((1, 32, 2, 12, 40, 5), dtype, add, spoil)
-    out, grad_v, grad_h, *_ = case.run(banded)
+    case = Banded((1, 32, 1 if column else 2, 12, 40, 5), dtype, add, spoil)
+    out, grad_v, grad_h, *_ = case.run(banded, column=column)
     for ours, exact in zip((out, grad_v, grad_h), case.expected, strict=False):
         assert 0 < exact.isfinite().sum() < exact.numel()
         assert torch.equal(ours.isfinite(), exact.isfinite())

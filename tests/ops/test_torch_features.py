@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -165,6 +166,21 @@ def test_flop_counter_counts_by_hand(mul, add, forward, backward):
             out.sum().backward()
         # The gradient of v takes what the forward does.
         assert counter.get_total_flops() == (backward - forward * frozen) * products
+
+
+def test_on_a_gpu_results_lie_as_v_does():
+    """The fake kernels; `test_cuda.py` compares them with the real ones."""
+    with FakeTensorMode():
+        wide = torch.empty(2, 6, 5, 48, device="cuda", requires_grad=True)
+        v = wide[..., 8:40].permute(0, 3, 1, 2)
+        h = torch.empty(2, 2, 9, 6, 5, device="cuda")
+        for values, step in ((v, 1), (torch.empty(v.shape, device="cuda"), 30)):
+            inputs = (values, h, None, None, 3)
+            out = torch.ops.elsa.elsa_attention(*inputs)
+            mask = [True, True, False, False]
+            grads = torch.ops.elsa.elsa_attention_backward(out, *inputs, 1, 1, "zeros", mask)
+            assert out.stride(1) == grads[0].stride(1) == step
+            assert grads[1].is_contiguous()
 
 
 def test_flop_counter_sees_of_the_reference_its_convolution_only():

@@ -150,6 +150,11 @@ inline uint32_t pick_bytes(uint32_t first, uint32_t second, uint32_t which) {
   return result;
 }
 
+template <class T, class A>
+A exponential(A x) {
+  return std::exp(x);
+}
+
 inline uint32_t read_only(const uint32_t* at) { return *at; }
 
 template <int BYTES>
@@ -169,6 +174,26 @@ inline void wait_copies() {
       std::memset(copy.to, 0, copy.bytes);
   }
   block.fibers[block.current].copies.clear();
+}
+
+inline void load_words(uint32_t (&words)[4], const void* from, bool inside) {
+  HostBlock::require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a misaligned load");
+  if (inside)
+    std::memcpy(words, from, 16);
+  else
+    std::memset(words, 0, 16);
+}
+inline void store_words(void* to, const uint32_t (&words)[4]) {
+  HostBlock::require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a misaligned store");
+  std::memcpy(to, words, 16);
+}
+
+inline uint32_t transpose(uint32_t elements) {
+  HostBlock& block = HostBlock::get();
+  const auto* lanes = block.exchange({{elements}});
+  const int row = block.current % 32 / 4, column = block.current % 4 * 2;  // of the result
+  const auto element = [&](int r, int c) { return lanes[4 * r + c / 2].words[0] >> 16 * (c % 2) & 0xffff; };
+  return element(column, row) | element(column + 1, row) << 16;
 }
 
 template <class T>

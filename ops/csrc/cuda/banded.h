@@ -22,171 +22,28 @@
 // ghost weight may also be too large for a half) computes its tile again with kernels.h. Where v
 // has a NaN or an infinity, the ghost gradient's k * k sums of that channel may all be NaN.
 //
+// The images (v, the result, their gradients) are contiguous or, for heads of 32 channels, have a
+// pixel's channels side by side: see Planes and Pixels. h and its gradient are contiguous.
+//
 // Written for one thread, apart from what warp.h offers (warp_on_host.h in the tests). No atomics,
 // and every sum has a fixed order.
 #pragma once
 
-#ifdef __CUDACC__
-#include "warp.h"
-#endif
-
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
 
 #include "../problem.h"
+#include "block.h"
 #include "kernels.h"
+#include "layouts.h"
+#include "tile.h"
 
 namespace elsa {
-
-constexpr int kBandThreads = 256;
-constexpr int kSegment = 8;  // pixels
-constexpr int kLeft = 4;     // columns before a segment that its products read
-
-// A block's tile, with sizes that are chosen when the op runs.
-struct Tile {
-  int depth;     // channels of a head
-  int segments;  // side by side: 1, 2, 4 or 8
-  int strips;    // 8 / segments
-  int rows;      // of a strip, even
-  int pitch;     // elements of a channel's row in shared memory, 8 more than the segments' pixels
-  int row_pitch; // elements of a row of all channels, and of what is left free behind it
-  int vector;    // elements per copy: 4, 2 or 1, a divisor of W
-  int across, down;  // tiles
-
-  ELSA_BOTH int width() const { return segments * kSegment; }
-  ELSA_BOTH int height() const { return strips * rows; }
-};
-
-// Free elements behind a row of all channels: the same channel in all segments and strips, which a
-// matrix of the ghost head has as its rows, then lies in all banks of shared memory. Matrix rows
-// begin at multiples of 8 elements.
-ELSA_BOTH constexpr int row_padding(int segments) {
-  return segments == 8 ? 0 : segments == 1 ? 8 : 4 * segments;
-}
-
-// The same with sizes that the compiler knows: for the tiles of ELSA-Swin's stages.
-template <int DEPTH, int SEGMENTS, int ROWS, int VECTOR>
-struct FixedTile {
-  static constexpr int depth = DEPTH, segments = SEGMENTS, strips = 8 / SEGMENTS, rows = ROWS;
-  static constexpr int pitch = SEGMENTS * kSegment + 2 * kLeft;
-  static constexpr int row_pitch = DEPTH * pitch + row_padding(SEGMENTS), vector = VECTOR;
-  int across, down;
-
-  ELSA_BOTH static constexpr int width() { return segments * kSegment; }
-  ELSA_BOTH static constexpr int height() { return strips * rows; }
-  // Whether it is `t`.
-  static bool is(const Tile& t) {
-    return t.depth == depth && t.segments == segments && t.rows == rows && t.pitch == pitch &&
-           t.row_pitch == row_pitch && t.vector == vector;
-  }
-};
-
-// Calls f with the tile, as a FixedTile where it is one of those of ELSA-Swin at 224 px (on a GPU
-// with 228 KB of shared memory: stages 1, 2 and 3).
-template <int K, class F>
-void with_tile(const Tile& t, const F& f) {
-  if constexpr (K == 7) {
-    using First = FixedTile<32, 8, 8, 4>;
-    using Second = FixedTile<32, 4, 8, 4>;
-    using Third = FixedTile<32, 2, 4, 2>;
-    if (First::is(t)) return f(First{t.across, t.down});
-    if (Second::is(t)) return f(Second{t.across, t.down});
-    if (Third::is(t)) return f(Third{t.across, t.down});
-  }
-  f(t);
-}
-
-constexpr int kSumPitch = 2 * 8 * kSegment + 8;  // floats of a channel's sums for a pair of rows
-
-// Shared memory of a block, in order: v, h twice for a pair of rows, the ghost head's sums.
-template <class S>
-ELSA_BOTH int64_t value_bytes(const S& t, int k) {
-  return 2 * int64_t{t.height() + k - 1} * t.row_pitch;
-}
-template <class S>
-ELSA_BOTH int64_t weight_bytes(const S& t, int k) {
-  return int64_t{4} * t.strips * k * k * t.pitch;
-}
-template <class S>
-ELSA_BOTH int64_t product_bytes(const S& t, int k, bool ghost) {
-  const int64_t sums = ghost ? int64_t{4} * t.depth * kSumPitch : 0;
-  return value_bytes(t, k) + 2 * weight_bytes(t, k) + sums;
-}
-
-// The same for the gradients of weights: v, grad, the gradient of h for a pair of rows.
-template <class S>
-ELSA_BOTH int64_t upstream_bytes(const S& t) { return int64_t{2} * t.height() * t.row_pitch; }
-template <class S>
-ELSA_BOTH int band_pitch(const S& t) { return t.width() + 4; }
-template <class S>
-ELSA_BOTH int64_t gradient_bytes(const S& t, int k) {
-  return value_bytes(t, k) + upstream_bytes(t) + int64_t{4} * t.strips * k * k * band_pitch(t);
-}
-
-// The tile with the least copying and arithmetic of those that fit. Two blocks fit a processor
-// within `budget` bytes each; beyond that a tile has to be much better. No rows: none fits `limit`.
-template <class Bytes>
-Tile choose_tile(const Problem& p, int vector, int64_t budget, int64_t limit, const Bytes& bytes) {
-  Tile best{};
-  double least = 0;
-  const int k = static_cast<int>(p.kernel_size);
-  for (int segments = 8; segments > 0; segments /= 2) {
-    for (int rows = 2; rows <= 16; rows += 2) {
-      Tile t{};
-      t.depth = static_cast<int>(p.C / p.G);
-      t.segments = segments;
-      t.strips = 8 / segments;
-      t.rows = rows;
-      t.pitch = t.width() + 2 * kLeft;
-      t.row_pitch = t.depth * t.pitch + row_padding(segments);
-      t.vector = vector;
-      t.across = static_cast<int>(divide_up(p.W, t.width()));
-      t.down = static_cast<int>(divide_up(p.H, t.height()));
-      const int64_t size = bytes(t);
-      if (size > limit) continue;
-      const double copied = double(t.height() + k - 1) * t.depth * t.pitch;
-      const double computed = 64.0 * rows * (k * k + 2 * t.depth);
-      const double cost = t.across * t.down * (copied + computed) * (size > budget ? 1.5 : 1);
-      if (best.rows == 0 || cost < least) {
-        best = t;
-        least = cost;
-      }
-    }
-  }
-  return best;
-}
 
 inline bool has_banded(const Problem& p) {
   const int64_t k = p.kernel_size, depth = p.C / p.G, area = p.H * p.W;
   return p.stride == 1 && p.dilation == 1 && k % 2 == 1 && k >= 3 && k <= 9 && depth % 8 == 0 &&
          depth > 0 && depth <= 64 && area * (depth > k * k ? depth : k * k) < (int64_t{1} << 31);
-}
-
-// Where a block works. The tile's first row and column may be the last of the image.
-struct Corner {
-  int64_t b, g;
-  int y, x;
-};
-
-template <class S>
-ELSA_DEVICE Corner corner(const Problem& p, const S& t, int64_t block) {
-  // In 32 bits, as banded_fits allows: a division of 64 takes several times as long.
-  unsigned rest = static_cast<unsigned>(block);
-  const unsigned across = t.across, down = t.down, heads = static_cast<unsigned>(p.G);
-  Corner at;
-  at.x = static_cast<int>(rest % across) * t.width();
-  rest /= across;
-  at.y = static_cast<int>(rest % down) * t.height();
-  rest /= down;
-  at.g = rest % heads;
-  at.b = rest / heads;
-  return at;
-}
-
-template <class T>
-ELSA_DEVICE uint32_t pack(float first, float second) {
-  return T(first).x | static_cast<uint32_t>(T(second).x) << 16;
 }
 
 // The fields of a band's fragment of this lane: element e of the low (high) half is tap
@@ -241,57 +98,6 @@ ELSA_DEVICE void ghost_word(int64_t index, int parts, const float* add, uint32_t
   words[index] = pack<T>(w[0], w[1]);
 }
 
-// Calls f(line, vector) for every vector of every line, shared out over the block's threads.
-template <class F>
-ELSA_DEVICE void for_each_vector(int lines, int vectors, const F& f) {
-  int line = thread_index() / vectors, vector = thread_index() % vectors;
-  const int more_lines = kBandThreads / vectors, more_vectors = kBandThreads % vectors;
-  while (line < lines) {
-    f(line, vector);
-    line += more_lines;
-    vector += more_vectors;
-    if (vector >= vectors) {
-      vector -= vectors;
-      ++line;
-    }
-  }
-}
-
-template <int N>
-ELSA_DEVICE void copy_elements(uint16_t* to, const uint16_t* from, bool inside) {
-  if constexpr (N == 1)
-    *to = inside ? *from : uint16_t{0};
-  else
-    copy_async<2 * N>(to, from, inside);
-}
-
-// Starts the copy of `rows` rows of all channels of a head, from row y and column x on, `vectors`
-// vectors a row, with zeros outside the image.
-template <int N, class S>
-ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head, int rows, int y,
-                             int x, int width, uint16_t* shared) {
-  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
-  // A thread has the same channels and columns of every row, so that a row costs two additions.
-  for_each_vector(t.depth, width / N, [&](int c, int vector) {
-    const int from_x = x + vector * N;
-    const bool inside = from_x >= 0 && from_x < W;
-    uint16_t* to = shared + c * t.pitch + vector * N;
-    int from = (c * H + y) * W + from_x;
-    for (int row = 0; row < rows; ++row, from += W, to += t.row_pitch) {
-      const bool valid = inside && static_cast<unsigned>(y + row) < static_cast<unsigned>(H);
-      copy_elements<N>(to, head + (valid ? from : 0), valid);
-    }
-  });
-}
-
-template <class S>
-ELSA_DEVICE void copy_values(const Problem& p, const S& t, const uint16_t* head, int rows, int y,
-                             int x, int width, uint16_t* shared) {
-  if (t.vector == 4) return copy_values<4>(p, t, head, rows, y, x, width, shared);
-  if (t.vector == 2) return copy_values<2>(p, t, head, rows, y, x, width, shared);
-  copy_values<1>(p, t, head, rows, y, x, width, shared);
-}
-
 // Starts the copy of the weights of 2 * strips rows from y on: (2 * strips, k*k, pitch). For the
 // gradient of v, TURNED, those of the outputs that read these rows, taps in reverse.
 template <int K, bool TURNED, int N, class S>
@@ -324,10 +130,11 @@ ELSA_DEVICE void copy_weights(const Problem& p, const S& t, const uint16_t* head
 
 // The tile by the functions of kernels.h.
 template <class T, bool TURNED, class S>
-ELSA_SLOW void plain_tile(const Problem& p, const S& t, const Corner& at, const T* source,
-                          const T* h, const float* add, T* result) {
+ELSA_SLOW void plain_tile(const Problem& p, const S& t, const Corner& at,
+                          const Images<const T>& source, const T* h, const float* add,
+                          const Images<T>& result) {
   const int pixels = t.height() * t.width();
-  for (int i = thread_index(); i < t.depth / kChannels * pixels; i += kBandThreads) {
+  for (int i = thread_index(); i < t.depth / kChannels * pixels; i += kBlockThreads) {
     const int64_t y = at.y + i % pixels / t.width(), x = at.x + i % t.width();
     if (y >= p.H || x >= p.W) continue;
     const int64_t part = (at.b * p.G + at.g) * (t.depth / kChannels) + i / pixels;
@@ -441,15 +248,14 @@ ELSA_DEVICE void attention_product(const S& t, const BandLane<K>& band, const ui
   }
 }
 
-// Both parts of a pair of rows for the warp's segment and the channels c, ..., BLOCKS * 16 of them
-// or as many as the head has. `sums`: the ghost head's part or null; `result`: the head's, where
-// this lane's first pixel of the pair's first row is at `place`, `columns` (`below`) pixels (rows)
-// before the edge of the image. Returns 0, or NaN where a sum is not finite.
-template <class T, int K, bool TURNED, int BLOCKS, class S>
-ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K>& band, int c,
-                                  const uint16_t* values, const uint16_t* weights,
-                                  const float* sums, T* result, int place, int columns, int below) {
-  const int first = c + thread_index() % 32 / 4;  // this lane has every eighth channel
+// Both parts of a pair of rows for the warp's segment and the slots c, ..., BLOCKS * 16 of them or
+// as many as the head has. `sums`: the ghost head's part or null. Returns 0, or NaN where a sum is
+// not finite.
+template <class T, int K, bool TURNED, int BLOCKS, class L, class S>
+ELSA_DEVICE float segment_product(L layout, const Problem& p, const S& t, const BandLane<K>& band,
+                                  int c, const uint16_t* values, const uint16_t* weights,
+                                  const float* sums, const Target<T>& target) {
+  const int first = c + thread_index() % 32 / 4;  // this lane has every eighth slot
   float acc[BLOCKS][2][4] = {};
   if (sums) {
 #pragma unroll
@@ -465,8 +271,6 @@ ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K
     }
   }
   attention_product<T, K, TURNED, BLOCKS>(t, band, values + c * t.pitch, weights, acc);
-  // In 32 bits, as has_banded allows, from a pointer that is the block's.
-  const int W = static_cast<int>(p.W), area = static_cast<int>(p.H) * W;
   float spoiled = 0;
 #pragma unroll
   for (int i = 0; i < BLOCKS * 2; ++i) {
@@ -476,49 +280,42 @@ ELSA_DEVICE float segment_product(const Problem& p, const S& t, const BandLane<K
       const float* value = acc[i / 2][row] + i % 2 * 2;
       spoiled += value[0] * 0.0f;  // also beyond the image: at worst kernels.h does the tile
       spoiled += value[1] * 0.0f;
-      T* to = result + (place + (first + 8 * i) * area + row * W);
-      if (t.vector > 1) {
-        if (row < below && columns > 0)
-          *reinterpret_cast<uint32_t*>(to) = pack<T>(value[0], value[1]);
-      } else {
-        if (row < below && columns > 0) to[0] = T(value[0]);
-        if (row < below && columns > 1) to[1] = T(value[1]);
-      }
     }
   }
+  store(layout, p, t, target, first, acc);
   return spoiled;
 }
 
 // `forward`, or with TURNED `grad_v`, of the block's tile. `words`: of ghost_word, in `parts`
 // parts, or null; then `add` is null too.
-template <class T, int K, bool TURNED, class S>
-ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
-                                unsigned char* shared, const T* source, const T* h,
-                                const uint32_t* words, int parts, const float* add, T* result) {
+template <class T, int K, bool TURNED, class L, class S>
+ELSA_DEVICE void banded_product(L layout, const Problem& p, const S& t, int64_t block,
+                                unsigned char* shared, const Images<const T>& source, const T* h,
+                                const uint32_t* words, int parts, const float* add,
+                                const Images<T>& result) {
   const Corner at = corner(p, t, block);
   const int64_t area = p.H * p.W;
-  const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
+  const int H = static_cast<int>(p.H);
   const int warp = thread_index() / 32, lane = thread_index() % 32;
   uint16_t* values = reinterpret_cast<uint16_t*>(shared);
   uint16_t* weights = reinterpret_cast<uint16_t*>(shared + value_bytes(t, K));
   float* sums = reinterpret_cast<float*>(shared + value_bytes(t, K) + 2 * weight_bytes(t, K));
   const int64_t head = at.b * p.G + at.g;
   const uint16_t* h_head = one_pointer(reinterpret_cast<const uint16_t*>(h) + head * K * K * area);
-  T* to = one_pointer(result + head * t.depth * area);
-  const int rows = t.height() + K - 1;
   const int words_per_channel = K * parts * kTurn<K>;
-  if (words) words += at.g * t.depth * words_per_channel;
+  if (words) words += (at.g * t.depth + L::channel(warp)) * words_per_channel;
 
-  copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(source) + head * t.depth * area),
-              rows, at.y - K / 2, at.x - kLeft, t.pitch, values);
   copy_weights<K, TURNED>(p, t, h_head, at.y, at.x, weights);
+  copy_values(layout, p, t, source, at, t.height() + K - 1, at.y - K / 2, at.x - kLeft, t.pitch,
+              values);
   wait_copies();
   block_sync();
 
   float spoiled = 0;  // NaN where one of this lane's sums is not finite
   const BandLane<K> band(lane);
   const int strip = warp / t.segments * 2, column = warp % t.segments * kSegment;
-  const int x = at.x + column + 2 * (lane % 4), step = 2 * t.strips;
+  const int step = 2 * t.strips;
+  Target<T> target = target_of(layout, p, result, at, at.y + strip, at.x + column, lane);
   for (int r = 0; r < t.height() && at.y + r < H; r += step) {
     const uint16_t* current = weights + r / step % 2 * (weight_bytes(t, K) / 2);
     if (r > 0) {
@@ -531,30 +328,30 @@ ELSA_DEVICE void banded_product(const Problem& p, const S& t, int64_t block,
                               weights + (r / step + 1) % 2 * (weight_bytes(t, K) / 2));
     if (words) {
       const uint16_t* channel = values + r * t.row_pitch + warp * t.pitch;
-      const uint32_t* channel_words = words + warp * words_per_channel;
+      const uint32_t* channel_words = words;
       float* channel_sums = sums + warp * kSumPitch;
 #pragma unroll 2
-      for (int i = 0; i < t.depth / 8; ++i) {  // channels warp, warp + 8, ...
+      for (int i = 0; i < t.depth / 8; ++i) {  // slots warp, warp + 8, ...
         ghost_product<T, K>(t, band, channel, channel_words, parts, channel_sums);
         channel += 8 * t.pitch;
-        channel_words += 8 * words_per_channel;
+        channel_words += L::kEighth * words_per_channel;
         channel_sums += 8 * kSumPitch;
       }
       block_sync();
     }
-    const int y = at.y + strip + r;
     const uint16_t* from = values + (strip + r) * t.row_pitch + column;
     const uint16_t* by = current + strip * K * K * t.pitch + column;
     const float* ghost = words ? sums + warp * kSegment + 2 * (lane % 4) : nullptr;
-    const int place = y * W + x;
     for (int c = 0; c < t.depth; c += 32) {
       if (t.depth - c > 16)
         spoiled +=
-            segment_product<T, K, TURNED, 2>(p, t, band, c, from, by, ghost, to, place, W - x, H - y);
+            segment_product<T, K, TURNED, 2>(layout, p, t, band, c, from, by, ghost, target);
       else
         spoiled +=
-            segment_product<T, K, TURNED, 1>(p, t, band, c, from, by, ghost, to, place, W - x, H - y);
+            segment_product<T, K, TURNED, 1>(layout, p, t, band, c, from, by, ghost, target);
     }
+    target.place += step * target.row;
+    target.below -= step;
   }
   if (block_any(spoiled != 0)) plain_tile<T, TURNED>(p, t, at, source, h, add, result);
 }
@@ -686,10 +483,10 @@ ELSA_DEVICE void ghost_gradient(const S& t, const uint16_t* values, const uint16
 // The gradients of h (where `grad_h`) and of ghost_add (where `sums`) of the block's tile in the
 // images b, b + step, ... The sums are (C, k, k) per tile and first image; a block writes its
 // head's share of them.
-template <class T, int K, class S>
-ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, int64_t step,
-                                 unsigned char* shared, const T* grad, const T* v, T* grad_h,
-                                 float* sums) {
+template <class T, int K, class L, class S>
+ELSA_DEVICE void banded_gradient(L layout, const Problem& p, const S& t, int64_t block,
+                                 int64_t step, unsigned char* shared, const Images<const T>& grad,
+                                 const Images<const T>& v, T* grad_h, float* sums) {
   Corner at = corner(p, t, block);
   const int64_t area = p.H * p.W;
   const int H = static_cast<int>(p.H), W = static_cast<int>(p.W);
@@ -703,20 +500,18 @@ ELSA_DEVICE void banded_gradient(const Problem& p, const S& t, int64_t block, in
   if (sums)
     sums += ((at.b * t.across * t.down + tile_index) * p.C + at.g * t.depth) * K * K;
 
-  for (int64_t b = at.b; b < p.B; b += step) {
-    const int64_t head = b * p.G + at.g;
-    const int64_t first = head * t.depth * area;
-    copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(v) + first),
-                t.height() + K - 1, at.y - K / 2, at.x - kLeft, t.pitch, values);
-    copy_values(p, t, one_pointer(reinterpret_cast<const uint16_t*>(grad) + first), t.height(),
-                at.y, at.x, t.width(), upstream);
+  for (const int64_t first_image = at.b; at.b < p.B; at.b += step) {
+    copy_values(layout, p, t, v, at, t.height() + K - 1, at.y - K / 2, at.x - kLeft, t.pitch,
+                values);
+    copy_values(layout, p, t, grad, at, t.height(), at.y, at.x, t.width(), upstream);
     wait_copies();
     block_sync();
     if (sums)
       for (int c = warp; c < t.depth; c += 8)
-        ghost_gradient<T, K>(t, values + c * t.pitch, upstream + c * t.pitch, b == at.b,
-                             sums + c * K * K);
+        ghost_gradient<T, K>(t, values + c * t.pitch, upstream + c * t.pitch,
+                             at.b == first_image, sums + L::channel(c) * K * K);
     if (grad_h) {
+      const int64_t head = at.b * p.G + at.g;
       uint16_t* to = one_pointer(reinterpret_cast<uint16_t*>(grad_h) + head * K * K * area);
       const int pitch = band_pitch(t);
       for (int r = 0; r < t.height() && at.y + r < H; r += 2 * t.strips) {

@@ -1,7 +1,9 @@
-// Launches of the kernels in banded.h. Tensors are contiguous, `add` float32 or undefined.
+// Launches of the kernels in banded.h. h is contiguous, `add` contiguous float32 or undefined.
 #pragma once
 
 #include <ATen/ATen.h>
+
+#include <array>
 
 #include "../problem.h"
 
@@ -9,17 +11,17 @@ namespace elsa {
 
 using at::Tensor;
 
-// Whether these kernels can do the call on the current device. Any of the tensors may be undefined.
+// Whether these kernels can do the call on the current device. `mul` and `add` may be undefined.
 bool banded_fits(const Problem& p, const Tensor& v, const Tensor& mul, const Tensor& add);
 
-// `exact`: add has no more digits than v's type.
-void banded_forward(const Problem& p, const Tensor& v, const Tensor& h, const Tensor& add,
-                    bool exact, const Tensor& out);
+// The result, in the layout of format_of(v). `exact`: add has no more digits than v's type.
+Tensor banded_forward(const Problem& p, const Tensor& v, const Tensor& h, const Tensor& add,
+                      bool exact);
 
-// Gradients that are not asked for are undefined or empty; returns the parts whose sum along
-// dimension 0 is the gradient of add, or an undefined tensor where not `wants_add`.
-Tensor banded_backward(const Problem& p, const Tensor& grad, const Tensor& v, const Tensor& h,
-                       const Tensor& add, bool exact, const Tensor& grad_v, const Tensor& grad_h,
-                       bool wants_add);
+// The gradients of v, h and add of which `wanted` asks, the others undefined. That of v is in the
+// layout of format_of(v); that of add is in parts whose sum along dimension 0 it is.
+std::array<Tensor, 3> banded_backward(const Problem& p, const Tensor& grad, const Tensor& v,
+                                      const Tensor& h, const Tensor& add, bool exact,
+                                      std::array<bool, 3> wanted);
 
 }  // namespace elsa

@@ -16,6 +16,7 @@
 #include "../check.h"
 #include "banded_ops.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace elsa {
 namespace {
@@ -33,26 +34,29 @@ unsigned blocks_for(int64_t threads) {
 
 template <bool MUL, bool ADD, class T, class A>
 __global__ void __launch_bounds__(kThreads)
-    forward_kernel(Problem p, const T* v, const T* h, const A* mul, const A* add, T* out) {
+    forward_kernel(Problem p, Images<const T> v, const T* h, const A* mul, const A* add,
+                   Images<T> out) {
   ELSA_FOR_EACH(i, channel_threads(p, p.Ho, p.Wo)) forward<MUL, ADD>(p, i, v, h, mul, add, out);
 }
 
 template <bool MUL, bool ADD, class T, class A>
 __global__ void __launch_bounds__(kThreads)
-    grad_v_kernel(Problem p, const T* grad, const T* h, const A* mul, const A* add, T* result) {
+    grad_v_kernel(Problem p, Images<const T> grad, const T* h, const A* mul, const A* add,
+                  Images<T> result) {
   ELSA_FOR_EACH(i, channel_threads(p, p.H, p.W)) grad_v<MUL, ADD>(p, i, grad, h, mul, add, result);
 }
 
 template <bool MUL, class T, class A>
 __global__ void __launch_bounds__(kThreads)
-    grad_h_kernel(Problem p, const T* grad, const T* v, const A* mul, T* result) {
+    grad_h_kernel(Problem p, Images<const T> grad, Images<const T> v, const A* mul, T* result) {
   ELSA_FOR_EACH(i, tap_threads(p)) grad_h<MUL>(p, i, grad, v, mul, result);
 }
 
 // Grid (C, taps / kTaps, splits); each split of the pixels sums into its own (C, k, k).
 template <class T, class A>
 __global__ void __launch_bounds__(kThreads)
-    grad_ghost_kernel(Problem p, const T* grad, const T* v, const T* h, A* part_mul, A* part_add) {
+    grad_ghost_kernel(Problem p, Images<const T> grad, Images<const T> v, const T* h, A* part_mul,
+                      A* part_add) {
   const int64_t taps = p.kernel_size * p.kernel_size, pixels = p.B * p.Ho * p.Wo;
   const int64_t c = blockIdx.x, share = divide_up(pixels, gridDim.z);
   const int first = blockIdx.y * kTaps;
@@ -93,31 +97,23 @@ bool ghost_is_exact(const Tensor& v, const std::optional<Tensor>& ghost) {
   return ghost.has_value() && ghost->scalar_type() == v.scalar_type();
 }
 
-template <class T>
-T* data(const Tensor& t) {
-  return t.defined() ? static_cast<T*>(t.data_ptr()) : nullptr;
-}
-
 #define ELSA_DISPATCH(TENSOR, ...)                                                          \
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, (TENSOR).scalar_type(),         \
                                   "elsa_attention", __VA_ARGS__)
 
-Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
-                      const std::optional<Tensor>& ghost_mul,
+Tensor elsa_attention(const Tensor& v, const Tensor& h_in, const std::optional<Tensor>& ghost_mul,
                       const std::optional<Tensor>& ghost_add, int64_t kernel_size,
                       int64_t dilation, int64_t stride, c10::string_view border) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
-  const c10::cuda::CUDAGuard guard(v_in.device());
-  const Tensor v = v_in.contiguous(), h = h_in.contiguous();
+  const Problem p = check(v, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
+  const c10::cuda::CUDAGuard guard(v.device());
+  const Tensor h = h_in.contiguous();
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
-  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo},
-                         v.options().memory_format(at::MemoryFormat::Contiguous));
+  const bool empty = v.numel() == 0 || h.numel() == 0;
+  if (!empty && banded_fits(p, v, mul, add))
+    return banded_forward(p, v, h, add, ghost_is_exact(v, ghost_add));
+  Tensor out = at::empty({p.B, p.C, p.Ho, p.Wo}, v.options().memory_format(format_of(v)));
   if (out.numel() == 0) return out;
-  if (banded_fits(p, v, mul, add)) {
-    banded_forward(p, v, h, add, ghost_is_exact(v, ghost_add), out);
-    return out;
-  }
   const auto stream = c10::cuda::getCurrentCUDAStream();
   ELSA_DISPATCH(v, [&] {
     using T = scalar_t;
@@ -125,80 +121,90 @@ Tensor elsa_attention(const Tensor& v_in, const Tensor& h_in,
     with_ghosts(mul, add, [&](auto has_mul, auto has_add) {
       forward_kernel<has_mul.value, has_add.value>
           <<<blocks_for(channel_threads(p, p.Ho, p.Wo)), kThreads, 0, stream>>>(
-              p, data<T>(v), data<T>(h), data<A>(mul), data<A>(add), data<T>(out));
+              p, images<const T>(v), data<T>(h), data<A>(mul), data<A>(add), images<T>(out));
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
   });
   return out;
 }
 
+// The gradients by the kernels of kernels.h: of v, h, and in parts whose sum along dimension 0 they
+// are of mul and add. Those that `wanted` does not ask for are undefined.
+std::array<Tensor, 4> plain_backward(const Problem& p, const Tensor& grad, const Tensor& v,
+                                     const Tensor& h, const Tensor& mul, const Tensor& add,
+                                     const std::array<bool, 4>& wanted) {
+  // Enough blocks to fill the device, each with pixels enough to be worth its reduction.
+  const int64_t taps = p.kernel_size * p.kernel_size, blocks = p.C * divide_up(taps, kTaps);
+  const int64_t splits = std::clamp<int64_t>(
+      std::min(divide_up(4096, std::max<int64_t>(blocks, 1)), p.B * p.Ho * p.Wo / 1024), 1, 1024);
+  std::array<Tensor, 4> grads;
+  if (wanted[0]) grads[0] = at::empty(v.sizes(), v.options().memory_format(format_of(v)));
+  if (wanted[1]) grads[1] = at::empty(h.sizes(), h.options());
+  for (int i : {2, 3})
+    if (wanted[i])
+      grads[i] = at::empty({splits, p.C, p.kernel_size, p.kernel_size},
+                           v.options().dtype(accumulation_type(v)));
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  ELSA_DISPATCH(v, [&] {
+    using T = scalar_t;
+    using A = at::acc_type<T, true>;
+    const auto up = images<const T>(grad), values = images<const T>(v);
+    with_ghosts(mul, add, [&](auto has_mul, auto has_add) {
+      if (wanted[0]) {
+        grad_v_kernel<has_mul.value, has_add.value>
+            <<<blocks_for(channel_threads(p, p.H, p.W)), kThreads, 0, stream>>>(
+                p, up, data<T>(h), data<A>(mul), data<A>(add), images<T>(grads[0]));
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+      if (wanted[1]) {
+        grad_h_kernel<has_mul.value><<<blocks_for(tap_threads(p)), kThreads, 0, stream>>>(
+            p, up, values, data<A>(mul), data<T>(grads[1]));
+        C10_CUDA_KERNEL_LAUNCH_CHECK();
+      }
+    });
+    if (wanted[2] || wanted[3]) {
+      const dim3 grid(static_cast<unsigned>(p.C), static_cast<unsigned>(divide_up(taps, kTaps)),
+                      static_cast<unsigned>(splits));
+      grad_ghost_kernel<<<grid, kThreads, 0, stream>>>(p, up, values, data<T>(h),
+                                                       data<A>(grads[2]), data<A>(grads[3]));
+      C10_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+  });
+  return grads;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> elsa_attention_backward(
-    const Tensor& grad_in, const Tensor& v_in, const Tensor& h_in,
+    const Tensor& grad, const Tensor& v, const Tensor& h_in,
     const std::optional<Tensor>& ghost_mul, const std::optional<Tensor>& ghost_add,
     int64_t kernel_size, int64_t dilation, int64_t stride, c10::string_view border,
-    std::array<bool, 4> output_mask) {
-  const Problem p = check(v_in, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
-  check_grad(p, grad_in, v_in);
-  output_mask[2] = output_mask[2] && ghost_mul.has_value();
-  output_mask[3] = output_mask[3] && ghost_add.has_value();
-  const c10::cuda::CUDAGuard guard(v_in.device());
-  const auto options = v_in.options().memory_format(at::MemoryFormat::Contiguous);
-  const Tensor grad = grad_in.contiguous(), v = v_in.contiguous();
-  const bool reads_h = output_mask[0] || output_mask[2] || output_mask[3];
+    std::array<bool, 4> wanted) {
+  const Problem p = check(v, h_in, ghost_mul, ghost_add, kernel_size, dilation, stride, border);
+  check_grad(p, grad, v);
+  const std::array<std::optional<Tensor>, 4> inputs = {v, h_in, ghost_mul, ghost_add};
+  for (int i = 0; i < 4; ++i) wanted[i] = wanted[i] && inputs[i].has_value();
+  const c10::cuda::CUDAGuard guard(v.device());
+  const bool reads_h = wanted[0] || wanted[2] || wanted[3];
   const Tensor h = reads_h ? h_in.contiguous() : h_in;
   const Tensor mul = ghost_in(ghost_mul, accumulation_type(v));
   const Tensor add = ghost_in(ghost_add, accumulation_type(v));
   std::array<Tensor, 4> grads;
-  grads[0] = at::empty(output_mask[0] ? v.sizes() : at::IntArrayRef({0}), options);
-  grads[1] = at::empty(output_mask[1] ? h.sizes() : at::IntArrayRef({0}), options);
-  // Enough blocks to fill the device, each with pixels enough to be worth its reduction.
-  const int64_t taps = kernel_size * kernel_size, blocks = p.C * divide_up(taps, kTaps);
-  const int64_t splits = std::clamp<int64_t>(
-      std::min(divide_up(4096, std::max<int64_t>(blocks, 1)), p.B * p.Ho * p.Wo / 1024), 1, 1024);
-  const bool banded = grad.numel() > 0 && banded_fits(p, v, mul, add);
-  std::array<Tensor, 2> parts;
-  for (int i : {0, 1})
-    if (output_mask[2 + i] && !banded)
-      parts[i] = at::zeros({splits, p.C, kernel_size, kernel_size},
-                           options.dtype(accumulation_type(v)));
-
-  if (grad.numel() == 0) {
-    grads[0].zero_();
-    grads[1].zero_();
-  } else if (banded) {
-    parts[1] = banded_backward(p, grad, v, h, add, ghost_is_exact(v, ghost_add), grads[0], grads[1],
-                               output_mask[3]);
+  if (grad.numel() == 0) {  // no pixel, or none that the stride leaves
+    if (wanted[0]) grads[0] = at::zeros(v.sizes(), v.options()).contiguous(format_of(v));
+    if (wanted[1]) grads[1] = at::zeros(h.sizes(), h.options());
+    for (int i : {2, 3})
+      if (wanted[i]) grads[i] = at::zeros({1, p.C, kernel_size, kernel_size}, v.options());
+  } else if (banded_fits(p, v, mul, add)) {
+    auto [of_v, of_h, of_add] = banded_backward(p, grad, v, h, add, ghost_is_exact(v, ghost_add),
+                                                {wanted[0], wanted[1], wanted[3]});
+    grads = {of_v, of_h, Tensor(), of_add};
   } else {
-    const auto stream = c10::cuda::getCurrentCUDAStream();
-    ELSA_DISPATCH(v, [&] {
-      using T = scalar_t;
-      using A = at::acc_type<T, true>;
-      with_ghosts(mul, add, [&](auto has_mul, auto has_add) {
-        if (output_mask[0]) {
-          grad_v_kernel<has_mul.value, has_add.value>
-              <<<blocks_for(channel_threads(p, p.H, p.W)), kThreads, 0, stream>>>(
-                  p, data<T>(grad), data<T>(h), data<A>(mul), data<A>(add), data<T>(grads[0]));
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-        if (output_mask[1]) {
-          grad_h_kernel<has_mul.value><<<blocks_for(tap_threads(p)), kThreads, 0, stream>>>(
-              p, data<T>(grad), data<T>(v), data<A>(mul), data<T>(grads[1]));
-          C10_CUDA_KERNEL_LAUNCH_CHECK();
-        }
-      });
-      if (output_mask[2] || output_mask[3]) {
-        const dim3 grid(static_cast<unsigned>(p.C), static_cast<unsigned>(divide_up(taps, kTaps)),
-                        static_cast<unsigned>(splits));
-        grad_ghost_kernel<<<grid, kThreads, 0, stream>>>(p, data<T>(grad), data<T>(v), data<T>(h),
-                                                         data<A>(parts[0]), data<A>(parts[1]));
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
-      }
-    });
+    grads = plain_backward(p, grad, v, h, mul, add, wanted);
   }
-  for (int i : {0, 1}) {
-    const auto& ghost = i == 0 ? ghost_mul : ghost_add;
-    grads[2 + i] = output_mask[2 + i] ? parts[i].sum(0).to(ghost->scalar_type())
-                                      : at::empty({0}, options);
+  for (int i = 0; i < 4; ++i) {
+    if (!wanted[i])
+      grads[i] = at::empty({0}, v.options());
+    else if (i > 1)
+      grads[i] = grads[i].sum(0).to(inputs[i]->scalar_type());
   }
   return {grads[0], grads[1], grads[2], grads[3]};
 }

@@ -1,9 +1,11 @@
 // What one GPU thread does, as plain functions of its index: a C++ compiler can run them in loops,
 // which is how they are tested where there is no GPU (tests/ops/test_cuda_source.py).
 //
-// T is the storage type, A the accumulation type. Tensors are contiguous, ghosts (C, k, k) in A.
-// MUL and ADD say which ghost heads there are. Neighbouring indices are neighbouring columns, so
-// that a warp reads and writes whole cache lines.
+// T is the storage type, A the accumulation type. v, the result and their gradients may have any
+// layout; h and its gradient are contiguous, as are the ghosts, (C, k, k) in A. MUL and ADD say
+// which ghost heads there are. Neighbouring indices are neighbouring columns, so that a warp reads
+// and writes whole cache lines of contiguous tensors; with channels_last a thread's channels lie
+// side by side.
 #pragma once
 
 #include "../problem.h"
@@ -24,6 +26,16 @@ constexpr int kChannels = 8;  // per thread, so that a weight is read once for a
 constexpr int kTaps = 8;      // of the window, likewise for a value
 
 ELSA_BOTH int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// A (batch, channels, rows, columns) tensor: its data, and the steps from element to element.
+template <class T>
+struct Images {
+  T* data;
+  int64_t image, channel, row, column;
+
+  ELSA_DEVICE T* at(int64_t b, int64_t c) const { return data + b * image + c * channel; }
+  ELSA_DEVICE int64_t pixel(int64_t y, int64_t x) const { return y * row + x * column; }
+};
 
 // Threads of `forward` and `grad_v`: (b, g, channels / kChannels, rows, columns).
 ELSA_BOTH int64_t channel_threads(const Problem& p, int64_t rows, int64_t columns) {
@@ -89,8 +101,8 @@ ELSA_DEVICE A weight(A h, const A* mul, const A* add, int64_t at) {
 }
 
 template <bool MUL, bool ADD, class T, class A>
-ELSA_DEVICE void forward(const Problem& p, int64_t index, const T* v, const T* h, const A* mul,
-                         const A* add, T* out) {
+ELSA_DEVICE void forward(const Problem& p, int64_t index, const Images<const T>& v, const T* h,
+                         const A* mul, const A* add, const Images<T>& out) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
   const Place at = place(p, index, divide_up(depth, kChannels), p.Ho, p.Wo);
   const int64_t first = at.g * depth + at.part * kChannels;
@@ -100,7 +112,7 @@ ELSA_DEVICE void forward(const Problem& p, int64_t index, const T* v, const T* h
   const int y0 = window_start(p, at.y * static_cast<int>(p.stride), p.H);
   const int x0 = window_start(p, at.x * static_cast<int>(p.stride), p.W);
   const T* h_at = h + (at.b * p.G + at.g) * taps * area + at.y * p.Wo + at.x;
-  const T* v_at = v + (at.b * p.C + first) * p.H * p.W;
+  const T* v_at = v.at(at.b, first);
   A sum[kChannels] = {};
   for (int i = 0; i < k; ++i) {
     const int y = y0 + i * step;
@@ -109,25 +121,26 @@ ELSA_DEVICE void forward(const Problem& p, int64_t index, const T* v, const T* h
       const int x = x0 + j * step;
       if (x < 0 || x >= p.W) continue;
       const A attention = static_cast<A>(h_at[(i * k + j) * area]);
+      const T* value = v_at + v.pixel(y, x);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
           const A w = weight<MUL, ADD>(attention, mul, add, (first + c) * taps + i * k + j);
-          sum[c] += w * static_cast<A>(v_at[(c * p.H + y) * p.W + x]);
+          sum[c] += w * static_cast<A>(value[c * v.channel]);
         }
       }
     }
   }
+  T* to = out.at(at.b, first) + out.pixel(at.y, at.x);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c)
-    if (c < count)
-      out[((at.b * p.C + first + c) * p.Ho + at.y) * p.Wo + at.x] = static_cast<T>(sum[c]);
+    if (c < count) to[c * out.channel] = static_cast<T>(sum[c]);
 }
 
 // Gathered: the outputs whose window covers one element of v, so that no two threads add to it.
 template <bool MUL, bool ADD, class T, class A>
-ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const T* grad, const T* h, const A* mul,
-                        const A* add, T* result) {
+ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const Images<const T>& grad, const T* h,
+                        const A* mul, const A* add, const Images<T>& result) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
   const Place at = place(p, index, divide_up(depth, kChannels), p.H, p.W);
   const int64_t first = at.g * depth + at.part * kChannels;
@@ -136,7 +149,7 @@ ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const T* grad, const T*
   const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
   const int stride = static_cast<int>(p.stride), around = reach(p);
   const T* h_at = h + (at.b * p.G + at.g) * taps * area;
-  const T* grad_at = grad + (at.b * p.C + first) * area;
+  const T* grad_at = grad.at(at.b, first);
   A sum[kChannels] = {};
   for (int n = around; n >= -around; --n) {
     const int i = window_place(p, at.y, n, p.H, p.Ho), from_y = at.y + n * step;
@@ -144,26 +157,27 @@ ELSA_DEVICE void grad_v(const Problem& p, int64_t index, const T* grad, const T*
     for (int m = around; m >= -around; --m) {
       const int j = window_place(p, at.x, m, p.W, p.Wo), from_x = at.x + m * step;
       if (j < 0) continue;
-      const int64_t pixel = (from_y / stride) * p.Wo + from_x / stride;
-      const A attention = static_cast<A>(h_at[(i * k + j) * area + pixel]);
+      const int y = from_y / stride, x = from_x / stride;
+      const A attention = static_cast<A>(h_at[(i * k + j) * area + y * p.Wo + x]);
+      const T* up = grad_at + grad.pixel(y, x);
 #pragma unroll
       for (int c = 0; c < kChannels; ++c) {
         if (c < count) {
           const A w = weight<MUL, ADD>(attention, mul, add, (first + c) * taps + i * k + j);
-          sum[c] += w * static_cast<A>(grad_at[c * area + pixel]);
+          sum[c] += w * static_cast<A>(up[c * grad.channel]);
         }
       }
     }
   }
+  T* to = result.at(at.b, first) + result.pixel(at.y, at.x);
 #pragma unroll
   for (int c = 0; c < kChannels; ++c)
-    if (c < count)
-      result[((at.b * p.C + first + c) * p.H + at.y) * p.W + at.x] = static_cast<T>(sum[c]);
+    if (c < count) to[c * result.channel] = static_cast<T>(sum[c]);
 }
 
 template <bool MUL, class T, class A>
-ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T* v, const A* mul,
-                        T* result) {
+ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const Images<const T>& grad,
+                        const Images<const T>& v, const A* mul, T* result) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
   const Place at = place(p, index, divide_up(taps, kTaps), p.Ho, p.Wo);
   const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
@@ -177,12 +191,12 @@ ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T*
     const int tap = first + t;
     const int y = y0 + tap / k * step, x = x0 + tap % k * step;
     const bool inside = tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W;
-    offset[t] = inside ? y * p.W + x : -1;
+    offset[t] = inside ? v.pixel(y, x) : -1;
   }
   A sum[kTaps] = {};
   for (int64_t c = at.g * depth; c < (at.g + 1) * depth; ++c) {
-    const A up = static_cast<A>(grad[(at.b * p.C + c) * area + pixel]);
-    const T* v_at = v + (at.b * p.C + c) * p.H * p.W;
+    const A up = static_cast<A>(grad.at(at.b, c)[grad.pixel(at.y, at.x)]);
+    const T* v_at = v.at(at.b, c);
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       if (offset[t] >= 0) {
@@ -201,23 +215,23 @@ ELSA_DEVICE void grad_h(const Problem& p, int64_t index, const T* grad, const T*
 // pixels begin, begin + every, ... below `end` of the B * Ho * Wo. Adds to both sums, kTaps each.
 template <class T, class A>
 ELSA_DEVICE void grad_ghost(const Problem& p, int64_t c, int first, int64_t begin, int64_t end,
-                            int64_t every, const T* grad, const T* v, const T* h, A* sum_mul,
-                            A* sum_add) {
+                            int64_t every, const Images<const T>& grad,
+                            const Images<const T>& v, const T* h, A* sum_mul, A* sum_add) {
   const int64_t depth = p.C / p.G, taps = p.kernel_size * p.kernel_size, area = p.Ho * p.Wo;
   const int k = static_cast<int>(p.kernel_size), step = static_cast<int>(p.dilation);
   for (int64_t n = begin; n < end; n += every) {
-    const int64_t b = n / area, pixel = n % area;
-    const int y0 = window_start(p, static_cast<int>(pixel / p.Wo * p.stride), p.H);
-    const int x0 = window_start(p, static_cast<int>(pixel % p.Wo * p.stride), p.W);
-    const A up = static_cast<A>(grad[(b * p.C + c) * area + pixel]);
-    const T* v_at = v + (b * p.C + c) * p.H * p.W;
+    const int64_t b = n / area, pixel = n % area, row = pixel / p.Wo, column = pixel % p.Wo;
+    const int y0 = window_start(p, static_cast<int>(row * p.stride), p.H);
+    const int x0 = window_start(p, static_cast<int>(column * p.stride), p.W);
+    const A up = static_cast<A>(grad.at(b, c)[grad.pixel(row, column)]);
+    const T* v_at = v.at(b, c);
     const T* h_at = h + (b * p.G + c / depth) * taps * area + pixel;
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       const int tap = first + t;
       const int y = y0 + tap / k * step, x = x0 + tap % k * step;
       if (tap < taps && y >= 0 && y < p.H && x >= 0 && x < p.W) {
-        const A value = up * static_cast<A>(v_at[y * p.W + x]);
+        const A value = up * static_cast<A>(v_at[v.pixel(y, x)]);
         sum_add[t] += value;
         sum_mul[t] += value * static_cast<A>(h_at[tap * area]);
       }

@@ -23,6 +23,17 @@ __device__ __forceinline__ bool block_any(bool value) { return __syncthreads_or(
 __device__ __forceinline__ float shuffle(float value, int lane) {
   return __shfl_sync(0xffffffffu, value, lane);
 }
+// e^x, for results that are stored as T.
+template <class T, class A>
+__device__ __forceinline__ A exponential(A x) {
+  if constexpr (sizeof(T) > 2) {
+    return exp(x);
+  } else {
+    float result;  // two instructions; what is below 2^-126 becomes 0
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x * 1.442695041f));
+    return result;
+  }
+}
 __device__ __forceinline__ uint32_t read_only(const uint32_t* at) { return __ldg(at); }
 
 // `at`, in global memory, as a value that the compiler takes as it is: of a sum it would add the parts for each use.
@@ -42,6 +53,18 @@ __device__ __forceinline__ unsigned shared_address(const void* at) {
   return static_cast<unsigned>(__cvta_generic_to_shared(at));
 }
 
+// 16 aligned bytes of global memory, or zeros where not `inside`.
+__device__ __forceinline__ void load_words(uint32_t (&words)[4], const void* from, bool inside) {
+  const uint4 read = inside ? __ldg(static_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
+  words[0] = read.x;
+  words[1] = read.y;
+  words[2] = read.z;
+  words[3] = read.w;
+}
+__device__ __forceinline__ void store_words(void* to, const uint32_t (&words)[4]) {
+  *static_cast<uint4*>(to) = uint4{words[0], words[1], words[2], words[3]};
+}
+
 // Copies BYTES (4 or 8) from global to shared memory, or zeros where not `inside`; done only
 // after wait_copies.
 template <int BYTES>
@@ -51,6 +74,14 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool insi
                : "memory");
 }
 __device__ __forceinline__ void wait_copies() { ELSA_ASM("cp.async.wait_all;" ::: "memory"); }
+
+// An 8 x 8 matrix of 16-bit elements, of which each lane has (n, 2 t) and (n, 2 t + 1), n = lane / 4,
+// t = lane % 4, transposed: the lane's (2 t, n) and (2 t + 1, n).
+__device__ __forceinline__ uint32_t transpose(uint32_t elements) {
+  uint32_t result;
+  ELSA_ASM("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(elements));
+  return result;
+}
 
 // d += a * b, 16 x 16 times 16 x 8; the fragments are those of PTX's mma.m16n8k16.
 template <class T>

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ops.benchmarks import elsa_attention
-from pipelines.benchmarks import gpu, gpu_dense, gpu_training
+from pipelines.benchmarks import gpu, gpu_counters, gpu_dense, gpu_training
 from pipelines.benchmarks.gpu import Outcome, Part
 
 pytestmark = pytest.mark.slow
@@ -114,7 +114,7 @@ def test_every_command_is_understood(
 
 
 def test_counters_of_kernels() -> None:
-    name = "void elsa::(anonymous namespace)::product_kernel<c10::BFloat16, 7>(elsa::Problem, Tile)"
+    name = "void elsa::(anonymous namespace)::product_kernel<c10::BFloat16, (int)7>(elsa::Problem)"
     rows = [
         ("gpu__time_duration.sum", "ns", "95,232"),
         ("sm__inst_issued.avg.pct_of_peak_sustained_elapsed", "%", "71.5"),
@@ -124,7 +124,7 @@ def test_counters_of_kernels() -> None:
     head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
     lines = [f'"0","{name}","{metric}","{unit}","{value}"' for metric, unit, value in rows]
     log = "\n".join(["==PROF== Connected", head, *lines])
-    (row,) = gpu.counters(log)
+    (row,) = gpu_counters.counters(log)
     assert row["kernel"] == "void elsa::product_kernel<c10::BFloat16, 7>"
     assert row["us"] == "95.23"
     assert row["bank conflicts"] == "n/a"
