@@ -15,7 +15,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import Tensor, nn
 
-from ops import elsa_attention
+from ops import elsa_attention, window_softmax
 
 __all__ = ["COUNTERPARTS", "DepthwiseConv", "DynamicFilter", "FilterNorm", "LocalAttention"]
 
@@ -169,13 +169,14 @@ class LocalAttention(_Counterpart):
         near = near.unflatten(1, (heads, -1, area)).unflatten(-1, (height, width))
         q = (q * self.scale).unflatten(1, (heads, -1))  # (B, G, C / G, H, W)
         weights = torch.einsum("bgdhw,bgdkhw->bgkhw", q, near)
-        weights = weights + self.relative_position_bias_table[:, :, None, None]
+        bias = self.relative_position_bias_table.to(weights.dtype)
+        weights = weights + bias[:, :, None, None]
         inside = nn.functional.unfold(
             x.new_ones(1, 1, height, width), self.kernel_size, padding=pad
         )
         outside = inside.view(area, height, width) == 0
-        weights = weights.masked_fill(outside, float("-inf")).softmax(dim=2)
-        return elsa_attention(v.contiguous(), self.attn_drop(weights), kernel_size=self.kernel_size)
+        weights = window_softmax(weights.masked_fill(outside, float("-inf")))
+        return elsa_attention(v, self.attn_drop(weights), kernel_size=self.kernel_size)
 
 
 COUNTERPARTS: dict[str, type[_Counterpart]] = {

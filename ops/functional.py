@@ -231,8 +231,8 @@ def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     return None
 
 
-def _loop_vmap(op: Any):
-    """A vmap rule that runs the op once per slice: the ghosts may be batched, so no folding."""
+def loop_vmap(op: Any):
+    """A vmap rule that runs the op once per slice: ghosts may be batched, so no folding."""
 
     def rule(info, in_dims, *args):
         results = []
@@ -309,5 +309,5 @@ def register() -> None:
     torch.library.register_autograd(
         BACKWARD, _refuse_second_derivative, setup_context=_keep_nothing
     )
-    torch.library.register_vmap(FORWARD, _loop_vmap(torch.ops.elsa.elsa_attention))
-    torch.library.register_vmap(BACKWARD, _loop_vmap(torch.ops.elsa.elsa_attention_backward))
+    torch.library.register_vmap(FORWARD, loop_vmap(torch.ops.elsa.elsa_attention))
+    torch.library.register_vmap(BACKWARD, loop_vmap(torch.ops.elsa.elsa_attention_backward))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import library
+from ops.functional import loop_vmap
 
 FORWARD = "elsa::window_softmax"
 BACKWARD = "elsa::window_softmax_backward"
@@ -74,10 +75,12 @@ def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 def register() -> None:
-    """Give the ops of a freshly loaded library their fakes and autograd."""
+    """Give the ops of a freshly loaded library their fakes, autograd and vmap rules."""
     torch.library.register_fake(FORWARD)(_fake)
     torch.library.register_fake(BACKWARD)(_fake_backward)
     torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
     torch.library.register_autograd(
         BACKWARD, _refuse_second_derivative, setup_context=lambda ctx, inputs, output: None
     )
+    torch.library.register_vmap(FORWARD, loop_vmap(torch.ops.elsa.window_softmax))
+    torch.library.register_vmap(BACKWARD, loop_vmap(torch.ops.elsa.window_softmax_backward))

@@ -164,6 +164,12 @@ def test_window_softmax(sizes, dtype, layout):
     torch.library.opcheck(torch.ops.elsa.window_softmax, (logits,), test_utils=fakes)
 
 
+def test_window_softmax_by_vmap():
+    logits = torch.randn(2, 3, 2, 9, 8, 10, device="cuda")
+    ours = torch.func.vmap(window_softmax, in_dims=1)(logits)
+    torch.testing.assert_close(ours, logits.transpose(0, 1).softmax(3))
+
+
 @pytest.mark.parametrize("mul", [False, True])
 def test_same_bits_every_time(mul):
     v, h, ghost_mul, add = on_gpu(make_inputs(4, 96, 3, 56, 56, 7), torch.bfloat16)

@@ -183,6 +183,14 @@ def test_on_a_gpu_results_lie_as_v_does():
             assert grads[1].is_contiguous()
 
 
+def test_window_softmax_of_a_gpu_has_vmap():
+    """The shapes; `test_cuda.py` has the values."""
+    softmax = torch.ops.elsa.window_softmax
+    with FakeTensorMode():
+        logits = torch.empty(4, 2, 3, 9, 6, 5, device="cuda")
+        assert torch.func.vmap(softmax, in_dims=1)(logits).shape == (2, 4, 3, 9, 6, 5)
+
+
 def test_flop_counter_sees_of_the_reference_its_convolution_only():
     v, h, mul, add = make_inputs(2, 6, 2, 8, 8, 3)
     with ops.use_backend("reference"), FlopCounterMode(display=False) as counter:
