@@ -1,4 +1,4 @@
-"""`elsa_attention`: input checks, dispatch, and what torch must know about the compiled op.
+"""`elsa_attention`: input checks and dispatch.
 
 Shape legend: B batch, C channels, G heads, k kernel size, (H, W) size of `v`, (Ho, Wo) size of
 the output, `Ho = H // stride`, `Wo = W // stride`.
@@ -6,19 +6,12 @@ the output, `Ho = H // stride`, `Wo = W // stride`.
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, register_flop_formula
 
 from ops import library
 from ops.reference import elsa_attention_reference
 
-FORWARD = "elsa::elsa_attention"
-BACKWARD = "elsa::elsa_attention_backward"
 BORDERS = ("zeros", "shift")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -175,139 +168,3 @@ def _check(
             raise ValueError(
                 f"v and {name} must be on one device, got v {v.device} and {name} {ghost.device}"
             )
-
-
-def _fake(v, h_attn, ghost_mul, ghost_add, kernel_size, dilation=1, stride=1, border="zeros"):
-    batch, channels, height, width = v.shape
-    return _empty_like(v, (batch, channels, height // stride, width // stride))
-
-
-def _empty_like(v: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
-    """An image in the layout that results have: format_of of csrc/cuda/tensors.h on a GPU."""
-    last = v.device.type == "cuda" and v.shape[1] > 1 and v.stride(1) == 1
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(shape, dtype=v.dtype, device=v.device, memory_format=layout)
-
-
-def _fake_backward(
-    grad_out, v, h_attn, ghost_mul, ghost_add, kernel_size, dilation, stride, border, output_mask
-):
-    inputs = (v, h_attn, ghost_mul, ghost_add)
-    grads = [
-        t.new_empty(t.shape) if wanted and t is not None else v.new_empty((0,))
-        for t, wanted in zip(inputs, output_mask, strict=True)
-    ]
-    if output_mask[0]:
-        grads[0] = _empty_like(v, v.shape)
-    return tuple(grads)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    v, h_attn, ghost_mul, ghost_add, *ctx.window = inputs
-    ctx.save_for_backward(v, h_attn, ghost_mul, ghost_add)
-
-
-def _backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    v, h_attn, ghost_mul, ghost_add = ctx.saved_tensors
-    inputs = (v, h_attn, ghost_mul, ghost_add)
-    mask = [
-        wanted and t is not None for t, wanted in zip(inputs, ctx.needs_input_grad[:4], strict=True)
-    ]
-    grads = torch.ops.elsa.elsa_attention_backward(grad_out, *inputs, *ctx.window, mask)
-    return (
-        *(g if m else None for g, m in zip(grads, mask, strict=True)),
-        *(None for _ in ctx.window),
-    )
-
-
-def _refuse_second_derivative(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError(
-        "the compiled elsa_attention has no second derivative; run this part under "
-        "`ops.use_backend('reference')`"
-    )
-
-
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    return None
-
-
-def loop_vmap(op: Any):
-    """A vmap rule that runs the op once per slice: ghosts may be batched, so no folding."""
-
-    def rule(info, in_dims, *args):
-        results = []
-        for index in range(info.batch_size):
-            results.append(
-                op(
-                    *(
-                        arg.select(dim, index) if dim is not None and torch.is_tensor(arg) else arg
-                        for arg, dim in zip(args, in_dims, strict=True)
-                    )
-                )
-            )
-        if isinstance(results[0], torch.Tensor):
-            return torch.stack(results), 0
-        return tuple(torch.stack(part) for part in zip(*results, strict=True)), (0,) * 4
-
-    return rule
-
-
-def _flops(v, h_attn, ghost_mul, ghost_add, kernel_size, *args, out_shape, **kwargs) -> int:
-    """2 per multiply-add of the windows with their weights, 1 per ghost to make each weight.
-
-    Windows count in full at the border, as torch counts convolutions. Takes shapes.
-    """
-    ghosts = (ghost_mul is not None) + (ghost_add is not None)
-    return (2 + ghosts) * math.prod(out_shape) * kernel_size**2
-
-
-def _flops_backward(
-    grad_out,
-    v,
-    h_attn,
-    ghost_mul,
-    ghost_add,
-    kernel_size,
-    dilation,
-    stride,
-    border,
-    output_mask,
-    **kwargs,
-) -> int:
-    """The same count for each gradient asked for, alone: nothing they could share is deducted.
-
-    `v` takes the forward's count, `h_attn` a multiply-add (and `ghost_mul` on it), `ghost_mul`
-    one more product than `ghost_add`, which takes a multiply-add.
-    """
-    mul, add = ghost_mul is not None, ghost_add is not None
-    costs = (2 + mul + add, 2 + mul, 3 * mul, 2 * add)
-    cost = sum(c for c, wanted in zip(costs, output_mask, strict=True) if wanted)
-    return cost * math.prod(grad_out) * kernel_size**2
-
-
-def _register_flops() -> None:
-    formulas: dict[Any, Any] = {
-        torch.ops.elsa.elsa_attention: _flops,
-        torch.ops.elsa.elsa_attention_backward: _flops_backward,
-    }
-    for op, formula in formulas.items():
-        register_flop_formula(op)(formula)
-    # A counter copies the registry when it is made: those now counting, whose first call loads
-    # the library, would leave the op out without a word.
-    for mode in _get_current_dispatch_mode_stack():
-        counter = getattr(mode, "counter", None)
-        if isinstance(counter, FlopCounterMode):
-            counter.flop_registry.update({op: flop_registry[op] for op in formulas})
-
-
-def register() -> None:
-    """Give the ops of a freshly loaded library their fakes, autograd, vmap rules and FLOPs."""
-    _register_flops()
-    torch.library.register_fake(FORWARD)(_fake)
-    torch.library.register_fake(BACKWARD)(_fake_backward)
-    torch.library.register_autograd(FORWARD, _backward, setup_context=_setup_context)
-    torch.library.register_autograd(
-        BACKWARD, _refuse_second_derivative, setup_context=_keep_nothing
-    )
-    torch.library.register_vmap(FORWARD, loop_vmap(torch.ops.elsa.elsa_attention))
-    torch.library.register_vmap(BACKWARD, loop_vmap(torch.ops.elsa.elsa_attention_backward))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ops import registration
 from ops.sources import file_digest, source_digest
 
 LIBRARY_NAME = "elsa_ops.so"
@@ -129,10 +130,7 @@ def load_library(directory: str | os.PathLike[str]) -> dict[str, Any]:
                 f"start a new process to load {path}"
             )
         torch.ops.load_library(str(path / LIBRARY_NAME))
-        from ops import functional, softmax
-
-        functional.register()
-        softmax.register()
+        registration.register()
         state.loaded, state.cuda = path, bool(record["cuda"])
         return record
 

@@ -62,10 +62,10 @@ def check_options(params: Params) -> None:
     """
     for task in (TASKS[name] for name in params.tasks):
         if isinstance(task, DenseTask) and task.has_changed_config(params):
-            from pipelines.mm.options import check  # with mmdet, which takes seconds
+            from pipelines.mm.checks import check_model  # with mmdet, which takes seconds
 
             classes = tuple(str(i) for i in range(task.section(params).num_classes))
-            check(Job(task.stage, params, Dataset(task.dataset, "", classes, {}, "")))
+            check_model(Job(task.stage, params, Dataset(task.dataset, "", classes, {}, "")))
 
 
 def check_tasks(params: Params) -> None:

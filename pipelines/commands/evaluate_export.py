@@ -47,7 +47,9 @@ def predict(exported: Exported, dataset: Dataset, folder: Path) -> None:
 
 
 def _classify(exported: Exported, dataset: Dataset, folder: Path) -> None:
-    images = dataset.images("val")
+    from pipelines.data.images import images_of  # with timm, which takes seconds
+
+    images = images_of(dataset, "val")
     images.transform = exported.prepare
     logits, targets = [], []
     for start in _progress(range(0, len(images), BATCH)):

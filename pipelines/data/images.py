@@ -13,7 +13,7 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from pipelines.data.errors import DataError
-from pipelines.data.store import ShardSet, is_shards, public_url
+from pipelines.data.store import Dataset, ShardSet, is_shards, public_url
 
 
 class Shards(Reader):
@@ -103,3 +103,8 @@ class Images(ImageDataset):
                 " `dvc repro --force prepare` with prepare.check=content, which lists all of these"
             ) from None
         return (self.transform(pixels) if self.transform else pixels), label
+
+
+def images_of(dataset: Dataset, split: str) -> Images:
+    """The images of a split that training and evaluation read."""
+    return Images(dataset.place, split, dataset.skipped)

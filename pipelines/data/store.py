@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -28,9 +28,6 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from pipelines.data.errors import DataError, brief
-
-if TYPE_CHECKING:
-    from pipelines.data.images import Images
 
 INDEX = "index.json"
 TRIES = 4
@@ -240,9 +237,3 @@ class Dataset:
     """Images that are left out as they do not decode, by path within it."""
     without_mask: int = 0
     """Annotations of COCO's layout that are a box alone."""
-
-    def images(self, split: str) -> Images:
-        """The images of a split, for timm's loader."""
-        from pipelines.data.images import Images  # with timm, which takes seconds
-
-        return Images(self.place, split, self.skipped)

@@ -304,34 +304,6 @@ def _set_data(config: Config, job: Job) -> None:
     }
 
 
-def synchronised(config: Config) -> bool:
-    """Whether layers are normalised over the images of all workers."""
-    return any(part.get("type") == "SyncBN" for part in dicts_in(config.model))
-
-
-def check_norms(config: Config, job: Job) -> None:
-    """Check that batch norm gets images enough, and SyncBN a share from each worker.
-
-    Raises:
-        PipelineError: it does not.
-    """
-    section, workers = job.section, job.params.scaling.num_workers
-    norms = {part.get("type") for part in dicts_in(config.model)}
-    images = section.batch_size if "SyncBN" in norms else micro_batch(section)
-    if images < 2 and job.stage == "segment" and norms & {"BN", "SyncBN"}:
-        raise PipelineError(
-            f"{job.stage}: batch norm needs 2 images or more in a share, and gets one",
-            f"Lower {job.stage}.shares={section.shares} or raise"
-            f" {job.stage}.batch_size={section.batch_size}",
-        )
-    if "SyncBN" in norms and section.shares != workers:
-        raise PipelineError(
-            f"{job.stage}: SyncBN is over one share of every worker, so {job.stage}.shares="
-            f"{section.shares} and scaling.num_workers={workers} must be equal",
-            f"Set {job.stage}.shares={workers}: SyncBN then sees the same images of a step",
-        )
-
-
 def _set_sizes(config: Config, job: Job) -> None:
     """Scale all sizes of the pipelines so that the evaluated image's short side is `img_size`."""
     section = job.section

@@ -159,18 +159,20 @@ class Classify(Task):
         return scores.classification(predictions, what.classes)
 
     def draw_samples(self, what: Prediction, folder: Path) -> "Figure":
+        from pipelines.data.images import images_of  # with timm, which takes seconds
         from pipelines.results import pictures
 
-        images = what.dataset.images("val")
+        images = images_of(what.dataset, "val")
         count = 2 * what.params.report.samples
         return pictures.mistakes(images, folder / "predictions.csv", count)
 
 
 def _mistakes(scene: Scene) -> "Figure":
+    from pipelines.data.images import images_of
     from pipelines.results import pictures
 
     predictions = scene.root / "results/pretrain/predictions.csv"
-    images = scene.datasets["imagenet"].images("val")
+    images = images_of(scene.datasets["imagenet"], "val")
     return pictures.mistakes(images, predictions, 2 * scene.samples)
 
 

@@ -47,7 +47,8 @@ class DenseTask(Task):
     model_config: ClassVar[tuple[str, str]] = ("inference.py", "config.py")
 
     def check(self, params: Params) -> Job:
-        from pipelines.mm.config import build_config, check_norms, synchronised
+        from pipelines.mm.checks import check_model, check_norms, synchronised
+        from pipelines.mm.config import build_config
 
         weights, given = None, self.given_weights(params)
         if given == PRETRAINED:
@@ -59,9 +60,7 @@ class DenseTask(Task):
         check_norms(config, job)
         require_a_share_of_each_worker(job)
         if self.has_changed_config(params):
-            from pipelines.mm.options import check
-
-            check(job)
+            check_model(job)
         if given and given != PRETRAINED:
             _check_backbone(config.model.backbone, f"{self.stage}.weights={given}")
         if given and self.section(params).init_from == "model":

@@ -14,7 +14,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
-from pipelines.data.images import Images
+from pipelines.data.images import Images, images_of
 from pipelines.errors import PipelineError
 from pipelines.params import Pretrain
 from pipelines.train.job import Job
@@ -187,7 +187,7 @@ def make_loaders(job: Job, device: torch.device, collate: Any, reporter: "Report
         PipelineError: fewer training images than a batch.
     """
     p, loader = job.params.pretrain, job.params.loader
-    train, val_images = job.dataset.images("train"), job.dataset.images("val")
+    train, val_images = images_of(job.dataset, "train"), images_of(job.dataset, "val")
     kept, held = split_holdout(len(train), p.holdout, p.seed)
     train.transform = create_transform(
         p.img_size,
@@ -226,5 +226,5 @@ def make_loaders(job: Job, device: torch.device, collate: Any, reporter: "Report
 
     val = evaluation(val_images, list(range(len(val_images))))
     # A data set of its own: it has another transform than the training images.
-    choice = evaluation(job.dataset.images("train"), held) if held else val
+    choice = evaluation(images_of(job.dataset, "train"), held) if held else val
     return Loaders(train_loader, sampler, choice, val)

@@ -10,6 +10,7 @@ import torch
 from timm.utils import accuracy
 from torch import nn
 
+from pipelines.data.images import images_of
 from pipelines.params import Pretrain
 from pipelines.train.agreement import gather
 from pipelines.train.job import Job
@@ -67,7 +68,7 @@ def predict(
         `TOP` likeliest classes (N, TOP), and the cross-entropy `loss` (N). None elsewhere.
     """
     p, rank, workers = job.params.pretrain, reporter.rank, reporter.world_size
-    images = job.dataset.images("val")
+    images = images_of(job.dataset, "val")
     loader = evaluation_loader(job, images, list(range(len(images))), device, rank, workers)
     memory_format = torch.channels_last if p.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=memory_format).eval()  # type: ignore[call-overload]

@@ -23,7 +23,7 @@ Images<T> images(const Tensor& t) {
 }
 
 // The layout of what is computed from v: channels_last where v's channels lie side by side, as in
-// a part of the channels of such a tensor. ops/functional.py has the same rule.
+// a part of the channels of such a tensor. ops/registration.py has the same rule.
 inline at::MemoryFormat format_of(const Tensor& v) {
   return v.size(1) > 1 && v.stride(1) == 1 ? at::MemoryFormat::ChannelsLast
                                            : at::MemoryFormat::Contiguous;

@@ -10,20 +10,18 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from pipelines.data.demo.record import Record
 from pipelines.data.demo.sources import DIGITS_CREDIT, PHOTOS
 from pipelines.data.files import write_json
 from pipelines.data.layout import LAYOUTS
 from pipelines.data.sheet import INK, PAPER, Sheet, font, open_image
-
-if TYPE_CHECKING:
-    from pipelines.data.demo.draw import Record
 
 TITLES = {
     "imagenet": "ImageNet layout: one digit over a photograph crop",

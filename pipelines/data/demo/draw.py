@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from pipelines.data.demo import card
+from pipelines.data.demo.record import Record
 from pipelines.data.demo.scenes import Mask, Scene, draw_scene, draw_single, tight_box
 from pipelines.data.demo.sources import NUM_DIGITS, digit_pool, photos
 from pipelines.data.files import write_json
@@ -88,23 +89,6 @@ class Shard:
 
     def __len__(self) -> int:
         return self.stop - self.start
-
-
-@dataclass(frozen=True)
-class Record:
-    """One image that was written: its files, what it shows, and where that came from."""
-
-    dataset: str
-    split: str
-    index: int
-    image: str  # path within the data set folder, as are the keys of `files`
-    size: int
-    files: dict[str, FileEntry]
-    photo: str
-    digits: list[int]
-    labels: list[int]
-    annotations: list[dict[str, Any]] = field(default_factory=list)  # COCO only
-    pixels: list[int] = field(default_factory=list)  # ADE20K only: pixels of each label
 
 
 def shards(params: PrepareParams) -> list[Shard]:

@@ -5,6 +5,7 @@ import json
 import shutil
 import tarfile
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,11 +72,14 @@ def bucket(root: Path) -> Iterator[str]:
         patch.setenv("AWS_ACCESS_KEY_ID", "key")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        # Loader processes have the environment of the process that they are forked from.
+        forkserver._forkserver._stop()
         boto3.client("s3").create_bucket(Bucket="data")
         manifest = manifest_of(root / "folder", root)
         url = "s3://data/imagenet"
         assert pack.pack(root / "folder", url, manifest, each, shard_bytes=40_000) == manifest
         yield url
+    forkserver._forkserver._stop()
     server.stop()
 
 

@@ -17,9 +17,8 @@ from mmengine.registry import (
 )
 from safetensors.torch import load_file
 
-from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import HISTORY
-from pipelines.mm.config import build_config, check_norms, synchronised
+from pipelines.mm.config import build_config
 from pipelines.mm.float32 import KINDS, heads_in
 from pipelines.mm.hooks import WEIGHTS
 from pipelines.mm.train import train
@@ -206,24 +205,6 @@ def test_segmentation_of_other_classes_builds_and_weighs_them(make_job, tmp_path
     assert config.train_dataloader.dataset.dataset.pipeline[3].crop_size == (256, 256)
     plain = make_job("segment", group="upernet_finetune", num_classes=7)
     assert build_model(plain, tmp_path).decode_head.loss_decode.class_weight is None
-
-
-def test_batch_norm_takes_two_images_or_more_and_synchronised_one_share_of_each_worker(
-    make_job, tmp_path
-):
-    def check(**values):
-        job = make_job("segment", **values)
-        config = build_config(job, tmp_path)
-        check_norms(config, job)
-        return config
-
-    with pytest.raises(PipelineError, match=r"gets one\. Lower segment\.shares=16"):
-        check(shares=16)
-    assert not synchronised(check())
-    on_gpus = {"num_workers": 8, "use_gpu": True}
-    assert synchronised(check(batch_size=8, scaling=on_gpus))  # one image on each
-    with pytest.raises(PipelineError, match=r"(?s)shares=8 and scaling\.num_workers=2.*shares=2"):
-        check(scaling={"num_workers": 2, "use_gpu": True})
 
 
 @pytest.mark.parametrize("recipe", ["elsa_swin_tiny", "swin_tiny"])

@@ -10,8 +10,8 @@ from pipelines.commands import recognise
 from pipelines.data.store import Dataset
 from pipelines.data.weights import WeightsDescription, write_weights
 from pipelines.errors import PipelineError
+from pipelines.mm.checks import check_model
 from pipelines.mm.config import build_config
-from pipelines.mm.options import check
 from pipelines.params import compose, flatten, override
 from pipelines.tasks import TASKS, Prediction
 
@@ -45,7 +45,7 @@ def test_an_option_reaches_the_model(
     make_job: Any, stage: str, group: str, options: Any, place: str, expected: Any
 ) -> None:
     job = make_job(stage, group=group, cfg_options=options)
-    check(job)
+    check_model(job)
     found: Any = build_config(job, Path("unused")).model
     for name in place.split("."):
         found = found[int(name)] if isinstance(found, list) else found[name]
@@ -66,7 +66,7 @@ def test_an_option_reaches_the_model(
 def test_an_option_that_can_not_be_is_told(make_job: Any, options: Any, message: str) -> None:
     job = make_job("detect", group="mask-rcnn_1x", cfg_options=options)
     with pytest.raises(PipelineError, match=rf"detect.cfg_options: .*{message}"):
-        check(job)
+        check_model(job)
 
 
 def test_the_first_stage_tells_of_a_wrong_option() -> None:

@@ -11,8 +11,8 @@ from mmengine.registry import MODELS
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.mm.checkpoint import HISTORY
+from pipelines.mm.checks import check_model
 from pipelines.mm.config import build_config
-from pipelines.mm.options import check
 from pipelines.mm.tree import dicts_in
 from pipelines.params import compose, flatten, override
 from pipelines.tasks import TASKS
@@ -65,7 +65,7 @@ def job(tiny_data: Path, tmp_path: Path) -> Any:
 def test_a_config_of_the_libraries_gets_our_backbone_and_classes(name, job, capsys):
     stage, base, text = CONFIGS[name]
     made = job(stage, f'_base_ = "{base}"\n{text}')
-    check(made)  # it builds the model
+    check_model(made)  # it builds the model
     told = capsys.readouterr().out
     assert "own.py: taken are model" in told
     assert "param_scheduler" in told.partition("not taken are")[2]
@@ -116,7 +116,7 @@ def test_a_config_whose_bases_are_imported_is_the_same(job, tmp_path):
         "from mmengine.config import read_base\nwith read_base():\n    from .base import *\n"
         "model.update(neck=dict(out_channels=256), bbox_head=dict(num_classes=3))\n",
     )
-    check(made)
+    check_model(made)
     found = build_config(made, Path("unused")).model
     assert (found.type, found.neck.type, found.neck.out_channels) == ("RetinaNet", "FPN", 256)
     assert found.backbone.type == "ELSASwin"
@@ -149,7 +149,7 @@ RETINANET = '_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"\n'
 )
 def test_a_config_that_can_not_be_used_is_told(text, message, job):
     with pytest.raises(PipelineError, match=rf"(?s){message}"):
-        check(job("detect", text))
+        check_model(job("detect", text))
 
 
 @pytest.mark.parametrize("background", [0.1, 1.0, None])
@@ -167,7 +167,7 @@ def test_a_missing_file_and_a_method_that_does_not_go_with_it_are_told(job, tmp_
     made = job("detect", RETINANET)
     (tmp_path / "own.py").unlink()
     with pytest.raises(PipelineError, match=r"own\.py: there is no such file"):
-        check(made)
+        check_model(made)
     for change in ("detect.config=own.py", "detect=config_finetune"):
         with pytest.raises(PipelineError, match="method=config goes with the path"):
             compose(["recipe=finetune", change])

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from timm.data import create_transform
 
+from pipelines.data.images import images_of
 from pipelines.data.store import Dataset
 from pipelines.errors import PipelineError
 from pipelines.params import Model, Params, compose
@@ -176,7 +177,7 @@ def test_predictions_name_their_images(data: Path, tmp_path: Path) -> None:
     model = Classifier(job, CPU, LocalReporter(tmp_path)).model
     found = predict(job, model, CPU, LocalReporter(tmp_path))
     assert found
-    images = job.dataset.images("val")
+    images = images_of(job.dataset, "val")
     assert list(found["name"]) == images.filenames()
     assert found["target"].tolist() == [label for _, label in images]
 
@@ -209,7 +210,7 @@ def test_batches_that_are_mixed_as_they_are_collated_depend_on_their_images_alon
 
     def batches(workers: int) -> list[Any]:
         loader = params.loader.model_copy(update={"data_workers": workers})
-        part = Part(job.dataset.images("train"), list(range(60)), p.seed)
+        part = Part(images_of(job.dataset, "train"), list(range(60)), p.seed)
         part.transform = create_transform(32, is_training=True, use_prefetcher=True)
         sampler = MicroBatchSampler(len(part), p)
         return list(make_loader(loader, part, CPU, batch_sampler=sampler, collate_fn=collate))
@@ -228,7 +229,7 @@ def test_nothing_is_mixed_from_the_given_epoch_on(data: Path, prefetch: bool) ->
     params = smoke({"data_workers": 1, "persistent_workers": True}, mixup=0.8, mixup_off_epoch=2)
     job, p = job_of(params, data), params.pretrain
     mixing = make_mixing(p, prefetch)
-    part = Part(job.dataset.images("train"), list(range(60)), p.seed)
+    part = Part(images_of(job.dataset, "train"), list(range(60)), p.seed)
     part.transform = create_transform(32, is_training=True, use_prefetcher=prefetch)
     sampler = MicroBatchSampler(len(part), p)
     further = {"batch_sampler": sampler, "persistent_workers": True}
