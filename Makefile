@@ -16,7 +16,7 @@ help:
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 
 # The compiled mmcv is kept for the next checkout, by torch, Python and kind of device.
-TORCH := $(shell sed -n 's/.*"\(torch==[0-9.]*\)".*/\1/p' pyproject.toml)
+TORCH := $(shell sed -n '/.*"\(torch==[0-9.]*\)".*/ {s//\1/p;q}' pyproject.toml)
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd -)
 WHEELS := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/elsa/wheels/$(TORCH)-$(shell cat .python-version)-$(or $(GPU),cpu)
 # A compiler process takes up to 2 GB.
@@ -67,14 +67,16 @@ wheel: setup
 	CUDA_VISIBLE_DEVICES= $(UV) run python -m ops.build --quiet --out build/wheel-op
 	ELSA_PREBUILT=build/wheel-op $(UV) build --wheel --out-dir dist
 
-# What `make setup` installs, for installers that know nothing of uv. Locked anew, without the wheels
-# that were kept here: those have no published hash.
+# What `make setup` installs: the versions for uv in pyproject.toml, and with hashes for other installers. Locked
+# anew, without the wheels that were kept here: those have no published hash.
 constraints: | $(UV)
-	@rm -f uv.lock && $(UV) lock --quiet
+	@sed -i '/^constraint-dependencies = \[/,/^\]/d' pyproject.toml && rm -f uv.lock && $(UV) lock --quiet
 	@$(UV) export --quiet --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
 	  --output-file constraints.txt.part
 	@{ echo "# Exact versions and hashes of what \`make setup\` installs; written by \`make constraints\`."; \
 	  sed "s/ ; python_full_version == [^\\]*/ /" constraints.txt.part; } > constraints.txt
+	@{ echo "constraint-dependencies = ["; sed -n 's/^\([^ #]*==[^ ]*\).*/"\1",/p' constraints.txt | fmt -w 128 | sed 's/^/    /'; \
+	  echo "]"; } > constraints.txt.part && sed -i '/^exclude-newer = /r constraints.txt.part' pyproject.toml
 	@rm constraints.txt.part uv.lock
 
 lint: setup

@@ -167,5 +167,7 @@ def test_the_constraints_are_what_setup_installs() -> None:
     found = dict(re.findall(r"^([\w.-]+)==(\S+)", text, re.M))
     assert text.count("--hash=sha256:") >= len(found)
     assert found == {name: version(name) for name in found}
+    pins = PYPROJECT["tool"]["uv"]["constraint-dependencies"]
+    assert pins == [f"{name}=={number}" for name, number in found.items()]
     groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values(), DEVELOPMENT]
     assert packages([line for lines in groups for line in lines]) - {"elsa-pipeline"} <= set(found)

@@ -45,7 +45,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
   kind=cuda-${TORCH_CUDA_ARCH_LIST//;/-}
 fi
 
-# Exact pins and a date instead of a lock file (pyproject.toml), so all nodes get the same set. A
+# pyproject.toml pins every package, so all nodes get the same set. A
 # cache for each kind: uv would take a wheel of mmcv that was built without CUDA for one with it.
 UV_CACHE_DIR=$cache/uv-$kind UV_LINK_MODE=copy XDG_CACHE_HOME=$cache flock "$cache/uv-$kind.lock" make setup
 
