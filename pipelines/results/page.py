@@ -136,7 +136,8 @@ def _ablation_lines(ablation: Ablation | None) -> list[str]:
         return []
     sweep = ablation["sweep"]
     return [
-        f"Sweep `{sweep['space']}` (MLflow run `{sweep['mlflow_run_id']}`), 95% intervals:",
+        f"Sweep `{sweep['space']}` (MLflow run `{sweep['mlflow_run_id']}`), 95% intervals over"
+        " seeds: a score's is its own, a difference's holds for all points together.",
         "",
         f"| point | runs | {ablation['metric']} | finding |",
         "|---|---:|---:|---|",
