@@ -33,6 +33,8 @@ from pipelines.benchmarks.gpu_counters import COUNTERS, table_of
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "triton", "timm", "safetensors", "ninja", "pytest", "pydantic", "natten")
 GPU_TESTS = ("tests/ops/test_cuda.py", "tests/elsa/test_layers.py")
+PARAMETERS = ("pydantic", "ruamel.yaml")
+"""What reads the parameters of a training."""
 TOOLS = ("nvcc", "ninja", "c++", "ncu", "compute-sanitizer")
 ERRORS = ".stderr.log"
 STAGES = ["tiny, small stage 1", "tiny, small stage 2", "tiny, small stage 3"]
@@ -52,6 +54,8 @@ class Part:
     """Halved, and tried again, where the GPU's memory is too small."""
     tool: str = ""
     """What must be on PATH; without it the part is left out."""
+    modules: tuple[str, ...] = ()
+    """What must be importable, likewise."""
 
 
 @dataclass
@@ -86,7 +90,7 @@ def parts_of(device: str) -> list[Part]:
     every = [
         Part("values", "Values, gradients, repeatability", 90, ["-m", "ops.check", *on, *figures]),
         Part("operator", "The operator beside its peers", 110, operator, batch),
-        Part("training", "The training loop", 110, [*training, *figures]),
+        Part("training", "The training loop", 110, [*training, *figures], modules=PARAMETERS),
         Part("softmax", "The softmax of a window beside torch's", 30, softmax, batch),
         Part("models", "Models, bfloat16", 50, [*models, "--amp", "bfloat16"], images),
         Part("profile", "A training step by kernel", 40, ["-m", "elsa.benchmarks.profile", *on]),
@@ -113,11 +117,11 @@ def parts_of(device: str) -> list[Part]:
     halves = ["--amp", "bfloat16"]
     kinds = {"channels_last": [*halves, "--channels-last"], "float16": ["--amp", "float16"]}
     kinds["compiled"] = [*halves, "--compile"]
-    if importlib.util.find_spec("mmcv"):
-        dense = ["-m", "pipelines.benchmarks.gpu_dense", *on, *figures]
-        every.append(Part("dense", "Detection and segmentation", 120, dense))
+    dense = ["-m", "pipelines.benchmarks.gpu_dense", *on, *figures]
+    mm = ("mmcv", "mmdet", "mmseg", *PARAMETERS)
     return [
         *every,
+        Part("dense", "Detection and segmentation", 120, dense, modules=mm),
         Part("counters", "Counters of the operator's kernels", 60, counters, tool="ncu"),
         *(
             Part(f"models_{kind}", f"Models, {kind}", 75, [*models, *more], images)
@@ -340,14 +344,23 @@ def measure(parts: list[Part], arguments: argparse.Namespace) -> int:
         if arguments.parts and part.name not in arguments.parts:
             continue
         left = min(part.limit, deadline - time.monotonic())
-        if part.tool and not shutil.which(part.tool):
-            note(Outcome(part.name, part.title, f"left out: {part.tool} is not installed"))
+        missing = [] if not part.tool or shutil.which(part.tool) else [part.tool]
+        missing += [name for name in part.modules if not _importable(name)]
+        if missing:
+            note(Outcome(part.name, part.title, f"left out: not installed: {', '.join(missing)}"))
         elif left < 5:
             note(Outcome(part.name, part.title, "left out: no time left"))
         else:
             note(run(part, folder, left, env))
     print(f"written: {arguments.out / 'report.md'}")
     return 1 if any(outcome.failed for outcome in outcomes) else 0
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent
+        return False
 
 
 def _architecture() -> str:

@@ -49,6 +49,7 @@ def test_every_part_is_told_and_none_stops_the_next(
         Part("hangs", "Hangs", 5, ["-c", CHILD, "{json}"]),
         Part("small", "Small", 60, ["-c", SMALL, "{batch}"], batch=8),
         Part("tool", "Tool", 60, ["-c", ""], tool="no-such-tool"),
+        Part("module", "Module", 60, ["-c", ""], modules=("json", "no_such.module")),
         Part("good", "Good", 60, ["-c", FIGURES, "{json}"]),
     ]
     arguments = argparse.Namespace(out=tmp_path, device="cpu", minutes=5, parts=None)
@@ -61,7 +62,8 @@ def test_every_part_is_told_and_none_stops_the_next(
         "faults": "killed by signal 11",
         "hangs": "stopped: it took longer than 5 s",
         "small": "done",
-        "tool": "left out: no-such-tool is not installed",
+        "tool": "left out: not installed: no-such-tool",
+        "module": "left out: not installed: no_such.module",
         "good": "done",
     }
     report = (tmp_path / "report.md").read_text()
