@@ -70,14 +70,16 @@ wheel: setup
 # What `make setup` installs: the versions for uv in pyproject.toml, and with hashes for other installers. Locked
 # anew, without the wheels that were kept here: those have no published hash.
 constraints: | $(UV)
-	@sed -i '/^constraint-dependencies = \[/,/^\]/d' pyproject.toml && rm -f uv.lock && $(UV) lock --quiet
-	@$(UV) export --quiet --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
-	  --output-file constraints.txt.part
+	@rm -rf build/lock && mkdir -p build/lock && cp .python-version build/lock
+	@sed '/^constraint-dependencies = \[/,/^\]/d' pyproject.toml > build/lock/pyproject.toml
+	@$(UV) lock --quiet --project build/lock
+	@$(UV) export --quiet --project build/lock --frozen --no-emit-project --no-annotate --no-header --format requirements.txt \
+	  --output-file build/lock/exported.txt
 	@{ echo "# Exact versions and hashes of what \`make setup\` installs; written by \`make constraints\`."; \
-	  sed "s/ ; python_full_version == [^\\]*/ /" constraints.txt.part; } > constraints.txt
-	@{ echo "constraint-dependencies = ["; sed -n 's/^\([^ #]*==[^ ]*\).*/"\1",/p' constraints.txt | fmt -w 128 | sed 's/^/    /'; \
-	  echo "]"; } > constraints.txt.part && sed -i '/^exclude-newer = /r constraints.txt.part' pyproject.toml
-	@rm constraints.txt.part uv.lock
+	  sed "s/ ; python_full_version == [^\\]*/ /" build/lock/exported.txt; } > build/lock/constraints.txt
+	@{ echo "constraint-dependencies = ["; sed -n 's/^\([^ #]*==[^ ]*\).*/"\1",/p' build/lock/constraints.txt | fmt -w 128 | sed 's/^/    /'; \
+	  echo "]"; } > build/lock/pins && sed -i '/^exclude-newer = /r build/lock/pins' build/lock/pyproject.toml
+	@mv build/lock/constraints.txt build/lock/pyproject.toml . && rm -r build/lock
 
 lint: setup
 	$(UV) run ruff check
