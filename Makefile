@@ -11,7 +11,7 @@ help:
 	@echo "make asan   the operator's tests under AddressSanitizer"
 	@echo "make gpu    prove and measure everything on this machine's GPU in 8 minutes; results in gpu-out (needs no set-up)"
 	@echo "make wheel  a wheel in dist with the operator compiled, for machines without a compiler"
-	@echo "make constraints  constraints.txt anew: the exact packages and their hashes"
+	@echo "make constraints  the exact packages anew, in pyproject.toml and, with hashes, in constraints.txt"
 	@echo "make lint   ruff and mypy"
 	@echo "make ui     MLflow on http://127.0.0.1:5000"
 

@@ -183,7 +183,15 @@ def test_on_a_gpu_results_lie_as_v_does():
             assert grads[1].is_contiguous()
 
 
-def test_window_softmax_of_a_gpu_has_vmap():
+@pytest.fixture
+def no_vmap_fallback():
+    """torch's own way for ops without a rule, which warns of itself, is shut."""
+    torch._C._functorch._set_vmap_fallback_enabled(False)
+    yield
+    torch._C._functorch._set_vmap_fallback_enabled(True)
+
+
+def test_window_softmax_of_a_gpu_has_a_vmap_rule(no_vmap_fallback):
     """The shapes; `test_cuda.py` has the values."""
     softmax = torch.ops.elsa.window_softmax
     with FakeTensorMode():
